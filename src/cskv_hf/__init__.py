@@ -1,0 +1,29 @@
+"""cskv-hf: shrink the KV cache of Hugging Face language models (CSKV, arXiv 2409.10593).
+
+Importing this package registers the PEFT method "CSKV" and the attention functions "cskv_*"; it changes no model.
+"""
+
+from .cache import CSKVCache
+from .config import CSKVConfig, ModelShape
+from .fitting import fit
+from .patch import attach, detach
+from .statistics import KVStatistics, collect_statistics
+from .tuner import CSKVModel, load, register, shrink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CSKVCache",
+    "CSKVConfig",
+    "CSKVModel",
+    "KVStatistics",
+    "ModelShape",
+    "attach",
+    "collect_statistics",
+    "detach",
+    "fit",
+    "load",
+    "shrink",
+]
+
+register()

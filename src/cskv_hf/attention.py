@@ -1,0 +1,224 @@
+"""Attention over a compressed past in plain torch, and the attention function that transformers calls.
+
+Keys of the past are rebuilt in tiles and thrown away; values never are: the attention weights aggregate latents, and ``value_B`` is
+applied once at the end (``P (c_v B_vᵀ) = (P c_v) B_vᵀ``). Exact and compressed parts meet in one online softmax, so that neither all
+scores nor a layer's rebuilt keys or values exist at any time.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache import CompressedKV
+from .factors import compute_dtype
+from .rope import rotate
+from .tokens import Step
+
+PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
+CPU_TILE, GPU_TILE = 2**18, 2**24  # elements of a rebuilt tile of keys: about a CPU's L2 cache; enough to fill a GPU
+QUERY_CHUNK = 128  # queries at a time, which bounds the scores of a long prompt over a long past
+
+
+def compressed_attention(
+    query: torch.Tensor,
+    kv: CompressedKV,
+    scaling: float,
+    exact_mask: torch.Tensor | None = None,
+    old_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention of `query` over sinks, latents and window.
+
+    Args:
+        query: (batch, num_attention_heads, num_queries, head_dim), after RoPE.
+        kv: what the cache holds; see [`CompressedKV`].
+        scaling: of the scores.
+        exact_mask, old_mask: (batch or 1, 1, num_queries or 1, columns), bool (True = attend) or float to be added; None attends to all.
+
+    Returns:
+        (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked.
+    """
+    chunks = []
+    for start in range(0, query.shape[2], QUERY_CHUNK):
+        rows = slice(start, start + QUERY_CHUNK)
+        masks = (m if m is None or m.shape[2] == 1 else m[:, :, rows] for m in (exact_mask, old_mask))
+        chunks.append(_attend(query[:, :, rows], kv, scaling, *masks))
+    return torch.cat(chunks, dim=2)
+
+
+def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
+    batch, num_heads, num_queries, head_dim = query.shape
+    factors, dtype = kv.factors, compute_dtype(query)
+    kv_heads = factors.num_key_value_heads
+    shared = num_heads // kv_heads  # query heads per KV head; consecutive, as in repeat_kv
+    # (batch, kv_heads, shared * num_queries, head_dim): the query heads of a KV head are rows of one matmul
+    q = (query.to(dtype) * scaling).reshape(batch, kv_heads, shared * num_queries, head_dim)
+
+    scores = _masked(q @ kv.exact_keys.to(dtype).mT, exact_mask, shared)
+    softmax = OnlineSoftmax(scores)
+    exact = softmax.weights @ kv.exact_values.to(dtype)
+    latent = q.new_zeros(batch, kv_heads * shared * num_queries, kv.value_latents.shape[-1])
+
+    cos, sin = (t[:, None].to(dtype) for t in kv.step.old_cos_sin(query.device, kv.exact_keys.dtype))
+    tile = max(32, (CPU_TILE if query.device.type == "cpu" else GPU_TILE) // (batch * factors.heads_per_group * head_dim))
+    for start in range(0, kv.key_latents.shape[1], tile):
+        columns = slice(start, start + tile)
+        scores = _old_scores(q, kv, columns, cos[:, :, columns], sin[:, :, columns])
+        scores = _masked(scores, None if old_mask is None else old_mask[..., columns], shared)
+        decay = softmax.add(scores)
+        exact.mul_(decay)
+        latent.mul_(decay.view(batch, -1, 1))
+        latent.baddbmm_(softmax.weights.flatten(1, 2), kv.value_latents[:, columns].to(dtype))
+
+    # value_B has the rows of all KV heads; each query head needs those of its own
+    up = factors.value_B.to(dtype).view(kv_heads, head_dim, -1)
+    old = latent.view(batch, kv_heads, shared * num_queries, -1) @ up.mT
+    return ((exact + old) / softmax.total).view(batch, num_heads, num_queries, head_dim).to(query.dtype)
+
+
+def _old_scores(q, kv: CompressedKV, columns: slice, cos, sin) -> torch.Tensor:
+    """Scores (batch, kv_heads, rows of q, columns) against keys rebuilt for one tile, one group of KV heads at a time."""
+    factors = kv.factors
+    latents = kv.key_latents[:, columns].to(q.dtype).split(factors.key_ranks, dim=-1)
+    groups = q.split(factors.heads_per_group, dim=1)
+    parts = [
+        q_group @ rotate(factors.decode_key_group(part, g), cos, sin).mT
+        for g, (q_group, part) in enumerate(zip(groups, latents))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class OnlineSoftmax:
+    """Softmax over columns that arrive in parts (Milakov and Gimelshein 2018): running maximum and sum of exponentials.
+
+    Attributes:
+        weights: exponentials of the part added last, relative to the running maximum.
+        total: their sum so far, (..., rows, 1); never zero.
+    """
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        self.maximum = self._finite_max(scores)
+        self.weights = (scores - self.maximum).exp_()
+        self.sum = self.weights.sum(-1, keepdim=True)
+
+    @staticmethod
+    def _finite_max(scores: torch.Tensor) -> torch.Tensor:
+        if scores.shape[-1] == 0:
+            return scores.new_full((*scores.shape[:-1], 1), torch.finfo(scores.dtype).min / 2)
+        return scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min / 2)  # a fully masked row: no inf - inf
+
+    def add(self, scores: torch.Tensor) -> torch.Tensor:
+        """Add a part; returns by how much what was accumulated so far has to be scaled, (..., rows, 1)."""
+        maximum = torch.maximum(self.maximum, self._finite_max(scores))
+        decay = (self.maximum - maximum).exp_()
+        self.maximum, self.weights = maximum, (scores - maximum).exp_()
+        self.sum = self.sum * decay + self.weights.sum(-1, keepdim=True)
+        return decay
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.sum.clamp_min(torch.finfo(self.sum.dtype).tiny)
+
+
+def _masked(scores: torch.Tensor, mask: torch.Tensor | None, shared: int) -> torch.Tensor:
+    """Apply a mask (batch or 1, 1, num_queries or 1, columns) to scores (batch, kv_heads, shared * num_queries, columns)."""
+    if mask is None:
+        return scores
+    by_head = scores.unflatten(2, (shared, -1))
+    mask = mask.unsqueeze(2)
+    if mask.dtype == torch.bool:
+        return by_head.masked_fill_(~mask, -torch.inf).flatten(2, 3)
+    return by_head.add_(mask.to(scores.dtype)).flatten(2, 3)
+
+
+def column_masks(
+    attention_mask: Any, step: Step, sliding_window: int | None, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The masks of the exact and of the compressed columns, from whatever mask the model made over slots.
+
+    Args:
+        attention_mask: a 4-D tensor over slots (eager, sdpa, or given by the user), a 2-D padding mask (flash), or anything else (None,
+            a flex BlockMask), which stands for causal attention over all real tokens.
+        step: of the cache.
+        sliding_window: of the layer; used where the mask is not 4-D.
+    """
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+        return tuple(_gather_columns(attention_mask, slots.to(device)) for slots in (step.exact_slots(), step.old_slots()))
+    within = sliding_window is None or step.num_slots <= sliding_window
+    if step.num_new == 1 and step.slots is None and within and attention_mask is None:
+        return None, None
+    queries = torch.arange(step.start, step.num_slots, device=device)[:, None]
+    masks = []
+    for slots in (step.exact_slots().to(device), step.old_slots().to(device)):
+        visible = (slots[:, None] <= queries) & (slots[:, None] >= 0)  # (batch or 1, num_queries, columns)
+        if sliding_window is not None:
+            visible &= slots[:, None] > queries - sliding_window
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            real = attention_mask.to(device).bool()
+            visible = visible & real.gather(1, slots.clamp_min(0).expand(real.shape[0], -1))[:, None]
+        masks.append(visible[:, None])
+    return tuple(masks)
+
+
+def _gather_columns(mask: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Columns of a 4-D mask over slots at `slots` (batch or 1, n); columns that hold nothing (-1) are masked out."""
+    rows = max(mask.shape[0], slots.shape[0])
+    index = slots.clamp_min(0).expand(rows, -1)[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    columns = mask.expand(rows, -1, -1, -1).gather(3, index)
+    empty = (slots < 0)[:, None, None, :]
+    return columns & ~empty if mask.dtype == torch.bool else columns.masked_fill(empty, torch.finfo(mask.dtype).min)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | CompressedKV,
+    value: torch.Tensor | CompressedKV,
+    attention_mask: Any,
+    *,
+    base: str,
+    scaling: float,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The registered attention function: compressed attention for a [`CompressedKV`], the `base` implementation for tensors.
+
+    Returns:
+        (batch, num_queries, num_attention_heads, head_dim), and attention weights only where the base implementation gives them.
+    """
+    if isinstance(key, CompressedKV):
+        masks = column_masks(attention_mask, key.step, sliding_window, query.device)
+        return compressed_attention(query, key, scaling, *masks).transpose(1, 2), None
+    function = base_attention(module, base)
+    if sliding_window is not None:
+        kwargs["sliding_window"] = sliding_window
+    return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def base_attention(module: nn.Module, base: str) -> Callable:
+    """An attention implementation by its transformers name; eager is the model's own."""
+    if base == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def register(base: str) -> str:
+    """Register (once) the attention function that falls back to `base`, with base's own mask; returns its name."""
+    name = PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, functools.partial(attention_forward, base=base))
+        if base in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+for _base in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
+    register(_base)  # at import, so that an unpickled model finds its function

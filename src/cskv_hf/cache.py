@@ -1,0 +1,409 @@
+"""CSKVCache: sinks and a window of exact keys and values, low-rank latents for everything between (CSKV's bi-branch cache, section 2.1).
+
+The cache owns tensors, not models: the attention pre-hook *stages* this step's positions and factors, the model's unmodified
+attention calls [`CSKVCache.update`], and nothing of the model is kept afterwards. Keys are cached after RoPE, and rotated back when
+they are encoded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .config import CSKVConfig
+from .factors import LayerFactors, compute_dtype
+from .rope import RotaryFrequencies, cos_sin, rotate, rotate_back
+from .tokens import Eviction, Step, TokenTable, take
+
+ROLLBACK_TOKENS = 64  # assisted decoding proposes 20 tokens by default
+
+MISSING_FACTORS = (
+    "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "
+    "(`cskv_hf.load(model, adapter)`, or `AutoModelForCausalLM.from_pretrained(adapter)` after `import cskv_hf`), or make one with "
+    "`model = cskv_hf.fit(model, data)`; if the model has one, enable it (`set_adapter`, `enable_adapters`). To generate without "
+    "compression use `transformers.DynamicCache()`."
+)
+
+
+@dataclass
+class CompressedKV:
+    """What `update` hands to the attention function in place of keys and values: references to tensors, nothing rebuilt.
+
+    Attributes:
+        exact_keys, exact_values: (batch, num_key_value_heads, num_sinks + num_recent, head_dim); keys after RoPE.
+        key_latents, value_latents: (batch, num_old, key_rank), (batch, num_old, value_rank).
+        factors: of this layer.
+        step: which slots the columns are, and the rotation of the latents' keys.
+    """
+
+    exact_keys: torch.Tensor
+    exact_values: torch.Tensor
+    key_latents: torch.Tensor
+    value_latents: torch.Tensor
+    factors: LayerFactors
+    step: Step
+
+    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys (after RoPE) and values, (batch, num_key_value_heads, num_slots, head_dim), column = slot.
+
+        The slow way, for attention implementations that know nothing of latents: it rebuilds the whole layer.
+        """
+        dtype = compute_dtype(self.exact_keys)
+        cos, sin = (t[:, None].to(dtype) for t in self.step.old_cos_sin(self.exact_keys.device, self.exact_keys.dtype))
+        old_keys = rotate(self.factors.decode_keys(self.key_latents.to(dtype)), cos, sin)
+        old_values = self.factors.decode_values(self.value_latents.to(dtype))
+        slots = torch.cat([self.step.exact_slots(), self.step.old_slots()], dim=1).to(self.exact_keys.device)
+        return (
+            self._by_slot(torch.cat([self.exact_keys, old_keys.to(self.exact_keys.dtype)], dim=2), slots),
+            self._by_slot(torch.cat([self.exact_values, old_values.to(self.exact_values.dtype)], dim=2), slots),
+        )
+
+    def _by_slot(self, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        batch, heads, _, head_dim = states.shape
+        frame = states.new_zeros(batch, heads, self.step.num_slots + 1, head_dim)  # the last column takes the empty ones
+        target = slots.masked_fill(slots < 0, self.step.num_slots).expand(batch, -1)
+        frame.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, head_dim), states)
+        return frame[:, :, :-1]
+
+
+@dataclass
+class Staged:
+    """What the pre-hook of an attention layer hands over for the `update` that follows."""
+
+    step: Step
+    factors: LayerFactors
+    frequencies: RotaryFrequencies
+    materialize: bool
+
+
+class CSKVLayer(CacheLayerMixin):
+    """The tensors of one layer.
+
+    Attributes:
+        sink_keys, sink_values: (batch, num_key_value_heads, num_sinks, head_dim), keys after RoPE.
+        key_latents, value_latents: (batch, num_old, rank), in the dtype of the model.
+        keys, values: (batch, num_key_value_heads, num_recent, head_dim), the window; named as in other cache layers.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False  # a model's sliding window is applied by the mask, over all slots
+    supports_early_init = False
+
+    TENSORS = ("sink_keys", "sink_values", "key_latents", "value_latents", "keys", "values")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.staged: Staged | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        for name in self.TENSORS:
+            setattr(self, name, None)
+        self.is_initialized = False
+        self.num_slots = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        factors = self.staged.factors
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = key_states.new_empty(batch, heads, 0, head_dim)
+        self.sink_keys = self.sink_values = self.keys
+        self.key_latents = key_states.new_empty(batch, 0, factors.key_A.shape[0])
+        self.value_latents = key_states.new_empty(batch, 0, factors.value_A.shape[0])
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        """Append exact keys (after RoPE) and values; return what attention is to see of past and present.
+
+        Returns:
+            Plain tensors (batch, num_key_value_heads, num_slots, head_dim) as long as nothing is compressed, or if materialising was
+            asked for; otherwise the same [`CompressedKV`] twice.
+        """
+        staged, self.staged = self.staged, None
+        if staged is None or staged.step.num_new != key_states.shape[-2]:
+            raise RuntimeError(MISSING_FACTORS)
+        self.staged = staged  # lazy_initialization reads the ranks
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.staged = None
+        if key_states.shape[0] != self.keys.shape[0]:
+            raise ValueError(
+                f"This CSKVCache holds a batch of {self.keys.shape[0]} and got a batch of {key_states.shape[0]}. Use a new cache, "
+                "`cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
+            )
+        step = staged.step
+        keys = torch.cat([self.keys, key_states], dim=2)
+        values = torch.cat([self.values, value_states], dim=2)
+        exact_keys, exact_values = keys, values
+        if step.num_sinks:
+            exact_keys = torch.cat([self.sink_keys, keys], dim=2)
+            exact_values = torch.cat([self.sink_values, values], dim=2)
+        seen = CompressedKV(exact_keys, exact_values, self.key_latents, self.value_latents, staged.factors, step)
+        if step.eviction is None:
+            self.keys, self.values = keys, values
+        else:
+            self._evict(keys, values, step.eviction, staged)
+        self.num_slots = step.num_slots
+        if step.num_old == 0 and step.slots is None:
+            return exact_keys, exact_values
+        return seen.materialize() if staged.materialize else (seen, seen)
+
+    def _evict(self, keys: torch.Tensor, values: torch.Tensor, eviction: Eviction, staged: Staged) -> None:
+        key_latents, value_latents = encode(
+            take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2), eviction.positions, staged
+        )
+        old_keys = torch.cat([self.key_latents, key_latents], dim=1)
+        old_values = torch.cat([self.value_latents, value_latents], dim=1)
+        if eviction.old is not None:
+            old_keys, old_values = take(old_keys, eviction.old, 1), take(old_values, eviction.old, 1)
+        self.key_latents, self.value_latents = old_keys, old_values
+        if staged.step.num_sinks == 0 or not isinstance(eviction.sinks, slice) or staged.step.num_sinks < eviction.sinks.stop:
+            self.sink_keys = take(torch.cat([self.sink_keys, keys], dim=2), eviction.sinks, 2)
+            self.sink_values = take(torch.cat([self.sink_values, values], dim=2), eviction.sinks, 2)
+        self.keys, self.values = take(keys, eviction.recent, 2), take(values, eviction.recent, 2)
+
+    def get_seq_length(self) -> int:
+        return self.num_slots
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_slots + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def crop_columns(self, kept: dict[str, Any], num_slots: int) -> None:
+        """Keep the given columns of each part; see [`TokenTable.crop`]."""
+        self.num_slots = num_slots
+        if self.is_initialized:
+            self.sink_keys, self.sink_values = (take(t, kept["sinks"], 2) for t in (self.sink_keys, self.sink_values))
+            self.key_latents, self.value_latents = (take(t, kept["old"], 1) for t in (self.key_latents, self.value_latents))
+            self.keys, self.values = (take(t, kept["recent"], 2) for t in (self.keys, self.values))
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        if self.is_initialized:
+            for name in self.TENSORS:
+                tensor = getattr(self, name)
+                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+
+    reorder_cache = select_rows
+
+    def offload(self) -> None:
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: Any) -> None:
+        if self.is_initialized:
+            for name in self.TENSORS:
+                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages behind the tensors, each counted once."""
+        tensors = [getattr(self, name) for name in self.TENSORS] if self.is_initialized else []
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+
+def encode(
+    key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor, staged: Staged
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of exact keys (after RoPE, at `positions` (batch or 1, tokens)) and values, in the dtype of the keys.
+
+    Keys are rotated back in float32 or wider.
+    """
+    dtype = torch.promote_types(key_states.dtype, torch.float32)
+    cos, sin = cos_sin(positions.to(key_states.device), staged.frequencies, key_states.dtype)
+    unrotated = rotate_back(key_states.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype))
+    matmul_dtype = compute_dtype(key_states)
+    key_latents = staged.factors.encode_keys(unrotated.to(matmul_dtype))
+    value_latents = staged.factors.encode_values(value_states.to(matmul_dtype))
+    return key_latents.to(key_states.dtype), value_latents.to(value_states.dtype)
+
+
+class CSKVCache(Cache):
+    """A KV cache that keeps `sinks` first and `window` last tokens exactly and everything between as low-rank latents.
+
+    Works with any model that has a CSKV adapter, wherever a `DynamicCache` would: ``model.generate(..., cache=CSKVCache)`` or
+    ``past_key_values=CSKVCache()``. Prefill attends to exact keys and values; what is kept of them is compressed. Tokens leave the window
+    in blocks, and everything that is held exactly is used exactly.
+
+    Args:
+        window: Most recent tokens kept exactly; the adapter's setting by default.
+        sinks: First tokens kept exactly; the adapter's setting by default.
+        materialize: Rebuild all keys and values in every step and run the model's own attention implementation on them. Slow and large;
+            for comparison, and for attention implementations that the default path does not serve.
+
+    Raises:
+        ValueError: if `window` is below 1 or `sinks` below 0.
+    """
+
+    def __init__(self, window: int | None = None, sinks: int | None = None, materialize: bool = False) -> None:
+        super().__init__(layers=[])
+        if window is not None and window < 1:
+            raise ValueError(f"`window` must be at least 1 token, got {window}.")
+        if sinks is not None and sinks < 0:
+            raise ValueError(f"`sinks` must be at least 0 tokens, got {sinks}.")
+        self.window, self.sinks, self.materialize = window, sinks, materialize
+        self.tokens: TokenTable | None = None
+        self.padding_mask: torch.Tensor | None = None
+        self._step: Step | None = None
+        self.slack = 0
+
+    def begin_forward(self, attention_mask: torch.Tensor | None) -> None:
+        """Called by the model-level pre-hook: remember which of the tokens to come are padding.
+
+        Args:
+            attention_mask: (batch, slots) with 0 for padding; anything else (None, 4-D masks) means that no token is.
+        """
+        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        self.padding_mask = attention_mask if is_padding_mask else None
+
+    def stage(
+        self,
+        layer_idx: int,
+        factors: LayerFactors,
+        config: CSKVConfig,
+        positions: torch.Tensor,
+        batch_size: int,
+        frequencies: RotaryFrequencies,
+        materialize: bool,
+    ) -> None:
+        """Called by the pre-hook of each attention layer, before that layer's `update`.
+
+        Args:
+            positions: (batch or 1, num_new).
+            batch_size: rows of the batch.
+            materialize: as the argument of the class, decided for this step.
+
+        Raises:
+            ValueError: if the cache was filled with other factors.
+            RuntimeError: if an earlier forward stopped between two layers.
+        """
+        while len(self.layers) <= layer_idx:
+            self.layers.append(CSKVLayer())
+        layer = self.layers[layer_idx]
+        if self.tokens is None:
+            window = config.window if self.window is None else self.window
+            sinks = config.sinks if self.sinks is None else self.sinks
+            self.tokens = TokenTable(window, sinks, config.block_size, self.slack)
+        ranks = (factors.key_ranks, factors.value_A.shape[0])
+        if layer.is_initialized and (layer.key_latents.shape[-1], layer.value_latents.shape[-1]) != (
+            sum(ranks[0]),
+            ranks[1],
+        ):
+            raise ValueError(
+                f"This CSKVCache was filled with latents of rank {layer.key_latents.shape[-1]} (keys) and "
+                f"{layer.value_latents.shape[-1]} (values), layer {layer_idx} of this model has {sum(ranks[0])} and {ranks[1]}. A cache "
+                "belongs to one model and adapter: use a new one, or `cache.reset()`."
+            )
+        if layer.num_slots == self.tokens.num_slots:
+            self._step = self.tokens.advance(positions, frequencies, self._new_tokens_valid(positions), batch_size)
+        elif self._step is None or layer.num_slots != self._step.start:
+            raise RuntimeError(
+                f"Layer {layer_idx} holds {layer.num_slots} tokens of {self.tokens.num_slots}: an earlier forward was interrupted between "
+                "two layers. Call `cache.reset()` or use a new cache."
+            )
+        layer.staged = Staged(self._step, factors, self.tokens.frequencies, self.materialize or materialize)
+
+    def _new_tokens_valid(self, positions: torch.Tensor) -> torch.Tensor | None:
+        if self.padding_mask is None:
+            return None
+        num_new, total = positions.shape[-1], self.tokens.num_slots + positions.shape[-1]
+        if self.padding_mask.shape[1] != total:
+            raise ValueError(
+                f"`attention_mask` covers {self.padding_mask.shape[1]} tokens; this CSKVCache holds {self.tokens.num_slots} and gets "
+                f"{num_new}, so it must cover {total}. To start over, use a new cache or `cache.reset()`."
+            )
+        return self.padding_mask[:, -num_new:].bool()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        """See [`CSKVLayer.update`].
+
+        Raises:
+            RuntimeError: if the model has no CSKV factors in use; the message says how to get them.
+        """
+        if layer_idx >= len(self.layers):
+            raise RuntimeError(MISSING_FACTORS)
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layers[layer_idx].num_slots if layer_idx < len(self.layers) else 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def reset(self) -> None:
+        """Drop all tokens and what was learnt about the model; the cache can then be used anew."""
+        self.layers.clear()
+        self.tokens = self._step = self.padding_mask = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: a negative count removes that many (transformers >= 5.14), a positive one is the length to keep.
+
+        What was compressed stays compressed.
+        """
+        length = self.get_seq_length()
+        kept = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
+        if self.tokens is None or kept >= length:
+            return
+        if kept < 0:
+            raise ValueError(f"Cannot crop {-tokens_to_remove} tokens from a cache of {length}.")
+        columns = self.tokens.crop(length - kept)
+        for layer in self.layers:
+            layer.crop_columns(columns, kept)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.layers:
+            self.batch_select_indices(torch.arange(self.layers[0].keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows at `indices`."""
+        if self.tokens is not None:
+            self.tokens.select_rows(indices)
+        for layer in self.layers:
+            layer.select_rows(indices)
+
+    def activate_past_recording(self) -> None:
+        """Keep more exact tokens than the window, so that rejected speculations are rolled back exactly."""
+        self.slack = ROLLBACK_TOKENS
+        if self.tokens is not None:
+            self.tokens.slack = self.slack
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held: sinks, latents, window, positions and bookkeeping."""
+        return sum(layer.nbytes for layer in self.layers) + (self.tokens.nbytes if self.tokens is not None else 0)
+
+    def report(self) -> str:
+        """What is held and what it costs, as a readable table."""
+        if not self.layers or self.tokens is None:
+            return "CSKVCache: empty"
+        first, tokens = self.layers[0], self.tokens
+        parts = [
+            ("sinks, exact", tokens.num_sinks, ("sink_keys", "sink_values")),
+            ("old, latents", tokens.num_old, ("key_latents", "value_latents")),
+            ("recent, exact", tokens.num_recent, ("keys", "values")),
+        ]
+        lines = [f"CSKVCache: {tokens.num_slots} tokens x {first.keys.shape[0]} rows, {len(self.layers)} layers, {first.dtype}"]
+        for name, columns, names in parts:
+            size = sum(getattr(layer, n).numel() * getattr(layer, n).itemsize for layer in self.layers for n in names)
+            lines.append(f"  {name:<14}{columns:>8} tokens {size:>14,} bytes")
+        lines.append(f"  {'positions':<14}{tokens.num_slots:>8} tokens {tokens.nbytes:>14,} bytes")
+        exact = first.keys.shape[1] * first.keys.shape[3] * 2 * first.keys.itemsize * len(self.layers) * first.keys.shape[0]
+        full = exact * tokens.num_slots
+        lines.append(f"  {'total':<22}        {self.nbytes:>14,} bytes, {100 * self.nbytes / full:.1f} % of a full cache")
+        return "\n".join(lines)

@@ -1,0 +1,254 @@
+"""CSKVConfig: what to keep of a KV cache, as a PEFT adapter config; validation, ranks from a budget, and bytes from ranks.
+
+Knows shapes and numbers only; nothing here looks at a model's weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from ._peft_type import ensure_peft_type
+
+INITS = ("attention", "mse", "asvd", "svd", "random")
+FORMAT_VERSION = 1
+POSITION_BYTES = 4  # one int32 per token, shared by all layers
+DEFAULT_COMPRESSION = 0.8
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that a CSKV adapter depends on."""
+
+    model_type: str
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> ModelShape:
+        """Read the sizes off a transformers config (or the config of a model's text part)."""
+        config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.model_type, config.num_hidden_layers, config.num_key_value_heads, head_dim)
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+
+def num_key_groups(key_layout: str, num_key_value_heads: int) -> int:
+    """Into how many groups of KV heads a key layout splits a layer: ``head`` all of them, ``joint`` one, ``group:N`` heads / N."""
+    if key_layout == "head":
+        return num_key_value_heads
+    if key_layout == "joint":
+        return 1
+    size = int(key_layout.removeprefix("group:"))
+    if num_key_value_heads % size:
+        raise ValueError(
+            f"`key_layout`='{key_layout}' must divide the model's {num_key_value_heads} KV heads; "
+            f"use a divisor of {num_key_value_heads}, 'head' or 'joint'."
+        )
+    return num_key_value_heads // size
+
+
+@dataclass
+class CSKVConfig(PeftConfig):
+    """Configuration of a CSKV adapter (Wang et al. 2024, arXiv 2409.10593): a PEFT config, saved as ``adapter_config.json``.
+
+    Args:
+        compression: Fraction of the KV bytes of an old token (one outside window and sinks) that is removed, in [0, 1). The
+            budget is split evenly over layers and over K and V. Default 0.8, unless `key_rank` and `value_rank` are given.
+        key_rank, value_rank: Instead of `compression`: channels kept per token and layer, of ``kv_dim = num_key_value_heads *
+            head_dim``. With `key_layout="head"` this is the sum over the heads.
+        key_rank_per_layer, value_rank_per_layer: Overrides, ``{layer_idx: rank}``, of whichever of the above is in force.
+        key_layout: ``"head"`` (default) factors the keys of each KV head on its own, with ranks pooled over the heads of a layer,
+            which makes decoding cheap; ``"joint"`` factors all heads together (the paper's); ``"group:N"`` N heads at a time.
+            Values are always factored jointly: they never need to be rebuilt.
+        window: Number of most recent tokens kept exactly, at least this many at any time (the paper's 32).
+        sinks: Number of first tokens kept exactly. The paper keeps none.
+        block_size: Tokens leave the window in blocks of this many.
+        init: How the factors are found by [`fit`]: ``"attention"`` (default; optimal for attention scores and outputs), ``"mse"``
+            (optimum of the paper's loss), ``"asvd"``, ``"svd"`` (the paper's initialisations), ``"random"``.
+        asvd_alpha: Exponent of ASVD's activation scale (the paper's 0.5).
+        bits: Storage of the latents. 16 stores them in the model's dtype; packed storage is not available yet.
+        key_ranks, value_ranks, model_shape, fit_report: Written by [`fit`]: the ranks found, per layer (and key group), the
+            model they belong to, and what was measured. Leave empty.
+
+    Raises:
+        ValueError: for any value outside of what is described above; the message names it.
+    """
+
+    compression: float | None = field(default=None, metadata={"help": "fraction of KV bytes removed from old tokens"})
+    key_rank: int | None = field(default=None, metadata={"help": "channels kept per token and layer for keys"})
+    value_rank: int | None = field(default=None, metadata={"help": "channels kept per token and layer for values"})
+    key_rank_per_layer: dict[int, int] | None = field(default=None, metadata={"help": "{layer_idx: key rank}"})
+    value_rank_per_layer: dict[int, int] | None = field(default=None, metadata={"help": "{layer_idx: value rank}"})
+    key_layout: str = field(default="head", metadata={"help": "'head', 'joint' or 'group:N'"})
+    window: int = field(default=32, metadata={"help": "most recent tokens kept exactly"})
+    sinks: int = field(default=4, metadata={"help": "first tokens kept exactly"})
+    block_size: int = field(default=32, metadata={"help": "tokens leave the window in blocks of this many"})
+    init: str = field(default="attention", metadata={"help": f"one of {', '.join(INITS)}"})
+    asvd_alpha: float = field(default=0.5, metadata={"help": "exponent of ASVD's activation scale"})
+    bits: int = field(default=16, metadata={"help": "bits per latent; 16 is the model's dtype"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "attention modules; set by the tuner"})
+    key_ranks: list[list[int]] | None = field(default=None, metadata={"help": "fitted ranks per layer and key group"})
+    value_ranks: list[int] | None = field(default=None, metadata={"help": "fitted ranks per layer"})
+    model_shape: dict[str, Any] | None = field(default=None, metadata={"help": "sizes of the model it was fitted to"})
+    fit_report: dict[str, Any] | None = field(default=None, metadata={"help": "what was measured during the fit"})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the adapter's file format"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.CSKV
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This adapter has `format_version`={self.format_version}, this cskv-hf reads up to {FORMAT_VERSION}. "
+                "Upgrade it with `pip install -U cskv-hf`."
+            )
+        for name in ("key_rank_per_layer", "value_rank_per_layer"):
+            if getattr(self, name) is not None:  # JSON turns the layer indices into strings
+                setattr(self, name, {int(layer): int(rank) for layer, rank in getattr(self, name).items()})
+        self._check_budget()
+        if self.key_layout not in ("head", "joint") and not (
+            self.key_layout.startswith("group:") and self.key_layout[6:].isdigit() and int(self.key_layout[6:]) > 0
+        ):
+            raise ValueError(f"`key_layout` must be 'head', 'joint' or 'group:N' with N >= 1, got '{self.key_layout}'.")
+        for name, least in (("window", 1), ("sinks", 0), ("block_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, in tokens, got {value!r}.")
+        if self.init not in INITS:
+            raise ValueError(f"`init` must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
+        if not 0.0 <= self.asvd_alpha <= 1.0:
+            raise ValueError(f"`asvd_alpha` must be in [0, 1], got {self.asvd_alpha}.")
+        if self.bits != 16:
+            raise ValueError(f"`bits` must be 16 in this version (packed 8, 4, 3 and 2 are planned), got {self.bits}.")
+
+    def _check_budget(self) -> None:
+        ranks = (self.key_rank, self.value_rank)
+        if self.compression is None and ranks == (None, None):
+            self.compression = DEFAULT_COMPRESSION
+        if self.compression is not None and ranks != (None, None):
+            raise ValueError(
+                f"`compression`={self.compression} and explicit ranks (`key_rank`={self.key_rank}, `value_rank`={self.value_rank}) "
+                "exclude each other; give one of them."
+            )
+        if self.compression is not None and not 0.0 <= self.compression < 1.0:
+            raise ValueError(
+                f"`compression` is the fraction of KV bytes removed from old tokens, in [0, 1), got {self.compression}."
+            )
+        if self.compression is None and None in ranks:
+            raise ValueError(f"`key_rank` and `value_rank` must be given together, got {ranks[0]} and {ranks[1]}.")
+        per_layer = [r for ranks in (self.key_rank_per_layer, self.value_rank_per_layer) for r in (ranks or {}).values()]
+        for rank in [r for r in ranks if r is not None] + per_layer:
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"Ranks must be integers of at least 1, got {rank!r}.")
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the ranks have been decided, by [`fit`] or by loading a fitted adapter."""
+        return self.key_ranks is not None and self.value_ranks is not None
+
+    def layer_ranks(self, shape: ModelShape) -> list[tuple[int, int]]:
+        """The (key, value) rank of every layer that `compression` or the explicit ranks ask for.
+
+        With `compression`, the position of the token (4 bytes, shared by all layers) is paid from the same budget.
+
+        Raises:
+            ValueError: if a rank is above ``kv_dim``, an override names a layer that is not there, or the budget leaves no rank.
+        """
+        if self.compression is not None:
+            channels = (1.0 - self.compression) * 2 * shape.kv_dim
+            if self.compression > 0:
+                channels -= POSITION_BYTES / (2 * shape.num_hidden_layers)  # at 16 bits a channel
+            key_rank = value_rank = int(channels / 2 + 1e-9)
+            if key_rank < 1:
+                raise ValueError(
+                    f"`compression`={self.compression} leaves {channels:.2f} channels for keys and values of a layer with "
+                    f"kv_dim={shape.kv_dim}; at least 2 are needed: use at most {self._largest_compression(shape):.3f}."
+                )
+        else:
+            key_rank, value_rank = self.key_rank, self.value_rank
+        layers = []
+        for name, overrides in (("key", self.key_rank_per_layer), ("value", self.value_rank_per_layer)):
+            for layer_idx in overrides or {}:
+                if not 0 <= layer_idx < shape.num_hidden_layers:
+                    raise ValueError(
+                        f"`{name}_rank_per_layer` names layer {layer_idx}; the model has layers 0 to {shape.num_hidden_layers - 1}."
+                    )
+        for layer_idx in range(shape.num_hidden_layers):
+            ranks = (
+                (self.key_rank_per_layer or {}).get(layer_idx, key_rank),
+                (self.value_rank_per_layer or {}).get(layer_idx, value_rank),
+            )
+            for name, rank in zip(("key", "value"), ranks):
+                if rank > shape.kv_dim:
+                    raise ValueError(
+                        f"The {name} rank {rank} of layer {layer_idx} is above the model's kv_dim={shape.kv_dim} "
+                        f"({shape.num_key_value_heads} KV heads x {shape.head_dim}); use at most {shape.kv_dim}."
+                    )
+            layers.append(ranks)
+        return layers
+
+    @staticmethod
+    def _largest_compression(shape: ModelShape) -> float:
+        return 1.0 - (2 + POSITION_BYTES / (2 * shape.num_hidden_layers)) / (2 * shape.kv_dim)
+
+    def total_ranks(self, shape: ModelShape) -> list[tuple[int, int]]:
+        """The (key, value) rank of every layer: as fitted if the adapter is fitted, else as asked for."""
+        if not self.is_fitted:
+            return self.layer_ranks(shape)
+        return [(sum(groups), rank) for groups, rank in zip(self.key_ranks, self.value_ranks)]
+
+    def check_model(self, shape: ModelShape) -> None:
+        """Refuse a model other than the one the adapter was fitted to.
+
+        Raises:
+            ValueError: naming each size that differs.
+        """
+        if self.model_shape is None:
+            return
+        mine, other = ModelShape(**self.model_shape), shape
+        if mine != other:
+            differences = ", ".join(
+                f"{name}: adapter {value}, model {getattr(other, name)}"
+                for name, value in vars(mine).items()
+                if value != getattr(other, name)
+            )
+            raise ValueError(
+                f"This CSKV adapter was fitted to another model ({differences}). Load it on "
+                f"{self.base_model_name_or_path or 'the model it was fitted to'}, or fit a new one with `cskv_hf.fit`."
+            )
+
+    def bytes_per_token(self, model_config: Any, dtype: torch.dtype = torch.bfloat16) -> float:
+        """Bytes that one old token costs, over all layers, its position included."""
+        shape = ModelShape.from_model_config(model_config)
+        channels = sum(key + value for key, value in self.total_ranks(shape))
+        return channels * dtype.itemsize + POSITION_BYTES
+
+    def cache_nbytes(
+        self, model_config: Any, num_tokens: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
+    ) -> int:
+        """Bytes of a [`CSKVCache`] after a prompt of `num_tokens` tokens without padding: sinks, latents, window and positions.
+
+        The same as ``CSKVCache.nbytes`` counts on its tensors; after token-by-token generation the window may hold up to
+        ``block_size - 1`` tokens more.
+        """
+        shape = ModelShape.from_model_config(model_config)
+        old = self.num_old_tokens(num_tokens)
+        exact = (num_tokens - old) * shape.num_hidden_layers * 2 * shape.kv_dim
+        latent = old * sum(key + value for key, value in self.total_ranks(shape))
+        rope = 4 * shape.head_dim // 2
+        return batch_size * ((exact + latent) * dtype.itemsize + num_tokens * POSITION_BYTES) + rope
+
+    def num_old_tokens(self, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens of a sequence are held as latents."""
+        return max(0, (num_tokens - self.sinks - self.window) // self.block_size * self.block_size)
+
+
+ensure_peft_type()

@@ -1,0 +1,231 @@
+"""Optimal and baseline low-rank factors from second moments: pure functions of tensors, in float64.
+
+Symbols, for the keys (or values) of one layer: ``x`` the flattened state before RoPE, of size ``kv_dim``, seen as `G` groups of
+``group_dim = kv_dim / G`` consecutive channels; ``C = E[x xᵀ]`` its second moment (kv_dim, kv_dim); ``M`` the weight of an error
+(kv_dim, kv_dim), block-diagonal over the groups. Per group the factors are ``c = A x`` and ``x̂ = B c``, and they minimise
+``E[(x - x̂)ᵀ M (x - x̂)]``: with U the leading eigenvectors of ``M^½ C M^½``, ``A = Uᵀ M^½`` and ``B = M^-½ U`` (Eckart-Young after
+the change of variable ``M^½ x``; CSKV eq. 1 is the case M = I). The paper's SVD and ASVD initialisations have the same form with
+``C`` replaced by ``W Wᵀ`` and ``W S² Wᵀ``: ``U_r U_rᵀ W`` is the truncated SVD of W, and ASVD's scaling S cancels on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+DAMPING = 1e-6  # of the mean weight, so that a channel no query ever reads keeps an invertible M
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors of the keys or values of one layer, all groups side by side.
+
+    Attributes:
+        A: (rank, group_dim); row i reads the group that channel i belongs to.
+        B: (group_dim, rank); column i writes that same group.
+        ranks: channels per group; they sum to ``rank``. Channels are sorted by group, then by falling importance.
+        spectrum: (rank,) share of the objective that each channel carries; comparable across the groups of a layer.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    ranks: tuple[int, ...]
+    spectrum: torch.Tensor
+
+
+def blocks(matrix: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """The diagonal blocks (num_groups, group_dim, group_dim) of a (kv_dim, kv_dim) matrix."""
+    size = matrix.shape[0] // num_groups
+    return torch.stack([matrix[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(num_groups)])
+
+
+def sqrt_and_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``M^½`` and ``M^-½`` of symmetric positive semi-definite matrices (..., n, n), damped to be invertible."""
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = DAMPING * values.mean(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    root = values.clamp_min(0.0).add(floor).sqrt().unsqueeze(-2)
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def pooled_ranks(spectra: torch.Tensor, rank: int) -> tuple[int, ...]:
+    """Distribute `rank` channels over groups by keeping the largest of all their eigenvalues.
+
+    Args:
+        spectra: (num_groups, group_dim), falling along the last axis.
+        rank: the sum of the ranks. Every group gets one channel as long as `rank` allows it.
+
+    Raises:
+        ValueError: if there are not that many channels.
+    """
+    num_groups, group_dim = spectra.shape
+    if not 1 <= rank <= num_groups * group_dim:
+        raise ValueError(f"`rank` must be between 1 and {num_groups * group_dim}, got {rank}.")
+    order = spectra.clone()
+    if rank >= num_groups:
+        order[:, 0] = torch.inf
+    chosen = order.flatten().argsort(descending=True, stable=True)[:rank] // group_dim
+    return tuple(torch.bincount(chosen, minlength=num_groups).tolist())
+
+
+def assemble(A: torch.Tensor, B: torch.Tensor, spectra: torch.Tensor, ranks: Sequence[int]) -> Factors:
+    """Cut full bases A (G, n, n), B (G, n, n), spectra (G, n) to the given ranks and lay the groups side by side."""
+    return Factors(
+        A=torch.cat([A[g, :r] for g, r in enumerate(ranks)]),
+        B=torch.cat([B[g, :, :r] for g, r in enumerate(ranks)], dim=1),
+        ranks=tuple(ranks),
+        spectrum=torch.cat([spectra[g, :r] for g, r in enumerate(ranks)]),
+    )
+
+
+def optimal_factors(
+    second_moment: torch.Tensor, rank: int, num_groups: int = 1, weight: torch.Tensor | None = None
+) -> Factors:
+    """The factors of total rank `rank` with the least weighted error, ranks pooled over the groups.
+
+    Args:
+        second_moment: C, (kv_dim, kv_dim). For ``svd`` and ``asvd`` pass [`weight_moment`].
+        rank: channels kept over all groups.
+        num_groups: 1 factors all heads jointly.
+        weight: M, (kv_dim, kv_dim), block-diagonal over groups; None is the identity.
+
+    Raises:
+        ValueError: if `second_moment` has NaN or infinite entries, or `rank` does not fit.
+    """
+    if not torch.isfinite(second_moment).all():
+        raise ValueError("`second_moment` has NaN or infinite entries; check the calibration data and the model's dtype.")
+    moments = blocks(second_moment.double(), num_groups)
+    if weight is None:
+        values, vectors = torch.linalg.eigh(moments)
+        A, B = vectors.flip(-1).mT, vectors.flip(-1)
+    else:
+        root, inverse = sqrt_and_inverse(blocks(weight.double(), num_groups))
+        values, vectors = torch.linalg.eigh(root @ moments @ root)
+        A, B = vectors.flip(-1).mT @ root, inverse @ vectors.flip(-1)
+    spectra = values.flip(-1).clamp_min(0.0)
+    return assemble(A, B, spectra, pooled_ranks(spectra, rank))
+
+
+def random_factors(kv_dim: int, rank: int, num_groups: int = 1, seed: int = 0) -> Factors:
+    """Projections on random orthonormal subspaces, ranks split evenly.
+
+    (The paper draws A and B independently, which is wrong at any rank before training; a projection is lossless at full rank.)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = kv_dim // num_groups
+    A = torch.linalg.qr(torch.randn(num_groups, size, size, generator=generator, dtype=torch.float64))[0].mT
+    return assemble(A, A.mT, torch.ones(num_groups, size, dtype=torch.float64), even_ranks(rank, num_groups))
+
+
+def even_ranks(rank: int, num_groups: int) -> tuple[int, ...]:
+    """`rank` split over groups as evenly as possible, the first ones getting the remainder."""
+    return tuple(rank // num_groups + (g < rank % num_groups) for g in range(num_groups))
+
+
+def normalized(factors: Factors, second_moment: torch.Tensor) -> Factors:
+    """The same map with latents of unit mean square: ``(A / s, B s)``.
+
+    A weighted basis scales latents by the square root of the summed query energy, which overflows 16-bit floats.
+    """
+    energy = latent_energy(factors, second_moment).mean()
+    scale = energy.sqrt() if energy > 0 else torch.ones_like(energy)
+    return Factors(factors.A / scale, factors.B * scale, factors.ranks, factors.spectrum)
+
+
+def latent_energy(factors: Factors, second_moment: torch.Tensor) -> torch.Tensor:
+    """E[c_i²] of every channel, (rank,)."""
+    energies = []
+    for A, _, moment in _groups(factors, second_moment.double()):
+        energies.append(torch.einsum("ri,ij,rj->r", A, moment, A))
+    return torch.cat(energies)
+
+
+def relative_error(factors: Factors, second_moment: torch.Tensor, weight: torch.Tensor | None = None) -> float:
+    """``E[(x - x̂)ᵀ M (x - x̂)] / E[xᵀ M x]`` on the data that `second_moment` was taken from."""
+    weight = torch.eye(second_moment.shape[0], dtype=torch.float64) if weight is None else weight.double()
+    lost = total = 0.0
+    M = blocks(weight, len(factors.ranks))
+    for g, (A, B, moment) in enumerate(_groups(factors, second_moment.double())):
+        residual = torch.eye(moment.shape[0], dtype=torch.float64) - B @ A
+        lost += float(torch.trace(residual.mT @ M[g] @ residual @ moment))
+        total += float(torch.trace(M[g] @ moment))
+    return lost / total if total > 0 else 0.0
+
+
+def _groups(factors: Factors, second_moment: torch.Tensor):
+    start = 0
+    for rank, moment in zip(factors.ranks, blocks(second_moment, len(factors.ranks))):
+        channels = slice(start, start + rank)
+        yield factors.A[channels].double(), factors.B[:, channels].double(), moment
+        start += rank
+
+
+def truncation_order(spectrum: torch.Tensor, ranks: Sequence[int], rank: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Which channels of fitted factors to keep at a smaller total rank (nested ranks).
+
+    Args:
+        spectrum: (sum(ranks),) as stored with the factors.
+        ranks: channels per group.
+        rank: the smaller total.
+
+    Returns:
+        The indices of the channels kept, in their old order, and the new ranks per group.
+
+    Raises:
+        ValueError: if `rank` is above what the factors hold.
+    """
+    if not 1 <= rank <= sum(ranks):
+        raise ValueError(
+            f"Cannot cut factors of rank {sum(ranks)} to rank {rank}: a fitted adapter loads at its own or a smaller rank. "
+            "Fit again for a larger one."
+        )
+    padded = torch.full((len(ranks), max(ranks)), -1.0, dtype=torch.float64)
+    for g, channels in enumerate(spectrum.double().split(list(ranks))):
+        padded[g, : len(channels)] = channels
+    kept = pooled_ranks(padded, rank)
+    starts = torch.tensor([0, *ranks]).cumsum(0)[:-1].tolist()
+    return torch.cat([torch.arange(start, start + r) for start, r in zip(starts, kept)]), kept
+
+
+def weight_moment(weight: torch.Tensor, input_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """``W Wᵀ`` (svd), or ``W S² Wᵀ`` with the scale of every input channel (asvd: mean absolute activation to the power alpha).
+
+    Args:
+        weight: (kv_dim, hidden_size).
+        input_scale: (hidden_size,) or None.
+    """
+    weight = weight.double() if input_scale is None else weight.double() * input_scale.double()
+    return weight @ weight.mT
+
+
+def key_weight(query_moment: torch.Tensor) -> torch.Tensor:
+    """M of the keys for the ``attention`` objective: the energy of the queries that meet them, per KV head and RoPE pair.
+
+    The error of a score is ``qᵀ R(Δ) (k - k̂)``. Averaged over the distance Δ, rotation mixes the two channels of a frequency and
+    cancels what is between frequencies, so that M is diagonal, and equal on the pair (f, f + head_dim / 2).
+
+    Args:
+        query_moment: (num_key_value_heads, head_dim, head_dim), E[q qᵀ] summed over the query heads of each KV head.
+
+    Returns:
+        (kv_dim, kv_dim), diagonal.
+    """
+    energy = query_moment.double().diagonal(dim1=-2, dim2=-1)
+    half = energy.shape[-1] // 2
+    pair = (energy[:, :half] + energy[:, half:]) / 2
+    return torch.diag(torch.cat([pair, pair], dim=-1).flatten())
+
+
+def value_weight(output_weight: torch.Tensor, num_key_value_heads: int, head_dim: int) -> torch.Tensor:
+    """M of the values for the ``attention`` objective: ``W_oᵀ W_o`` summed over the query heads of each KV head.
+
+    Args:
+        output_weight: (hidden_size, num_attention_heads * head_dim), the weight of o_proj.
+
+    Returns:
+        (kv_dim, kv_dim), block-diagonal over KV heads: different heads attend to different tokens.
+    """
+    # the query heads that share a KV head are consecutive
+    per_query_head = output_weight.double().reshape(output_weight.shape[0], num_key_value_heads, -1, head_dim)
+    return torch.block_diag(*torch.einsum("hgqi,hgqj->gij", per_query_head, per_query_head))

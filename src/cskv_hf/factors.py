@@ -1,0 +1,209 @@
+"""The factors of one attention layer at work: encode keys and values into latents, decode them again.
+
+`LayerFactors` are plain tensors with pure methods, used by the cache and the attention. `CSKVFactors` is the module that owns them
+inside a model, one set per adapter: a PEFT layer that sits beside the projections (``self_attn.cskv``) and wraps none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .config import CSKVConfig, num_key_groups
+from .decompose import Factors, even_ranks
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype to multiply in: the tensor's own, but float32 for 16-bit floats on a CPU, where their matmuls are very slow."""
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16):
+        return torch.float32
+    return tensor.dtype
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Factors of one layer as tensors, ready to compute with.
+
+    Attributes:
+        key_A, key_B: (key_rank, group_dim), (group_dim, key_rank): keys before RoPE, per group of KV heads.
+        value_A, value_B: (value_rank, kv_dim), (kv_dim, value_rank).
+        key_ranks: channels per key group.
+        num_key_value_heads, head_dim: of the layer.
+    """
+
+    key_A: torch.Tensor
+    key_B: torch.Tensor
+    value_A: torch.Tensor
+    value_B: torch.Tensor
+    key_ranks: tuple[int, ...]
+    num_key_value_heads: int
+    head_dim: int
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_key_value_heads // len(self.key_ranks)
+
+    def encode_keys(self, key_states: torch.Tensor) -> torch.Tensor:
+        """(batch, num_key_value_heads, tokens, head_dim) before RoPE -> latents (batch, tokens, key_rank)."""
+        groups = key_states.transpose(1, 2).unflatten(2, (len(self.key_ranks), self.heads_per_group)).flatten(3)
+        parts = [groups[:, :, g] @ A.mT for g, A in enumerate(self.key_A.to(groups.dtype).split(self.key_ranks))]
+        return torch.cat(parts, dim=-1)
+
+    def encode_values(self, value_states: torch.Tensor) -> torch.Tensor:
+        """(batch, num_key_value_heads, tokens, head_dim) -> latents (batch, tokens, value_rank)."""
+        return value_states.transpose(1, 2).flatten(2) @ self.value_A.to(value_states.dtype).mT
+
+    def decode_key_group(self, latents: torch.Tensor, group: int) -> torch.Tensor:
+        """The keys before RoPE of one group: latents of that group alone (batch, tokens, rank of the group) ->
+        (batch, heads_per_group, tokens, head_dim)."""
+        start = sum(self.key_ranks[:group])
+        B = self.key_B[:, start : start + self.key_ranks[group]].to(latents.dtype)
+        return (latents @ B.mT).unflatten(-1, (self.heads_per_group, self.head_dim)).transpose(1, 2)
+
+    def decode_keys(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (batch, tokens, key_rank) -> keys before RoPE (batch, num_key_value_heads, tokens, head_dim)."""
+        parts = latents.split(self.key_ranks, dim=-1)
+        return torch.cat([self.decode_key_group(part, g) for g, part in enumerate(parts)], dim=1)
+
+    def decode_values(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (batch, tokens, value_rank) -> values (batch, num_key_value_heads, tokens, head_dim)."""
+        values = latents @ self.value_B.to(latents.dtype).mT
+        return values.unflatten(-1, (self.num_key_value_heads, self.head_dim)).transpose(1, 2)
+
+
+class Factor(nn.Module):
+    """One matrix, handed out by calling the module.
+
+    Going through the call lets whatever hooks leaf modules (accelerate's CPU and disk offload, ZeRO-3) bring the weight in first.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+class CSKVFactors(nn.Module, BaseTunerLayer):
+    """The sidecar ``self_attn.cskv``: the factors of every CSKV adapter of one attention layer.
+
+    Keys on disk: ``….self_attn.cskv.cskv_key_A.weight`` (key_rank, group_dim), ``cskv_key_B`` (group_dim, key_rank),
+    ``cskv_value_A`` (value_rank, kv_dim), ``cskv_value_B`` (kv_dim, value_rank), and the spectra ``cskv_key_spectrum`` (1, key_rank)
+    and ``cskv_value_spectrum`` (1, value_rank), which order the channels when an adapter is cut to a smaller rank.
+    """
+
+    adapter_layer_names = (
+        "cskv_key_A",
+        "cskv_key_B",
+        "cskv_value_A",
+        "cskv_value_B",
+        "cskv_key_spectrum",
+        "cskv_value_spectrum",
+    )
+    other_param_names = ("key_ranks",)
+
+    def __init__(self, layer_idx: int, num_key_value_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.key_ranks: dict[str, tuple[int, ...]] = {}
+        self.configs: dict[str, CSKVConfig] = {}
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self._active_adapter = []
+
+    def update_layer(self, adapter_name: str, config: CSKVConfig, key_ranks: Sequence[int], value_rank: int) -> None:
+        """Add (or replace) an adapter's factors, uninitialised: loading or [`install`] fills them."""
+        self.configs[adapter_name] = config
+        self.key_ranks[adapter_name] = tuple(key_ranks)
+        kv_dim = self.num_key_value_heads * self.head_dim
+        group_dim, key_rank = kv_dim // len(key_ranks), sum(key_ranks)
+        self.cskv_key_A[adapter_name] = Factor(key_rank, group_dim)
+        self.cskv_key_B[adapter_name] = Factor(group_dim, key_rank)
+        self.cskv_value_A[adapter_name] = Factor(value_rank, kv_dim)
+        self.cskv_value_B[adapter_name] = Factor(kv_dim, value_rank)
+        self.cskv_key_spectrum[adapter_name] = Factor(1, key_rank)
+        self.cskv_value_spectrum[adapter_name] = Factor(1, value_rank)
+        for name in self.adapter_layer_names:  # defined values until a fit or a file replaces them; never used to generate
+            nn.init.zeros_(getattr(self, name)[adapter_name].weight)
+        self.requires_grad_(False)
+
+    def default_key_ranks(self, config: CSKVConfig, key_rank: int) -> tuple[int, ...]:
+        return even_ranks(key_rank, num_key_groups(config.key_layout, self.num_key_value_heads))
+
+    @torch.no_grad()
+    def install(self, adapter_name: str, keys: Factors, values: Factors, device: Any, dtype: torch.dtype) -> None:
+        """Put fitted factors in place of the adapter's own, on `device` and in `dtype`."""
+        self.update_layer(adapter_name, self.configs[adapter_name], keys.ranks, values.ranks[0])
+        for name, tensor in (
+            ("cskv_key_A", keys.A),
+            ("cskv_key_B", keys.B),
+            ("cskv_value_A", values.A),
+            ("cskv_value_B", values.B),
+            ("cskv_key_spectrum", keys.spectrum[None]),
+            ("cskv_value_spectrum", values.spectrum[None]),
+        ):
+            weight = tensor.to(device=device, dtype=dtype).contiguous().clone()
+            getattr(self, name)[adapter_name].weight = nn.Parameter(weight, requires_grad=False)
+
+    @property
+    def adapter_in_use(self) -> str | None:
+        """The active adapter that this layer holds, or None if there is none or adapters are disabled."""
+        if self.disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.key_ranks), None)
+
+    def forward(self, adapter_name: str | None = None) -> LayerFactors:
+        """The factors of an adapter (the one in use by default) as tensors."""
+        name = adapter_name or self.adapter_in_use
+        return LayerFactors(
+            key_A=self.cskv_key_A[name](),
+            key_B=self.cskv_key_B[name](),
+            value_A=self.cskv_value_A[name](),
+            value_B=self.cskv_value_B[name](),
+            key_ranks=self.key_ranks[name],
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+        )
+
+    # What PEFT's defaults would do wrong for a layer that wraps nothing.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate the adapters among `adapter_names` that this layer owns; names of other tuners leave it as it is."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        owned = [name for name in names if name in self.key_ranks]
+        if names and not owned:
+            return
+        super().set_adapter(owned, inference_mode=inference_mode)
+        self._freeze_spectra()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_spectra()
+
+    def _freeze_spectra(self) -> None:
+        self.cskv_key_spectrum.requires_grad_(False)
+        self.cskv_value_spectrum.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.configs.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if adapter_names is None or any(name in self.key_ranks for name in adapter_names):
+            raise ValueError(
+                "CSKV factors compress the cache and cannot be merged into the weights; use `unload()` to remove them."
+            )
+
+    def unmerge(self) -> None:
+        return None

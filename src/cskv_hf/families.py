@@ -1,0 +1,71 @@
+"""Which models CSKV serves, and where their parts are. Read-only: looks at a model, changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import ModelShape
+from .rope import RotaryFrequencies
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies that never change; dynamic and longrope do
+REQUIRED = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx", "head_dim")
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module that holds the decoder layers and the rotary embedding of a (PEFT-wrapped) causal language model.
+
+    Raises:
+        ValueError: if the model is not of a supported family; the message names it and lists those that are.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in SUPPORTED:
+        raise ValueError(
+            f"CSKV does not support models of type '{model_type}' ({type(model).__name__}); supported are {', '.join(SUPPORTED)}."
+        )
+    for module in model.modules():
+        if hasattr(module, "layers") and hasattr(module, "rotary_emb"):
+            break
+    else:
+        raise ValueError(f"{type(model).__name__} has no decoder with `layers` and `rotary_emb`; CSKV cannot find its attention.")
+    for attention in (layer.self_attn for layer in module.layers):
+        missing = [name for name in REQUIRED if not hasattr(attention, name)]
+        if missing:
+            raise ValueError(f"{type(attention).__name__} has no {', '.join(missing)}; CSKV does not know how to compress its cache.")
+    rope_type = getattr(module.rotary_emb, "rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"CSKV does not support RoPE scaling of type '{rope_type}' yet, whose frequencies change with the length; "
+            f"supported are {', '.join(ROPE_TYPES)}."
+        )
+    return module
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The self-attention modules in the order of the layers."""
+    return [layer.self_attn for layer in decoder_of(model).layers]
+
+
+def shape_of(model: Any) -> ModelShape:
+    return ModelShape.from_model_config(model.config)
+
+
+def frequencies_of(rotary: nn.Module) -> RotaryFrequencies:
+    """What the model's rotary embedding turns keys by now."""
+    return RotaryFrequencies(rotary.inv_freq, float(rotary.attention_scaling))
+
+
+@torch.no_grad()
+def dense_weight(linear: nn.Module, in_features: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The (out_features, in_features) matrix a linear layer multiplies by, found by asking it.
+
+    Works where there is no plain `weight` to read: quantised, offloaded, or under a LoRA.
+    """
+    rows = [linear(torch.zeros(1, in_features, device=device, dtype=dtype))]
+    identity = torch.eye(in_features, device=device, dtype=dtype)
+    rows.extend(linear(chunk) for chunk in identity.split(1024))
+    response = torch.cat(rows).double().cpu()
+    return (response[1:] - response[:1]).mT.contiguous()

@@ -1,0 +1,211 @@
+"""fit: calibration data in, a model with a fitted CSKV adapter out. Closed form, no training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import CSKVConfig, ModelShape, num_key_groups
+from .decompose import (
+    Factors,
+    key_weight,
+    normalized,
+    optimal_factors,
+    random_factors,
+    relative_error,
+    value_weight,
+    weight_moment,
+)
+from .families import attention_layers, decoder_of, dense_weight, shape_of
+from .statistics import KVStatistics, collect_statistics
+from .tuner import adapter_config, add_adapter, placement, sidecars
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a fit achieved in one layer.
+
+    Attributes:
+        key_ranks, value_rank: channels kept, per key group and in total.
+        key_error, value_error: share of the mean square of keys (before RoPE) and values lost on the calibration data.
+        key_attention_error, value_attention_error: the same, weighted by what attention scores and outputs make of it.
+        bytes_per_token: of the layer's latents, at 16 bits.
+    """
+
+    layer_idx: int
+    key_ranks: tuple[int, ...]
+    value_rank: int
+    key_error: float
+    value_error: float
+    key_attention_error: float
+    value_attention_error: float
+    bytes_per_token: int
+
+
+def fit(
+    model: nn.Module,
+    data: Iterable[Any] | KVStatistics,
+    config: CSKVConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    adapter_name: str = "default",
+    max_length: int = 2048,
+    max_tokens: int | None = None,
+    state_file: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Fit a CSKV adapter in closed form: one pass over calibration data, then linear algebra per layer.
+
+    Args:
+        model: a causal language model of a supported family, on any devices; a `PeftModel` of CSKV adapters gets one more.
+        data: calibration data as [`collect_statistics`] takes it, or statistics collected before. Some 50,000 tokens of the kind the
+            model will read are plenty. Do not use the text you evaluate on.
+        config: [`CSKVConfig`]; the default removes 80 %.
+        tokenizer, max_length, max_tokens, state_file, progress: see [`collect_statistics`].
+        adapter_name: of the new adapter, which becomes the active one. An adapter of that name is fitted again.
+
+    Returns:
+        The model with the adapter: a `PeftModel` (save it with `save_pretrained`), or `model` itself if it has adapters inside.
+        ``model.peft_config[adapter_name].fit_report`` says what was kept; [`format_report`] prints it.
+
+    Raises:
+        ValueError: for an unsupported model, a rank that does not fit, empty data, NaN; before anything of the model is changed.
+    """
+    config = CSKVConfig() if config is None else config
+    decoder_of(model)
+    shape = shape_of(model)
+    ranks = config.layer_ranks(shape)
+    num_groups = num_key_groups(config.key_layout, shape.num_key_value_heads)
+    statistics = data
+    if not isinstance(data, KVStatistics):
+        statistics = collect_statistics(
+            model, data, tokenizer=tokenizer, max_length=max_length, max_tokens=max_tokens, state_file=state_file, progress=progress
+        )
+    if statistics.model_shape != vars(shape):
+        raise ValueError(f"The statistics are of another model ({statistics.model_shape}); this one is {vars(shape)}.")
+
+    fitted, reports = [], []
+    for layer_idx, attention in enumerate(_progress(attention_layers(model), progress)):
+        keys, values, report = fit_layer(attention, statistics, layer_idx, config, *ranks[layer_idx], num_groups)
+        fitted.append((keys, values))
+        reports.append(report)
+
+    config.key_ranks = [list(keys.ranks) for keys, _ in fitted]
+    config.value_ranks = [values.ranks[0] for _, values in fitted]
+    config.model_shape = vars(shape).copy()
+    config.task_type = config.task_type or "CAUSAL_LM"
+    config.inference_mode = True
+    config.fit_report = {"num_tokens": statistics.num_tokens, "init": config.init, "layers": [asdict(r) for r in reports]}
+    if not _has_adapter(model, adapter_name):
+        model = add_adapter(model, config, adapter_name)
+    _replace_config(model, adapter_name, config)
+    for sidecar, attention, (keys, values) in zip(sidecars(model), attention_layers(model), fitted):
+        sidecar.install(adapter_name, keys, values, *placement(attention, model))
+        sidecar.set_adapter(adapter_name, inference_mode=True)
+    return model
+
+
+def _progress(layers: list[nn.Module], progress: bool) -> Iterable[nn.Module]:
+    from tqdm.auto import tqdm
+
+    return tqdm(layers, desc="Factoring", unit="layer", disable=not progress)
+
+
+def _has_adapter(model: nn.Module, adapter_name: str) -> bool:
+    try:
+        adapter_config(model, adapter_name)
+    except ValueError:
+        return False
+    return True
+
+
+def _replace_config(model: nn.Module, adapter_name: str, config: CSKVConfig) -> None:
+    config.target_modules = adapter_config(model, adapter_name).target_modules
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model.config, "_name_or_path", None) or None
+    model.peft_config[adapter_name] = config
+    for sidecar in sidecars(model):
+        sidecar.configs[adapter_name] = config
+
+
+def fit_layer(
+    attention: nn.Module,
+    statistics: KVStatistics,
+    layer_idx: int,
+    config: CSKVConfig,
+    key_rank: int,
+    value_rank: int,
+    num_groups: int,
+) -> tuple[Factors, Factors, LayerReport]:
+    """The factors of one layer's keys and values, and how well they do on the calibration data."""
+    shape = ModelShape(**statistics.model_shape)
+    tokens = statistics.num_tokens
+    key_moment = statistics.key_moment[layer_idx] / tokens
+    value_moment = statistics.value_moment[layer_idx] / tokens
+    key_M = key_weight(statistics.query_moment[layer_idx] / tokens)
+    device, dtype = placement(attention, attention)
+    dtype = attention.q_proj.weight.dtype if getattr(attention.q_proj, "weight", None) is not None else torch.float32
+    dtype = dtype if dtype.is_floating_point else torch.float32
+    num_heads = attention.num_key_value_groups * shape.num_key_value_heads
+    value_M = value_weight(
+        dense_weight(attention.o_proj, num_heads * shape.head_dim, device, dtype), shape.num_key_value_heads, shape.head_dim
+    )
+    if config.init == "random":
+        keys = random_factors(shape.kv_dim, key_rank, num_groups, seed=2 * layer_idx)
+        values = random_factors(shape.kv_dim, value_rank, seed=2 * layer_idx + 1)
+    elif config.init in ("svd", "asvd"):
+        scale = None
+        if config.init == "asvd":
+            scale = (statistics.input_scale[layer_idx] / tokens).clamp_min(1e-6) ** config.asvd_alpha
+        moments = [
+            weight_moment(dense_weight(linear, statistics.input_scale.shape[1], device, dtype), scale)
+            for linear in (attention.k_proj, attention.v_proj)
+        ]
+        keys, values = optimal_factors(moments[0], key_rank, num_groups), optimal_factors(moments[1], value_rank)
+    else:
+        weighted = config.init == "attention"
+        keys = optimal_factors(key_moment, key_rank, num_groups, key_M if weighted else None)
+        values = optimal_factors(value_moment, value_rank, 1, value_M if weighted else None)
+    keys, values = normalized(keys, key_moment), normalized(values, value_moment)
+    report = LayerReport(
+        layer_idx,
+        keys.ranks,
+        value_rank,
+        relative_error(keys, key_moment),
+        relative_error(values, value_moment),
+        relative_error(keys, key_moment, key_M),
+        relative_error(values, value_moment, value_M),
+        2 * (key_rank + value_rank),
+    )
+    return keys, values, report
+
+
+def format_report(config: CSKVConfig) -> str:
+    """The per-layer report of a fitted adapter as a table of at most 80 columns."""
+    if not config.fit_report:
+        return "not fitted yet"
+    shape = ModelShape(**config.model_shape)
+    lines = [
+        f"CSKV adapter: init {config.init}, keys {config.key_layout}, window {config.window} + {config.sinks} sinks",
+        f"fitted on {config.fit_report['num_tokens']:,} tokens; kv_dim {shape.kv_dim} "
+        f"({shape.num_key_value_heads} heads x {shape.head_dim})",
+        "",
+        "        channels kept       energy lost        lost in attention   bytes per",
+        "layer   keys  values     keys    values       keys    values      token",
+    ]
+    for layer in config.fit_report["layers"]:
+        lines.append(
+            f"{layer['layer_idx']:>5}  {sum(layer['key_ranks']):>5}  {layer['value_rank']:>6}  "
+            f"{100 * layer['key_error']:>6.2f} %  {100 * layer['value_error']:>6.2f} %   "
+            f"{100 * layer['key_attention_error']:>6.2f} %  {100 * layer['value_attention_error']:>6.2f} %  "
+            f"{layer['bytes_per_token']:>9,}"
+        )
+    total = sum(layer["bytes_per_token"] for layer in config.fit_report["layers"]) + 4
+    full = 2 * 2 * shape.kv_dim * shape.num_hidden_layers
+    lines.append("")
+    lines.append(f"an old token takes {total:,} of {full:,} bytes at 16 bits: {100 * total / full:.1f} % (position included)")
+    return "\n".join(lines)

@@ -1,0 +1,99 @@
+"""`generate` for one model instance: understands ``cache=`` and defaults to a CSKVCache while a CSKV adapter is active.
+
+The instance gets a subclass of its own class, under the same name, so that isinstance checks, pipelines and saved configs see no
+difference, and copying and pickling keep working.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .cache import CSKVCache
+from .factors import CSKVFactors
+
+
+class CSKVGenerationMixin:
+    """Put in front of a model's own class by [`give_generate`]."""
+
+    def generate(self, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`, with one more argument.
+
+        Args:
+            cache: A cache class (a fresh one is made for this call), a cache instance, or a function without arguments that returns one;
+                another way to pass `past_key_values`. Without either, a model with an active CSKV adapter uses a new [`CSKVCache`].
+
+        Raises:
+            ValueError: if both `cache` and `past_key_values` are given.
+            TypeError: if `cache` is none of the above.
+        """
+        if cache is not None and kwargs.get("past_key_values") is not None:
+            raise ValueError("`cache` and `past_key_values` mean the same; give one of them.")
+        chosen = cache if cache is not None else kwargs.get("past_key_values")
+        if chosen is not None:
+            kwargs["past_key_values"] = _as_cache(chosen)
+        return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        if (
+            model_kwargs.get("past_key_values") is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and has_active_adapter(self)
+        ):
+            model_kwargs["past_key_values"] = CSKVCache()
+            if getattr(generation_config, "is_assistant", False):
+                model_kwargs["past_key_values"].activate_past_recording()
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        reduced = object.__reduce_ex__(self, protocol)
+        return (_new_with_generate, (original_class(type(self)),), *reduced[2:])
+
+
+def _as_cache(cache: Any) -> Cache:
+    if inspect.isclass(cache) or (callable(cache) and not isinstance(cache, Cache)):
+        cache = cache()
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"`cache` must be a cache class such as `CSKVCache`, an instance of one, or a function that makes one; got {cache!r}."
+        )
+    return cache
+
+
+def has_active_adapter(model: nn.Module) -> bool:
+    """Whether a fitted CSKV adapter is active and enabled on the model."""
+    for module in model.modules():
+        if isinstance(module, CSKVFactors):
+            name = module.adapter_in_use
+            return name is not None and module.configs[name].is_fitted
+    return False
+
+
+def original_class(cls: type) -> type:
+    """The class of a model before [`give_generate`]."""
+    return cls.__bases__[1] if CSKVGenerationMixin in cls.__bases__ else cls
+
+
+def with_generate(cls: type) -> type:
+    return type(cls.__name__, (CSKVGenerationMixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _new_with_generate(cls: type) -> nn.Module:
+    derived = with_generate(cls)
+    return derived.__new__(derived)
+
+
+def give_generate(model: nn.Module) -> None:
+    """Let the instance's `generate` know caches of ours."""
+    if not isinstance(model, CSKVGenerationMixin) and hasattr(model, "generate"):
+        model.__class__ = with_generate(type(model))
+
+
+def take_generate(model: nn.Module) -> None:
+    """Undo [`give_generate`]."""
+    if isinstance(model, CSKVGenerationMixin):
+        model.__class__ = original_class(type(model))

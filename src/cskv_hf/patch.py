@@ -1,0 +1,107 @@
+"""attach and detach: what makes one model instance fill and read a CSKVCache, and how to take it off again.
+
+The model's own code stays as it is. Attaching adds forward pre-hooks (on the decoder, to see the padding mask; on each attention layer,
+to stage positions and factors), selects our attention function on top of the user's, and gives the instance a `generate` that knows
+caches of ours. Classes and modules of others are not touched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .attention import PREFIX, register
+from .cache import CSKVCache
+from .factors import CSKVFactors
+from .families import attention_layers, decoder_of, frequencies_of
+from .generation import give_generate, take_generate
+from .rope import cos_sin
+
+logger = logging.get_logger(__name__)
+
+
+class BeginForward:
+    """Pre-hook of the decoder: tells the cache which of the tokens to come are padding."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, CSKVCache):
+            cache.begin_forward(kwargs.get("attention_mask"))
+
+
+class StageFactors:
+    """Pre-hook of an attention layer: hands the cache what its `update` needs. A plain object, so that a model can be copied."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self.rotary = rotary
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, CSKVCache):
+            return
+        sidecar: CSKVFactors = module.cskv
+        adapter = sidecar.adapter_in_use
+        if adapter is None:
+            return  # `update` explains
+        config = sidecar.configs[adapter]
+        if not config.is_fitted:
+            raise RuntimeError(
+                f"The CSKV adapter '{adapter}' has no factors yet. Fill it with `cskv_hf.fit(model, data)`, or load a fitted one."
+            )
+        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        positions = kwargs["position_ids"]
+        frequencies = frequencies_of(self.rotary)
+        if cache.tokens is None:
+            self._check_rotary(positions, kwargs["position_embeddings"])
+        fused = module.config._attn_implementation.startswith(PREFIX)
+        if not fused:
+            logger.warning_once(
+                f"The attention implementation was changed to '{module.config._attn_implementation}' after CSKV was attached, so keys and "
+                "values are rebuilt in every step, which is slow. Change it before the adapter is loaded instead."
+            )
+        cache.stage(module.layer_idx, sidecar(), config, positions, hidden_states.shape[0], frequencies, not fused)
+
+    def _check_rotary(self, positions: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """The cache rebuilds cos and sin from positions; make sure once that they are the model's."""
+        given = torch.stack([t[:1, -1:] for t in position_embeddings])
+        expected = torch.stack(cos_sin(positions[:1, -1:].to(given.device), frequencies_of(self.rotary), given.dtype))
+        half = expected.shape[-1]
+        if given.shape[-1] != 2 * half or not torch.allclose(given, torch.cat([expected, expected], dim=-1), atol=1e-2):
+            raise RuntimeError("This model's rotary embedding is not the half-rotation of its `inv_freq`; CSKV cannot rebuild its keys.")
+
+
+def attach(model: nn.Module) -> None:
+    """Make a causal language model that holds CSKV sidecars (``self_attn.cskv``) work with [`CSKVCache`]; idempotent.
+
+    Called by the tuner whenever an adapter is added or loaded; nobody else needs to.
+
+    Raises:
+        ValueError: if the model is not of a supported family.
+    """
+    decoder = decoder_of(model)
+    detach(model)
+    for attention in attention_layers(model):
+        if hasattr(attention, "cskv"):
+            attention.register_forward_pre_hook(StageFactors(decoder.rotary_emb), with_kwargs=True)
+    decoder.register_forward_pre_hook(BeginForward(), with_kwargs=True)
+    _set_attention(model, register(model.config._attn_implementation))
+    give_generate(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo [`attach`]: hooks, attention function and `generate` are as before. The sidecars stay (`unload` removes them)."""
+    for module in (decoder_of(model), *attention_layers(model)):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, (BeginForward, StageFactors)):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    _set_attention(model, model.config._attn_implementation.removeprefix(PREFIX))
+    take_generate(model)
+
+
+def _set_attention(model: nn.Module, name: str) -> None:
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(name)

@@ -1,0 +1,56 @@
+"""Rotary embeddings as the cache needs them: cos/sin again from stored positions, rotation forward and back. Pure functions.
+
+The half-rotation convention of the Llama family: channel f and channel f + head_dim / 2 form a pair that turns by
+``position * inv_freq[f]``. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class RotaryFrequencies(NamedTuple):
+    """What a model's rotary module turned its keys by at one moment.
+
+    Attributes:
+        inv_freq: (head_dim / 2,) float32.
+        attention_scaling: factor on cos and sin (yarn, longrope), 1.0 otherwise.
+    """
+
+    inv_freq: torch.Tensor
+    attention_scaling: float
+
+
+def cos_sin(
+    positions: torch.Tensor, frequencies: RotaryFrequencies, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of half the head dimension, computed and rounded as the model's rotary module does (the same values, bit by bit).
+
+    Args:
+        positions: (batch, tokens) integer.
+        dtype: of the model.
+
+    Returns:
+        Two tensors (batch, tokens, head_dim / 2) on the device of `positions`.
+    """
+    inv_freq = frequencies.inv_freq.to(positions.device)
+    angles = positions.unsqueeze(-1).float() * inv_freq.float()
+    cos, sin = angles.cos() * frequencies.attention_scaling, angles.sin() * frequencies.attention_scaling
+    return cos.to(dtype), sin.to(dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE to ``states`` (..., tokens, head_dim); cos and sin (..., tokens, head_dim / 2) broadcast against it."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_back(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Undo [`rotate`] exactly: RoPE with -sin, divided by ``cos² + sin²``.
+
+    That is the square of the rope's attention scaling, but for the rounding of cos and sin, which matters in 16 bits.
+    """
+    norm = cos.square() + sin.square()
+    return rotate(states, cos / norm, -sin / norm)

@@ -1,0 +1,264 @@
+"""Streaming second moments of a model's keys, values, queries and attention inputs: all that the closed-form fit needs to know of the data.
+
+One pass over the calibration data with forward hooks on the projections, accumulated in float64. The statistics can be saved and
+continued, and one set of them serves every compression, layout and initialisation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers.utils import logging
+
+from .config import ModelShape
+from .families import attention_layers, decoder_of, shape_of
+
+logger = logging.get_logger(__name__)
+
+TENSORS = ("key_moment", "value_moment", "query_moment", "input_scale")
+SAVE_EVERY_SECONDS = 60.0
+
+
+@dataclass
+class KVStatistics:
+    """Sums over calibration tokens, per layer, float64 on the CPU.
+
+    Attributes:
+        key_moment: (layers, kv_dim, kv_dim) sum of k kᵀ, keys before RoPE, after bias and key norm.
+        value_moment: (layers, kv_dim, kv_dim) sum of v vᵀ.
+        query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of q qᵀ before RoPE, over the query heads of a KV head.
+        input_scale: (layers, hidden_size) sum of |x| at the input of the projections (ASVD).
+        num_tokens: tokens summed over; padding is not counted.
+        num_samples: samples consumed, where a continued pass takes up.
+        model_shape: the sizes of the model.
+    """
+
+    key_moment: torch.Tensor
+    value_moment: torch.Tensor
+    query_moment: torch.Tensor
+    input_scale: torch.Tensor
+    num_tokens: int
+    num_samples: int
+    model_shape: dict[str, Any]
+
+    @classmethod
+    def empty(cls, shape: ModelShape, hidden_size: int) -> KVStatistics:
+        layers, kv_dim = shape.num_hidden_layers, shape.kv_dim
+        return cls(
+            torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
+            torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
+            torch.zeros(layers, shape.num_key_value_heads, shape.head_dim, shape.head_dim, dtype=torch.float64),
+            torch.zeros(layers, hidden_size, dtype=torch.float64),
+            0,
+            0,
+            vars(shape).copy(),
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write to a safetensors file; an existing one is replaced only once the new one is complete."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        numbers = {"num_tokens": self.num_tokens, "num_samples": self.num_samples, "model_shape": self.model_shape}
+        temporary = path.with_name(path.name + ".tmp")
+        save_file({name: getattr(self, name) for name in TENSORS}, temporary, metadata={"cskv_statistics": json.dumps(numbers)})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> KVStatistics:
+        """Read what [`save`] wrote.
+
+        Raises:
+            ValueError: if the file is truncated, corrupt or something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = (file.metadata() or {}).get("cskv_statistics")
+                if metadata is None:
+                    raise ValueError(f"'{path}' is no file of CSKV statistics. Delete it to start the statistics over.")
+                return cls(**{name: file.get_tensor(name) for name in TENSORS}, **json.loads(metadata))
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is truncated or corrupt ({error}). Delete it to start the statistics over.") from error
+
+
+class _Collector:
+    """Forward hooks on one model that add to a `KVStatistics`; padding is left out."""
+
+    def __init__(self, model: nn.Module, statistics: KVStatistics) -> None:
+        self.statistics = statistics
+        self.keep: torch.Tensor | None = None  # (batch * length,) bool
+        self.handles = []
+        for layer_idx, attention in enumerate(attention_layers(model)):
+            heads = ModelShape(**statistics.model_shape).num_key_value_heads
+            key_source = getattr(attention, "k_norm", attention.k_proj)
+            query_source = getattr(attention, "q_norm", attention.q_proj)
+            self._hook(key_source, self._add_moment(statistics.key_moment[layer_idx]))
+            self._hook(attention.v_proj, self._add_moment(statistics.value_moment[layer_idx]))
+            self._hook(query_source, self._add_queries(statistics.query_moment[layer_idx], heads))
+            self._hook(attention.k_proj, self._add_inputs(statistics.input_scale[layer_idx]))
+
+    def _hook(self, module: nn.Module, function: Any) -> None:
+        self.handles.append(module.register_forward_hook(function))
+
+    def _rows(self, states: torch.Tensor, width: int) -> torch.Tensor:
+        rows = states.detach().reshape(-1, width)
+        rows = rows if self.keep is None else rows[self.keep.to(rows.device)]
+        if rows.device.type == "mps":  # has no float64
+            rows = rows.cpu()
+        return rows.double()
+
+    def _add_moment(self, total: torch.Tensor):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            rows = self._rows(output, total.shape[-1])
+            total.add_((rows.mT @ rows).to(total.device))
+
+        return hook
+
+    def _add_queries(self, total: torch.Tensor, num_key_value_heads: int):
+        head_dim = total.shape[-1]
+
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            width = output.shape[2:].numel()  # (batch, length, heads * head_dim), or (..., heads, head_dim) after a norm
+            rows = self._rows(output, width).unflatten(-1, (num_key_value_heads, -1, head_dim))
+            by_head = rows.permute(1, 0, 2, 3).flatten(1, 2)  # (num_key_value_heads, tokens * query heads of each, head_dim)
+            total.add_((by_head.mT @ by_head).to(total.device))
+
+        return hook
+
+    def _add_inputs(self, total: torch.Tensor):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            total.add_(self._rows(args[0], total.shape[-1]).abs().sum(0).to(total.device))
+
+        return hook
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def samples(data: Iterable[Any], tokenizer: Any, max_length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Calibration data of any accepted kind as (input_ids, attention_mask or None), both (batch, length).
+
+    Raises:
+        TypeError: for a kind that is not accepted.
+        ValueError: for strings without a tokenizer.
+    """
+    for sample in data:
+        if isinstance(sample, dict) and "input_ids" not in sample and isinstance(sample.get("text"), str):
+            sample = sample["text"]
+        if isinstance(sample, str):
+            if tokenizer is None:
+                raise ValueError("`data` holds strings; pass `tokenizer=` as well, or give `input_ids` tensors.")
+            sample = tokenizer(sample, truncation=True, max_length=max_length)["input_ids"]
+        mask = None
+        if hasattr(sample, "keys"):
+            mask, sample = sample.get("attention_mask"), sample["input_ids"]
+            mask = None if mask is None else torch.atleast_2d(torch.as_tensor(mask))
+        if not isinstance(sample, (torch.Tensor, list, tuple)):
+            raise TypeError(
+                "`data` must be an iterable of input_ids tensors, of dicts with 'input_ids' (and 'attention_mask') or 'text', or of "
+                f"strings with `tokenizer=`; got an element of type {type(sample).__name__}."
+            )
+        input_ids = torch.atleast_2d(torch.as_tensor(sample, dtype=torch.long))
+        yield input_ids, mask
+
+
+@torch.no_grad()
+def collect_statistics(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    max_length: int = 2048,
+    max_tokens: int | None = None,
+    state_file: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> KVStatistics:
+    """One pass of the model over calibration data, on whatever devices it lies (accelerate's offload included).
+
+    Args:
+        model: a causal language model of a supported family.
+        data: an iterable of `input_ids` tensors (length) or (batch, length), of dicts with `input_ids` and perhaps `attention_mask`, of
+            strings or dicts with `text` (with `tokenizer`), or a `datasets.Dataset` of these.
+        tokenizer: for strings.
+        max_length: longest piece of a string used, in tokens.
+        max_tokens: stop after this many tokens.
+        state_file: where to save the statistics once a minute and at the end; if it exists, the pass continues from it, skipping the
+            samples it has seen.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if the data is empty, leads to NaN or infinite values, or `state_file` belongs to another model.
+        TypeError: for data of an unknown kind.
+    """
+    from tqdm.auto import tqdm
+
+    decoder = decoder_of(model)
+    shape = shape_of(model)
+    statistics = KVStatistics.empty(shape, model.config.hidden_size)
+    if state_file is not None and Path(state_file).exists():
+        statistics = KVStatistics.load(state_file)
+        if statistics.model_shape != vars(shape):
+            raise ValueError(
+                f"'{state_file}' holds statistics of another model ({statistics.model_shape}); this one is {vars(shape)}. "
+                "Delete the file or choose another."
+            )
+        logger.warning(f"Continuing from {statistics.num_samples} samples ({statistics.num_tokens} tokens) in '{state_file}'.")
+    collector = _Collector(model, statistics)
+    device = model.get_input_embeddings().weight.device
+    device = torch.device(getattr(model, "device", device)) if device.type == "meta" else device
+    was_training, last_saved = model.training, time.monotonic()
+    model.eval()
+    bar = tqdm(total=max_tokens, initial=statistics.num_tokens, unit="tok", unit_scale=True, desc="Calibrating", disable=not progress)
+    try:
+        for index, (input_ids, mask) in enumerate(samples(data, tokenizer, max_length)):
+            if index < statistics.num_samples:
+                continue
+            if max_tokens is not None and statistics.num_tokens >= max_tokens:
+                break
+            if input_ids.numel() == 0:
+                statistics.num_samples += 1
+                continue
+            collector.keep = None if mask is None else mask.flatten().bool()
+            decoder(input_ids=input_ids.to(device), attention_mask=None if mask is None else mask.to(device), use_cache=False)
+            _check_finite(statistics, index)
+            new = input_ids.numel() if mask is None else int(mask.sum())
+            statistics.num_tokens += new
+            statistics.num_samples += 1
+            bar.update(new)
+            if state_file is not None and time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
+                statistics.save(state_file)
+                last_saved = time.monotonic()
+    finally:
+        bar.close()
+        collector.remove()
+        model.train(was_training)
+    if statistics.num_tokens == 0:
+        raise ValueError("`data` is empty: no calibration token was seen. An iterator can be used only once; pass a list to use it again.")
+    if statistics.num_tokens < shape.kv_dim:
+        logger.warning(
+            f"Only {statistics.num_tokens} calibration tokens for kv_dim={shape.kv_dim}; use at least 10 times as many, "
+            "or the factors will fit noise."
+        )
+    if state_file is not None:
+        statistics.save(state_file)
+    return statistics
+
+
+def _check_finite(statistics: KVStatistics, index: int) -> None:
+    energy = statistics.key_moment.diagonal(dim1=-2, dim2=-1).sum(-1) + statistics.value_moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if not torch.isfinite(energy).all():
+        layer = int((~torch.isfinite(energy)).nonzero()[0])
+        raise ValueError(
+            f"Calibration sample {index} leads to NaN or infinite keys or values in layer {layer}. Check the sample and the model's dtype "
+            "(bfloat16 or float32 rather than float16)."
+        )

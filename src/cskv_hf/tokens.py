@@ -1,0 +1,264 @@
+"""Which token of which row is held where: the bookkeeping that all layers of a CSKVCache share.
+
+A *slot* is the index of a token in the padded batch, as DynamicCache and the attention masks count. Per row, the real (unmasked) tokens
+are, in order, ``sinks`` first ones kept exactly, then *old* ones kept as latents, then the *recent* ones kept exactly. As long as no slot
+was ever masked, all rows agree and three numbers say it all (*uniform*). Once padding is seen, every row follows its own count of real
+tokens, so that a padded row is compressed exactly as it would be alone; then index tensors say which slot each stored column holds, -1
+for none (*ragged*). Holds no keys and no values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .rope import RotaryFrequencies, cos_sin
+
+Index = torch.Tensor | slice  # columns to take: a slice for all rows, or (batch, n) with -1 for "nothing here"
+
+
+def take(states: torch.Tensor, index: Index, dim: int) -> torch.Tensor:
+    """Columns of `states` along `dim`, as a compact copy that does not keep the whole of `states` alive."""
+    if isinstance(index, slice):
+        return states[(slice(None),) * dim + (index,)].clone(memory_format=torch.contiguous_format)
+    index = index.to(states.device).clamp_min(0)
+    shape = [1] * states.ndim
+    shape[0], shape[dim] = index.shape
+    return states.gather(dim, index.view(shape).expand(*states.shape[:dim], index.shape[1], *states.shape[dim + 1 :]))
+
+
+@dataclass
+class Eviction:
+    """How the stored columns change after a forward: always in terms of the columns that were there, new tokens appended to `recent`.
+
+    Attributes:
+        evicted: columns of `recent` that become latents.
+        sinks: columns of ``cat(sinks, recent)`` that are the new sinks.
+        recent: columns of `recent` that stay.
+        old: columns of ``cat(old, evicted)`` that are the new latents; None takes all.
+        positions: (batch, n) positions of the evicted tokens.
+    """
+
+    evicted: Index
+    sinks: Index
+    recent: Index
+    old: torch.Tensor | None
+    positions: torch.Tensor
+
+
+@dataclass
+class Step:
+    """What one forward of the model sees and does; made once, used by every layer.
+
+    Attributes:
+        start, num_new: slots before, slots added.
+        num_sinks, num_old, num_recent: stored columns that the attention of this forward sees, the new ones included.
+        slots: for ragged batches, (batch, num_sinks + num_recent) and (batch, num_old) slots of these columns; else None.
+        eviction: what to move afterwards, if anything.
+    """
+
+    start: int
+    num_new: int
+    num_sinks: int
+    num_old: int
+    num_recent: int
+    slots: tuple[torch.Tensor, torch.Tensor] | None
+    old_positions: torch.Tensor
+    frequencies: RotaryFrequencies
+    eviction: Eviction | None = None
+    _cos_sin: dict = field(default_factory=dict)
+
+    @property
+    def num_slots(self) -> int:
+        return self.start + self.num_new
+
+    def exact_slots(self) -> torch.Tensor:
+        """(batch or 1, num_sinks + num_recent): the slots of the exact columns, -1 for empty ones."""
+        if self.slots is not None:
+            return self.slots[0]
+        first_recent = self.num_slots - self.num_recent
+        return torch.cat([torch.arange(self.num_sinks), torch.arange(first_recent, self.num_slots)])[None]
+
+    def old_slots(self) -> torch.Tensor:
+        """(batch or 1, num_old): the slots of the latents, -1 for empty ones."""
+        if self.slots is not None:
+            return self.slots[1]
+        return torch.arange(self.num_sinks, self.num_sinks + self.num_old)[None]
+
+    def old_cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the latents' keys in the model's dtype, (batch, num_old, head_dim / 2); computed once for all layers."""
+        key = (device, dtype)
+        if key not in self._cos_sin:
+            self._cos_sin[key] = cos_sin(self.old_positions.to(device), self.frequencies, dtype)
+        return self._cos_sin[key]
+
+
+class TokenTable:
+    """The shared bookkeeping; [`advance`] is called once per forward, the other methods mirror those of a cache.
+
+    Args:
+        window, sinks, block_size: as in [`CSKVConfig`], in tokens.
+        slack: exact tokens kept beyond the window, so that a rejected speculation can be taken back exactly.
+    """
+
+    def __init__(self, window: int, sinks: int, block_size: int, slack: int = 0) -> None:
+        self.window, self.sinks, self.block_size, self.slack = window, sinks, block_size, slack
+        self.reset()
+
+    def reset(self) -> None:
+        self.num_slots = 0
+        self.num_sinks = self.num_old = self.num_recent = 0  # stored columns
+        self.positions: torch.Tensor | None = None  # (batch, num_slots) int32
+        self.frequencies: RotaryFrequencies | None = None
+        self.slots: dict[str, torch.Tensor] | None = None  # ragged: "sinks", "old", "recent" -> (batch, columns) on the CPU
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.positions, self.frequencies.inv_freq if self.frequencies else None, *(self.slots or {}).values()]
+        return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+    def advance(
+        self, positions: torch.Tensor, frequencies: RotaryFrequencies, valid: torch.Tensor | None, batch_size: int
+    ) -> Step:
+        """Register the tokens of one forward and decide where everything goes.
+
+        Args:
+            positions: (batch or 1, num_new) position of every new token.
+            frequencies: the rotary frequencies that the new keys were turned by.
+            valid: (batch, num_new) bool, False for padding; None if there is none.
+            batch_size: rows of the batch.
+        """
+        positions = positions.to(torch.int32).expand(batch_size, -1)
+        self.positions = positions.clone() if self.positions is None else torch.cat([self.positions, positions], dim=1)
+        if self.frequencies is None:
+            self.frequencies = RotaryFrequencies(frequencies.inv_freq.detach().float().clone(), frequencies.attention_scaling)
+        num_new, start = positions.shape[-1], self.num_slots
+        if valid is not None and not bool(valid.all()) and self.slots is None:
+            self._become_ragged(batch_size)
+        self.num_slots += num_new
+        self.num_recent += num_new
+        if self.slots is not None:
+            new = torch.arange(start, self.num_slots).expand(batch_size, -1)
+            new = new if valid is None else new.masked_fill(~valid.cpu(), -1)
+            self.slots["recent"] = torch.cat([self.slots["recent"], new], dim=1)
+        slots = None
+        if self.slots is not None:
+            slots = (torch.cat([self.slots["sinks"], self.slots["recent"]], dim=1), self.slots["old"])
+        step = Step(
+            start,
+            num_new,
+            self.num_sinks,
+            self.num_old,
+            self.num_recent,
+            slots,
+            self._positions_of_old(),
+            self.frequencies,
+        )
+        step.eviction = self._evict_uniform() if self.slots is None else self._evict_ragged()
+        return step
+
+    def _positions_of_old(self) -> torch.Tensor:
+        if self.slots is None:
+            return self.positions[:, self.num_sinks : self.num_sinks + self.num_old]
+        return self._positions_at(self.slots["old"])
+
+    def _positions_at(self, slots: torch.Tensor) -> torch.Tensor:
+        slots = slots.clamp_min(0).to(self.positions.device)
+        return self.positions.gather(1, slots)
+
+    def _num_to_evict(self, num_recent: int, num_sinks: int) -> int:
+        """Whole blocks that leave, of `num_recent` exact tokens some of which are still to become sinks."""
+        surplus = num_recent - (self.sinks - num_sinks) - self.window - self.slack
+        return max(0, surplus // self.block_size) * self.block_size
+
+    def _evict_uniform(self) -> Eviction | None:
+        leaving = self._num_to_evict(self.num_recent, self.num_sinks)
+        if leaving == 0:
+            return None
+        to_sinks = self.sinks - self.num_sinks
+        first = self.num_sinks + self.num_old + to_sinks  # slot of the first evicted token
+        eviction = Eviction(
+            evicted=slice(to_sinks, to_sinks + leaving),
+            sinks=slice(0, self.sinks),
+            recent=slice(to_sinks + leaving, None),
+            old=None,
+            positions=self.positions[:, first : first + leaving],
+        )
+        self.num_sinks, self.num_old = self.sinks, self.num_old + leaving
+        self.num_recent -= to_sinks + leaving
+        return eviction
+
+    def _evict_ragged(self) -> Eviction | None:
+        sinks, old, recent = self.slots["sinks"], self.slots["old"], self.slots["recent"]
+        held_sinks, held_old, held_recent = ((slots >= 0).sum(1).tolist() for slots in (sinks, old, recent))
+        leaving = [self._num_to_evict(r, s) for r, s in zip(held_recent, held_sinks)]
+        if not any(leaving):
+            return None
+        rows = len(leaving)
+        to_sinks = [self.sinks - s if n else 0 for n, s in zip(leaving, held_sinks)]
+        staying = [r - s - n for r, s, n in zip(held_recent, to_sinks, leaving)]
+        new_sinks = torch.full((rows, self.sinks), -1)
+        evicted = torch.full((rows, max(leaving)), -1)
+        new_recent = torch.full((rows, max(staying)), -1)
+        new_old = torch.full((rows, max(o + n for o, n in zip(held_old, leaving))), -1)
+        for b in range(rows):
+            columns = (recent[b] >= 0).nonzero().squeeze(1)  # in the order of the slots
+            moved, first_staying = to_sinks[b], to_sinks[b] + leaving[b]
+            new_sinks[b, : held_sinks[b]] = torch.arange(held_sinks[b])
+            new_sinks[b, held_sinks[b] : held_sinks[b] + moved] = sinks.shape[1] + columns[:moved]
+            evicted[b, : leaving[b]] = columns[moved:first_staying]
+            new_recent[b, new_recent.shape[1] - staying[b] :] = columns[first_staying:]
+            new_old[b, : held_old[b]] = torch.arange(held_old[b])
+            new_old[b, held_old[b] : held_old[b] + leaving[b]] = old.shape[1] + torch.arange(leaving[b])
+
+        evicted_slots = _pick(recent, evicted)
+        self.slots = {
+            "sinks": _pick(torch.cat([sinks, recent], dim=1), new_sinks),
+            "old": _pick(torch.cat([old, evicted_slots], dim=1), new_old),
+            "recent": _pick(recent, new_recent),
+        }
+        self._count_columns()
+        return Eviction(evicted, new_sinks, new_recent, new_old, self._positions_at(evicted_slots))
+
+    def _become_ragged(self, batch_size: int) -> None:
+        first_recent = self.num_sinks + self.num_old
+        bounds = {"sinks": (0, self.num_sinks), "old": (self.num_sinks, first_recent), "recent": (first_recent, self.num_slots)}
+        self.slots = {name: torch.arange(*ends).repeat(batch_size, 1) for name, ends in bounds.items()}
+
+    def _count_columns(self) -> None:
+        self.num_sinks, self.num_old, self.num_recent = (self.slots[n].shape[1] for n in ("sinks", "old", "recent"))
+
+    def crop(self, num_removed: int) -> dict[str, Index]:
+        """Forget the last `num_removed` slots; returns the columns of "sinks", "old" and "recent" that stay.
+
+        What was compressed stays compressed.
+        """
+        self.num_slots -= num_removed
+        self.positions = self.positions[:, : self.num_slots].clone()
+        if self.slots is None:
+            self.num_recent = max(0, self.num_slots - self.num_sinks - self.num_old)
+            self.num_old = max(0, min(self.num_old, self.num_slots - self.num_sinks))
+            self.num_sinks = min(self.num_sinks, self.num_slots)
+            counts = {"sinks": self.num_sinks, "old": self.num_old, "recent": self.num_recent}
+            return {name: slice(0, count) for name, count in counts.items()}
+        kept = {}
+        for name, slots in self.slots.items():
+            slots = slots.masked_fill(slots >= self.num_slots, -1)
+            columns = (slots >= 0).any(0).nonzero().squeeze(1).expand(slots.shape[0], -1)
+            kept[name] = columns
+            self.slots[name] = _pick(slots, columns)
+        self._count_columns()
+        return kept
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep (and repeat, and reorder) rows of the batch; `rows` is an index vector."""
+        if self.positions is not None:
+            self.positions = self.positions.index_select(0, rows.to(self.positions.device))
+        if self.slots is not None:
+            self.slots = {name: slots.index_select(0, rows.cpu()) for name, slots in self.slots.items()}
+
+
+def _pick(slots: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Slots at the given columns (batch, n); -1 stays -1."""
+    return slots.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, -1)

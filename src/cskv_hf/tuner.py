@@ -1,0 +1,250 @@
+"""CSKV as a PEFT method: registration, injection of the sidecars, loading and cutting adapters. The only file that touches PEFT internals.
+
+Private API relied on (checked with peft 0.20.0 and 0.21.2): `BaseTuner.inject_adapter` and the methods overridden below, and, in
+_peft_type.py, the members of the `PeftType` enum.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, register_peft_method
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import CSKVConfig, ModelShape
+from .decompose import truncation_order
+from .factors import CSKVFactors
+from .families import attention_layers, decoder_of, shape_of
+from .patch import attach, detach
+
+TARGET = "self_attn"
+
+
+class CSKVModel(BaseTuner):
+    """The tuner: puts a [`CSKVFactors`] beside the projections of every attention layer and wraps none of them.
+
+    Wrapping k_proj and v_proj would hide them from LoRA, and a later merge would drop the factors or, worse, merge them.
+    """
+
+    prefix = "cskv_"
+    tuner_layer_cls = CSKVFactors
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check that the adapter fits the model, add its factors, and attach; every way of adding or loading one comes through here."""
+        config: CSKVConfig = self.peft_config[adapter_name]
+        decoder_of(model)  # refuses families that are not supported
+        shape = shape_of(model)
+        config.check_model(shape)
+        config.layer_ranks(shape) if not config.is_fitted else None  # refuses ranks that do not fit
+        config.target_modules = [TARGET]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        attach(model)
+
+    def _prepare_adapter_config(self, peft_config: CSKVConfig, model_config: dict) -> CSKVConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: CSKVConfig, key: str) -> bool:
+        return key.rpartition(".")[2] == TARGET
+
+    def _create_and_replace(
+        self,
+        peft_config: CSKVConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        layer_idx, shape = target.layer_idx, ModelShape.from_model_config(target.config)
+        if not hasattr(target, "cskv"):
+            target.cskv = CSKVFactors(layer_idx, shape.num_key_value_heads, shape.head_dim)
+        sidecar: CSKVFactors = target.cskv
+        if peft_config.is_fitted:
+            key_ranks, value_rank = peft_config.key_ranks[layer_idx], peft_config.value_ranks[layer_idx]
+        else:
+            key_rank, value_rank = peft_config.layer_ranks(shape)[layer_idx]
+            key_ranks = sidecar.default_key_ranks(peft_config, key_rank)
+        sidecar.update_layer(adapter_name, peft_config, key_ranks, value_rank)
+        device, dtype = placement(target, self.model)
+        if device.type != "meta" and sidecar.cskv_key_A[adapter_name].weight.device.type != "meta":
+            sidecar.to(device=device)
+            for name in sidecar.adapter_layer_names:
+                getattr(sidecar, name)[adapter_name].to(dtype=dtype)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep the model's dtype for inference; PEFT's float32 is for training."""
+        if not self.peft_config[adapter_name].inference_mode:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise ValueError("CSKV factors compress the cache and cannot be merged into the weights; use `unload()` to remove them.")
+        detach(self.model)
+        for attention in attention_layers(self.model):
+            if hasattr(attention, "cskv"):
+                del attention.cskv
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+
+def placement(attention: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the factors of a layer belong: the device its projections run on and the model's dtype (a 4-bit base has no float weight)."""
+    hook = getattr(attention.k_proj, "_hf_hook", None) or getattr(attention, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        device = next((p.device for p in attention.k_proj.parameters()), torch.device("cpu"))
+    if isinstance(device, int):
+        device = torch.device("cuda", device)
+    return torch.device(device), model.dtype if isinstance(getattr(model, "dtype", None), torch.dtype) else torch.float32
+
+
+def register() -> None:
+    """Make PEFT know CSKV; idempotent."""
+    if PeftType.CSKV not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name="cskv", config_cls=CSKVConfig, model_cls=CSKVModel, prefix=CSKVModel.prefix)
+
+
+def add_adapter(model: nn.Module, config: CSKVConfig, adapter_name: str) -> nn.Module:
+    """Add an (empty) CSKV adapter to a plain transformers model, a `PeftModel` of CSKV adapters, or a model with adapters inside.
+
+    Raises:
+        ValueError: for a `PeftModel` of another method, which PEFT cannot mix with ours.
+    """
+    if isinstance(model, PeftModel):
+        others = {str(c.peft_type.value) for c in model.peft_config.values()} - {"CSKV"}
+        if others:
+            raise ValueError(
+                f"This PeftModel holds {', '.join(sorted(others))} adapters and PEFT cannot mix methods in one PeftModel. Merge them first "
+                "(`model.merge_and_unload()`), or load both on the transformers model with `model.load_adapter`."
+            )
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+        return model
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model.add_adapter(config, adapter_name=adapter_name)
+        model.set_adapter(adapter_name)
+        return model
+    return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def sidecars(model: nn.Module) -> list[CSKVFactors]:
+    """The sidecars of a model in the order of the layers.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    found = [a.cskv for a in attention_layers(model) if hasattr(a, "cskv")]
+    if not found:
+        raise ValueError("This model has no CSKV adapter; make one with `cskv_hf.fit`, or load one with `cskv_hf.load`.")
+    return found
+
+
+def adapter_config(model: nn.Module, adapter_name: str | None = None) -> CSKVConfig:
+    """The config of a CSKV adapter of the model, by default of the one in use."""
+    sidecar = sidecars(model)[0]
+    name = adapter_name or sidecar.adapter_in_use
+    if name not in sidecar.configs:
+        raise ValueError(f"This model has no CSKV adapter '{name}'; it has {', '.join(sidecar.configs) or 'none'}.")
+    return sidecar.configs[name]
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, compression: float | None = None, *, adapter_name: str | None = None, **ranks: int) -> nn.Module:
+    """Cut a fitted adapter, in place, to a higher compression or smaller ranks; no data needed (nested ranks).
+
+    The factors of a fit are ordered by importance, so that cutting them equals fitting at the smaller rank on the same data.
+
+    Args:
+        model: with a fitted CSKV adapter.
+        compression: the new fraction of KV bytes removed; or give `key_rank` and `value_rank`.
+        adapter_name: the adapter to cut; the one in use by default.
+
+    Raises:
+        ValueError: if the adapter's ranks are smaller than asked for already.
+    """
+    config = adapter_config(model, adapter_name)
+    name = adapter_name or sidecars(model)[0].adapter_in_use
+    wanted = CSKVConfig(compression=compression, key_layout=config.key_layout, **ranks)
+    targets = wanted.layer_ranks(ModelShape(**config.model_shape))
+    cuts = []
+    for sidecar, (key_rank, value_rank) in zip(sidecars(model), targets):
+        key_spectrum, value_spectrum = sidecar.cskv_key_spectrum[name]()[0], sidecar.cskv_value_spectrum[name]()[0]
+        keys, key_ranks = truncation_order(key_spectrum.cpu(), sidecar.key_ranks[name], key_rank)
+        values, _ = truncation_order(value_spectrum.cpu(), [len(value_spectrum)], value_rank)
+        cuts.append((sidecar, keys, key_ranks, values))
+    for sidecar, keys, key_ranks, values in cuts:
+        sidecar.key_ranks[name] = key_ranks
+        for module, index, dim in (
+            (sidecar.cskv_key_A, keys, 0),
+            (sidecar.cskv_key_B, keys, 1),
+            (sidecar.cskv_key_spectrum, keys, 1),
+            (sidecar.cskv_value_A, values, 0),
+            (sidecar.cskv_value_B, values, 1),
+            (sidecar.cskv_value_spectrum, values, 1),
+        ):
+            weight = module[name].weight
+            module[name].weight = nn.Parameter(weight.index_select(dim, index.to(weight.device)), weight.requires_grad)
+    config.compression, config.key_rank, config.value_rank = wanted.compression, wanted.key_rank, wanted.value_rank
+    config.key_ranks = [list(key_ranks) for _, _, key_ranks, _ in cuts]
+    config.value_ranks = [value_rank for _, value_rank in targets]
+    return model
+
+
+def load(
+    model: PreTrainedModel, adapter: str | os.PathLike, *, adapter_name: str = "default", compression: float | None = None, **kwargs: Any
+) -> PeftModel:
+    """Load a CSKV adapter onto a model: `PeftModel.from_pretrained`, with the file checked first.
+
+    Args:
+        model: the base model the adapter was fitted to.
+        adapter: directory or Hub id.
+        adapter_name: the name it gets.
+        compression: cut the adapter to this compression, which must be above the one it was fitted at; see [`shrink`].
+        kwargs: for `PeftModel.from_pretrained`, such as `revision`, `subfolder`, `token`.
+
+    Raises:
+        ValueError: if a local file is truncated or corrupt, is no CSKV adapter, or belongs to another model.
+    """
+    folder = Path(adapter) / kwargs.get("subfolder", "")
+    if folder.is_dir():
+        check_adapter_files(folder)
+    peft_model = PeftModel.from_pretrained(model, adapter, adapter_name=adapter_name, **kwargs)
+    if compression is not None:
+        shrink(peft_model, compression, adapter_name=adapter_name)
+    return peft_model
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Refuse an adapter directory that cannot be loaded, saying which file is at fault and what to do.
+
+    Raises:
+        ValueError: as described.
+    """
+    config_file, weights_file = folder / "adapter_config.json", folder / SAFETENSORS_WEIGHTS_NAME
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise ValueError(f"'{folder}' is no complete CSKV adapter: {file.name} is missing. Save it again with `save_pretrained`.")
+    try:
+        peft_type = json.loads(config_file.read_text()).get("peft_type")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{config_file}' is not valid JSON ({error}). Save or download the adapter again.") from error
+    if peft_type != "CSKV":
+        raise ValueError(f"'{folder}' is a {peft_type} adapter, not a CSKV one.")
+    try:
+        with safe_open(weights_file, "pt") as weights:
+            weights.keys()
+    except SafetensorError as error:
+        raise ValueError(f"'{weights_file}' is truncated or corrupt ({error}). Save or download the adapter again.") from error

@@ -1,0 +1,100 @@
+"""Tiny models of every supported family, float64, and adapters fitted to them."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import cskv_hf
+from cskv_hf import CSKVConfig
+
+torch.set_num_threads(2)
+
+SIZES = dict(
+    vocab_size=89,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=8,
+    max_position_embeddings=1024,
+    initializer_range=0.3,  # sharp attention, so that a wrong key shows
+    pad_token_id=0,
+    eos_token_id=None,
+    bos_token_id=1,
+)
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama-mha": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 8}),
+    "llama-yarn": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+            }
+        },
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "mistral-sliding": (MistralForCausalLM, MistralConfig, {"sliding_window": 40}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+}
+
+
+def make_model(family="llama", dtype=torch.float64, seed=0, attn_implementation=None, **overrides):
+    model_class, config_class, settings = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = config_class(**{**SIZES, **settings, **overrides})
+    if attn_implementation:
+        config._attn_implementation = attn_implementation
+    model = model_class(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # as a trained model's: not all zero, not all one
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def calibration_data(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, SIZES["vocab_size"], (4, 100), generator=generator) for _ in range(3)]
+
+
+def prompt(batch, length, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, SIZES["vocab_size"], (batch, length), generator=generator)
+
+
+def lossless(model):
+    """Full-rank factors, with a small window so that compression really happens."""
+    kv_dim = model.config.num_key_value_heads * model.config.head_dim
+    config = CSKVConfig(key_rank=kv_dim, value_rank=kv_dim, window=8, sinks=3, block_size=4)
+    return cskv_hf.fit(model, calibration_data(model), config, progress=False)
+
+
+def lossy(model, compression=0.6, **settings):
+    config = CSKVConfig(**{**dict(compression=compression, window=8, sinks=3, block_size=4), **settings})
+    return cskv_hf.fit(model, calibration_data(model), config, progress=False)
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request):
+    return request.param
