@@ -54,7 +54,9 @@ def test_every_layout(layout, implementation):
         expected.append(reference.forward(ids[0, start : start + length]))
         start += length
     tolerance = 1e-4 if implementation == "eager" else 1e-9  # transformers' eager softmax runs in float32
-    torch.testing.assert_close(run(model, ids, TURNS, CSKVCache())[0], torch.cat(expected), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        run(model, ids, TURNS, CSKVCache())[0], torch.cat(expected), atol=tolerance, rtol=tolerance
+    )
 
 
 @pytest.mark.parametrize("materialize", [False, True], ids=["tiled", "materialize"])

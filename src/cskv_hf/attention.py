@@ -68,7 +68,9 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
     latent = q.new_zeros(batch, kv_heads * shared * num_queries, kv.value_latents.shape[-1])
 
     cos, sin = (t[:, None].to(dtype) for t in kv.step.old_cos_sin(query.device, kv.exact_keys.dtype))
-    tile = max(32, (CPU_TILE if query.device.type == "cpu" else GPU_TILE) // (batch * factors.heads_per_group * head_dim))
+    tile = max(
+        32, (CPU_TILE if query.device.type == "cpu" else GPU_TILE) // (batch * factors.heads_per_group * head_dim)
+    )
     for start in range(0, kv.key_latents.shape[1], tile):
         columns = slice(start, start + tile)
         scores = _old_scores(q, kv, columns, cos[:, :, columns], sin[:, :, columns])
@@ -113,7 +115,9 @@ class OnlineSoftmax:
     def _finite_max(scores: torch.Tensor) -> torch.Tensor:
         if scores.shape[-1] == 0:
             return scores.new_full((*scores.shape[:-1], 1), torch.finfo(scores.dtype).min / 2)
-        return scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min / 2)  # a fully masked row: no inf - inf
+        return scores.amax(-1, keepdim=True).clamp_min(
+            torch.finfo(scores.dtype).min / 2
+        )  # a fully masked row: no inf - inf
 
     def add(self, scores: torch.Tensor) -> torch.Tensor:
         """Add a part; returns by how much what was accumulated so far has to be scaled, (..., rows, 1)."""
@@ -151,7 +155,9 @@ def column_masks(
         sliding_window: of the layer; used where the mask is not 4-D.
     """
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-        return tuple(_gather_columns(attention_mask, slots.to(device)) for slots in (step.exact_slots(), step.old_slots()))
+        return tuple(
+            _gather_columns(attention_mask, slots.to(device)) for slots in (step.exact_slots(), step.old_slots())
+        )
     within = sliding_window is None or step.num_slots <= sliding_window
     if step.num_new == 1 and step.slots is None and within and attention_mask is None:
         return None, None

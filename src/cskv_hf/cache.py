@@ -63,7 +63,9 @@ class CompressedKV:
 
     def _by_slot(self, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         batch, heads, _, head_dim = states.shape
-        frame = states.new_zeros(batch, heads, self.step.num_slots + 1, head_dim)  # the last column takes the empty ones
+        frame = states.new_zeros(
+            batch, heads, self.step.num_slots + 1, head_dim
+        )  # the last column takes the empty ones
         target = slots.masked_fill(slots < 0, self.step.num_slots).expand(batch, -1)
         frame.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, head_dim), states)
         return frame[:, :, :-1]
@@ -130,11 +132,6 @@ class CSKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.staged = None
-        if key_states.shape[0] != self.keys.shape[0]:
-            raise ValueError(
-                f"This CSKVCache holds a batch of {self.keys.shape[0]} and got a batch of {key_states.shape[0]}. Use a new cache, "
-                "`cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
-            )
         step = staged.step
         keys = torch.cat([self.keys, key_states], dim=2)
         values = torch.cat([self.values, value_states], dim=2)
@@ -161,7 +158,11 @@ class CSKVLayer(CacheLayerMixin):
         if eviction.old is not None:
             old_keys, old_values = take(old_keys, eviction.old, 1), take(old_values, eviction.old, 1)
         self.key_latents, self.value_latents = old_keys, old_values
-        if staged.step.num_sinks == 0 or not isinstance(eviction.sinks, slice) or staged.step.num_sinks < eviction.sinks.stop:
+        if (
+            staged.step.num_sinks == 0
+            or not isinstance(eviction.sinks, slice)
+            or staged.step.num_sinks < eviction.sinks.stop
+        ):
             self.sink_keys = take(torch.cat([self.sink_keys, keys], dim=2), eviction.sinks, 2)
             self.sink_values = take(torch.cat([self.sink_values, values], dim=2), eviction.sinks, 2)
         self.keys, self.values = take(keys, eviction.recent, 2), take(values, eviction.recent, 2)
@@ -182,7 +183,9 @@ class CSKVLayer(CacheLayerMixin):
         self.num_slots = num_slots
         if self.is_initialized:
             self.sink_keys, self.sink_values = (take(t, kept["sinks"], 2) for t in (self.sink_keys, self.sink_values))
-            self.key_latents, self.value_latents = (take(t, kept["old"], 1) for t in (self.key_latents, self.value_latents))
+            self.key_latents, self.value_latents = (
+                take(t, kept["old"], 1) for t in (self.key_latents, self.value_latents)
+            )
             self.keys, self.values = (take(t, kept["recent"], 2) for t in (self.keys, self.values))
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -285,7 +288,7 @@ class CSKVCache(Cache):
             materialize: as the argument of the class, decided for this step.
 
         Raises:
-            ValueError: if the cache was filled with other factors.
+            ValueError: if the cache was filled with other factors or another batch.
             RuntimeError: if an earlier forward stopped between two layers.
         """
         while len(self.layers) <= layer_idx:
@@ -304,6 +307,11 @@ class CSKVCache(Cache):
                 f"This CSKVCache was filled with latents of rank {layer.key_latents.shape[-1]} (keys) and "
                 f"{layer.value_latents.shape[-1]} (values), layer {layer_idx} of this model has {sum(ranks[0])} and {ranks[1]}. A cache "
                 "belongs to one model and adapter: use a new one, or `cache.reset()`."
+            )
+        if layer.is_initialized and layer.keys.shape[0] != batch_size:
+            raise ValueError(
+                f"This CSKVCache holds a batch of {layer.keys.shape[0]} and got a batch of {batch_size}. Use a new cache, "
+                "`cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
             )
         if layer.num_slots == self.tokens.num_slots:
             self._step = self.tokens.advance(positions, frequencies, self._new_tokens_valid(positions), batch_size)
@@ -398,12 +406,23 @@ class CSKVCache(Cache):
             ("old, latents", tokens.num_old, ("key_latents", "value_latents")),
             ("recent, exact", tokens.num_recent, ("keys", "values")),
         ]
-        lines = [f"CSKVCache: {tokens.num_slots} tokens x {first.keys.shape[0]} rows, {len(self.layers)} layers, {first.dtype}"]
+        lines = [
+            f"CSKVCache: {tokens.num_slots} tokens x {first.keys.shape[0]} rows, {len(self.layers)} layers, {first.dtype}"
+        ]
         for name, columns, names in parts:
             size = sum(getattr(layer, n).numel() * getattr(layer, n).itemsize for layer in self.layers for n in names)
             lines.append(f"  {name:<14}{columns:>8} tokens {size:>14,} bytes")
         lines.append(f"  {'positions':<14}{tokens.num_slots:>8} tokens {tokens.nbytes:>14,} bytes")
-        exact = first.keys.shape[1] * first.keys.shape[3] * 2 * first.keys.itemsize * len(self.layers) * first.keys.shape[0]
+        exact = (
+            first.keys.shape[1]
+            * first.keys.shape[3]
+            * 2
+            * first.keys.itemsize
+            * len(self.layers)
+            * first.keys.shape[0]
+        )
         full = exact * tokens.num_slots
-        lines.append(f"  {'total':<22}        {self.nbytes:>14,} bytes, {100 * self.nbytes / full:.1f} % of a full cache")
+        lines.append(
+            f"  {'total':<22}        {self.nbytes:>14,} bytes, {100 * self.nbytes / full:.1f} % of a full cache"
+        )
         return "\n".join(lines)

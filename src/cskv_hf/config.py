@@ -95,7 +95,9 @@ class CSKVConfig(PeftConfig):
     init: str = field(default="attention", metadata={"help": f"one of {', '.join(INITS)}"})
     asvd_alpha: float = field(default=0.5, metadata={"help": "exponent of ASVD's activation scale"})
     bits: int = field(default=16, metadata={"help": "bits per latent; 16 is the model's dtype"})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "attention modules; set by the tuner"})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "attention modules; set by the tuner"}
+    )
     key_ranks: list[list[int]] | None = field(default=None, metadata={"help": "fitted ranks per layer and key group"})
     value_ranks: list[int] | None = field(default=None, metadata={"help": "fitted ranks per layer"})
     model_shape: dict[str, Any] | None = field(default=None, metadata={"help": "sizes of the model it was fitted to"})
@@ -117,7 +119,9 @@ class CSKVConfig(PeftConfig):
         if self.key_layout not in ("head", "joint") and not (
             self.key_layout.startswith("group:") and self.key_layout[6:].isdigit() and int(self.key_layout[6:]) > 0
         ):
-            raise ValueError(f"`key_layout` must be 'head', 'joint' or 'group:N' with N >= 1, got '{self.key_layout}'.")
+            raise ValueError(
+                f"`key_layout` must be 'head', 'joint' or 'group:N' with N >= 1, got '{self.key_layout}'."
+            )
         for name, least in (("window", 1), ("sinks", 0), ("block_size", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -144,7 +148,9 @@ class CSKVConfig(PeftConfig):
             )
         if self.compression is None and None in ranks:
             raise ValueError(f"`key_rank` and `value_rank` must be given together, got {ranks[0]} and {ranks[1]}.")
-        per_layer = [r for ranks in (self.key_rank_per_layer, self.value_rank_per_layer) for r in (ranks or {}).values()]
+        per_layer = [
+            r for ranks in (self.key_rank_per_layer, self.value_rank_per_layer) for r in (ranks or {}).values()
+        ]
         for rank in [r for r in ranks if r is not None] + per_layer:
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"Ranks must be integers of at least 1, got {rank!r}.")

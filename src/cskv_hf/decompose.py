@@ -94,7 +94,9 @@ def optimal_factors(
         ValueError: if `second_moment` has NaN or infinite entries, or `rank` does not fit.
     """
     if not torch.isfinite(second_moment).all():
-        raise ValueError("`second_moment` has NaN or infinite entries; check the calibration data and the model's dtype.")
+        raise ValueError(
+            "`second_moment` has NaN or infinite entries; check the calibration data and the model's dtype."
+        )
     moments = blocks(second_moment.double(), num_groups)
     if weight is None:
         values, vectors = torch.linalg.eigh(moments)

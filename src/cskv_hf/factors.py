@@ -116,6 +116,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         self.layer_idx = layer_idx
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
+        self.placement: tuple[torch.device, torch.dtype] | None = None  # of the projections, set by the tuner
         self.key_ranks: dict[str, tuple[int, ...]] = {}
         self.configs: dict[str, CSKVConfig] = {}
         for name in self.adapter_layer_names:
@@ -134,7 +135,9 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         self.cskv_value_B[adapter_name] = Factor(kv_dim, value_rank)
         self.cskv_key_spectrum[adapter_name] = Factor(1, key_rank)
         self.cskv_value_spectrum[adapter_name] = Factor(1, value_rank)
-        for name in self.adapter_layer_names:  # defined values until a fit or a file replaces them; never used to generate
+        for (
+            name
+        ) in self.adapter_layer_names:  # defined values until a fit or a file replaces them; never used to generate
             nn.init.zeros_(getattr(self, name)[adapter_name].weight)
         self.requires_grad_(False)
 
@@ -194,6 +197,15 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
     def _freeze_spectra(self) -> None:
         self.cskv_key_spectrum.requires_grad_(False)
         self.cskv_value_spectrum.requires_grad_(False)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """There is no base layer: go where the projections are, in the model's dtype."""
+        if self.placement is None:
+            return
+        for name in self.adapter_layer_names:
+            factor = getattr(self, name)[adapter_name]
+            if factor.weight.device.type != "meta":
+                factor.to(device=device or self.placement[0], dtype=self.placement[1])
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.configs.pop(adapter_name, None)

@@ -30,11 +30,15 @@ def decoder_of(model: nn.Module) -> nn.Module:
         if hasattr(module, "layers") and hasattr(module, "rotary_emb"):
             break
     else:
-        raise ValueError(f"{type(model).__name__} has no decoder with `layers` and `rotary_emb`; CSKV cannot find its attention.")
+        raise ValueError(
+            f"{type(model).__name__} has no decoder with `layers` and `rotary_emb`; CSKV cannot find its attention."
+        )
     for attention in (layer.self_attn for layer in module.layers):
         missing = [name for name in REQUIRED if not hasattr(attention, name)]
         if missing:
-            raise ValueError(f"{type(attention).__name__} has no {', '.join(missing)}; CSKV does not know how to compress its cache.")
+            raise ValueError(
+                f"{type(attention).__name__} has no {', '.join(missing)}; CSKV does not know how to compress its cache."
+            )
     rope_type = getattr(module.rotary_emb, "rope_type", "default")
     if rope_type not in ROPE_TYPES:
         raise ValueError(

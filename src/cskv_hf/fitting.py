@@ -57,6 +57,7 @@ def fit(
     max_length: int = 2048,
     max_tokens: int | None = None,
     state_file: str | os.PathLike | None = None,
+    source: str = "",
     progress: bool = True,
 ) -> nn.Module:
     """Fit a CSKV adapter in closed form: one pass over calibration data, then linear algebra per layer.
@@ -66,7 +67,7 @@ def fit(
         data: calibration data as [`collect_statistics`] takes it, or statistics collected before. Some 50,000 tokens of the kind the
             model will read are plenty. Do not use the text you evaluate on.
         config: [`CSKVConfig`]; the default removes 80 %.
-        tokenizer, max_length, max_tokens, state_file, progress: see [`collect_statistics`].
+        tokenizer, max_length, max_tokens, state_file, source, progress: see [`collect_statistics`].
         adapter_name: of the new adapter, which becomes the active one. An adapter of that name is fitted again.
 
     Returns:
@@ -84,7 +85,14 @@ def fit(
     statistics = data
     if not isinstance(data, KVStatistics):
         statistics = collect_statistics(
-            model, data, tokenizer=tokenizer, max_length=max_length, max_tokens=max_tokens, state_file=state_file, progress=progress
+            model,
+            data,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            max_tokens=max_tokens,
+            state_file=state_file,
+            source=source,
+            progress=progress,
         )
     if statistics.model_shape != vars(shape):
         raise ValueError(f"The statistics are of another model ({statistics.model_shape}); this one is {vars(shape)}.")
@@ -100,7 +108,11 @@ def fit(
     config.model_shape = vars(shape).copy()
     config.task_type = config.task_type or "CAUSAL_LM"
     config.inference_mode = True
-    config.fit_report = {"num_tokens": statistics.num_tokens, "init": config.init, "layers": [asdict(r) for r in reports]}
+    config.fit_report = {
+        "num_tokens": statistics.num_tokens,
+        "source": statistics.source,
+        "layers": [asdict(r) for r in reports],
+    }
     if not _has_adapter(model, adapter_name):
         model = add_adapter(model, config, adapter_name)
     _replace_config(model, adapter_name, config)
@@ -126,7 +138,9 @@ def _has_adapter(model: nn.Module, adapter_name: str) -> bool:
 
 def _replace_config(model: nn.Module, adapter_name: str, config: CSKVConfig) -> None:
     config.target_modules = adapter_config(model, adapter_name).target_modules
-    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model.config, "_name_or_path", None) or None
+    config.base_model_name_or_path = (
+        config.base_model_name_or_path or getattr(model.config, "_name_or_path", None) or None
+    )
     model.peft_config[adapter_name] = config
     for sidecar in sidecars(model):
         sidecar.configs[adapter_name] = config
@@ -152,7 +166,9 @@ def fit_layer(
     dtype = dtype if dtype.is_floating_point else torch.float32
     num_heads = attention.num_key_value_groups * shape.num_key_value_heads
     value_M = value_weight(
-        dense_weight(attention.o_proj, num_heads * shape.head_dim, device, dtype), shape.num_key_value_heads, shape.head_dim
+        dense_weight(attention.o_proj, num_heads * shape.head_dim, device, dtype),
+        shape.num_key_value_heads,
+        shape.head_dim,
     )
     if config.init == "random":
         keys = random_factors(shape.kv_dim, key_rank, num_groups, seed=2 * layer_idx)
@@ -207,5 +223,7 @@ def format_report(config: CSKVConfig) -> str:
     total = sum(layer["bytes_per_token"] for layer in config.fit_report["layers"]) + 4
     full = 2 * 2 * shape.kv_dim * shape.num_hidden_layers
     lines.append("")
-    lines.append(f"an old token takes {total:,} of {full:,} bytes at 16 bits: {100 * total / full:.1f} % (position included)")
+    lines.append(
+        f"an old token takes {total:,} of {full:,} bytes at 16 bits: {100 * total / full:.1f} % (position included)"
+    )
     return "\n".join(lines)

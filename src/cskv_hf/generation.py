@@ -37,7 +37,9 @@ class CSKVGenerationMixin:
             kwargs["past_key_values"] = _as_cache(chosen)
         return super().generate(*args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
         if (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
@@ -79,7 +81,9 @@ def original_class(cls: type) -> type:
 
 
 def with_generate(cls: type) -> type:
-    return type(cls.__name__, (CSKVGenerationMixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return type(
+        cls.__name__, (CSKVGenerationMixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )
 
 
 def _new_with_generate(cls: type) -> nn.Module:

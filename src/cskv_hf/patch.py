@@ -69,8 +69,12 @@ class StageFactors:
         given = torch.stack([t[:1, -1:] for t in position_embeddings])
         expected = torch.stack(cos_sin(positions[:1, -1:].to(given.device), frequencies_of(self.rotary), given.dtype))
         half = expected.shape[-1]
-        if given.shape[-1] != 2 * half or not torch.allclose(given, torch.cat([expected, expected], dim=-1), atol=1e-2):
-            raise RuntimeError("This model's rotary embedding is not the half-rotation of its `inv_freq`; CSKV cannot rebuild its keys.")
+        if given.shape[-1] != 2 * half or not torch.allclose(
+            given, torch.cat([expected, expected], dim=-1), atol=1e-2
+        ):
+            raise RuntimeError(
+                "This model's rotary embedding is not the half-rotation of its `inv_freq`; CSKV cannot rebuild its keys."
+            )
 
 
 def attach(model: nn.Module) -> None:

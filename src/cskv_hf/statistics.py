@@ -41,6 +41,7 @@ class KVStatistics:
         num_tokens: tokens summed over; padding is not counted.
         num_samples: samples consumed, where a continued pass takes up.
         model_shape: the sizes of the model.
+        source: what the data was, in the caller's words; a continued pass must name the same.
     """
 
     key_moment: torch.Tensor
@@ -50,9 +51,10 @@ class KVStatistics:
     num_tokens: int
     num_samples: int
     model_shape: dict[str, Any]
+    source: str = ""
 
     @classmethod
-    def empty(cls, shape: ModelShape, hidden_size: int) -> KVStatistics:
+    def empty(cls, shape: ModelShape, hidden_size: int, source: str = "") -> KVStatistics:
         layers, kv_dim = shape.num_hidden_layers, shape.kv_dim
         return cls(
             torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
@@ -62,15 +64,20 @@ class KVStatistics:
             0,
             0,
             vars(shape).copy(),
+            source,
         )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to a safetensors file; an existing one is replaced only once the new one is complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        numbers = {"num_tokens": self.num_tokens, "num_samples": self.num_samples, "model_shape": self.model_shape}
+        numbers = {name: getattr(self, name) for name in ("num_tokens", "num_samples", "model_shape", "source")}
         temporary = path.with_name(path.name + ".tmp")
-        save_file({name: getattr(self, name) for name in TENSORS}, temporary, metadata={"cskv_statistics": json.dumps(numbers)})
+        save_file(
+            {name: getattr(self, name) for name in TENSORS},
+            temporary,
+            metadata={"cskv_statistics": json.dumps(numbers)},
+        )
         os.replace(temporary, path)
 
     @classmethod
@@ -84,10 +91,14 @@ class KVStatistics:
             with safe_open(path, "pt") as file:
                 metadata = (file.metadata() or {}).get("cskv_statistics")
                 if metadata is None:
-                    raise ValueError(f"'{path}' is no file of CSKV statistics. Delete it to start the statistics over.")
+                    raise ValueError(
+                        f"'{path}' is no file of CSKV statistics. Delete it to start the statistics over."
+                    )
                 return cls(**{name: file.get_tensor(name) for name in TENSORS}, **json.loads(metadata))
         except SafetensorError as error:
-            raise ValueError(f"'{path}' is truncated or corrupt ({error}). Delete it to start the statistics over.") from error
+            raise ValueError(
+                f"'{path}' is truncated or corrupt ({error}). Delete it to start the statistics over."
+            ) from error
 
 
 class _Collector:
@@ -127,9 +138,13 @@ class _Collector:
         head_dim = total.shape[-1]
 
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            width = output.shape[2:].numel()  # (batch, length, heads * head_dim), or (..., heads, head_dim) after a norm
+            width = output.shape[
+                2:
+            ].numel()  # (batch, length, heads * head_dim), or (..., heads, head_dim) after a norm
             rows = self._rows(output, width).unflatten(-1, (num_key_value_heads, -1, head_dim))
-            by_head = rows.permute(1, 0, 2, 3).flatten(1, 2)  # (num_key_value_heads, tokens * query heads of each, head_dim)
+            by_head = rows.permute(1, 0, 2, 3).flatten(
+                1, 2
+            )  # (num_key_value_heads, tokens * query heads of each, head_dim)
             total.add_((by_head.mT @ by_head).to(total.device))
 
         return hook
@@ -145,7 +160,9 @@ class _Collector:
             handle.remove()
 
 
-def samples(data: Iterable[Any], tokenizer: Any, max_length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+def samples(
+    data: Iterable[Any], tokenizer: Any, max_length: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Calibration data of any accepted kind as (input_ids, attention_mask or None), both (batch, length).
 
     Raises:
@@ -181,6 +198,7 @@ def collect_statistics(
     max_length: int = 2048,
     max_tokens: int | None = None,
     state_file: str | os.PathLike | None = None,
+    source: str = "",
     progress: bool = True,
 ) -> KVStatistics:
     """One pass of the model over calibration data, on whatever devices it lies (accelerate's offload included).
@@ -194,6 +212,7 @@ def collect_statistics(
         max_tokens: stop after this many tokens.
         state_file: where to save the statistics once a minute and at the end; if it exists, the pass continues from it, skipping the
             samples it has seen.
+        source: names the data, so that `state_file` is not continued with other data.
         progress: show a progress bar.
 
     Raises:
@@ -204,7 +223,7 @@ def collect_statistics(
 
     decoder = decoder_of(model)
     shape = shape_of(model)
-    statistics = KVStatistics.empty(shape, model.config.hidden_size)
+    statistics = KVStatistics.empty(shape, model.config.hidden_size, source)
     if state_file is not None and Path(state_file).exists():
         statistics = KVStatistics.load(state_file)
         if statistics.model_shape != vars(shape):
@@ -212,13 +231,27 @@ def collect_statistics(
                 f"'{state_file}' holds statistics of another model ({statistics.model_shape}); this one is {vars(shape)}. "
                 "Delete the file or choose another."
             )
-        logger.warning(f"Continuing from {statistics.num_samples} samples ({statistics.num_tokens} tokens) in '{state_file}'.")
+        if statistics.source != source:
+            raise ValueError(
+                f"'{state_file}' holds statistics of other data ('{statistics.source}'); this is '{source}'. "
+                "Delete the file to start over, or choose another."
+            )
+        logger.warning(
+            f"Continuing from {statistics.num_samples} samples ({statistics.num_tokens} tokens) in '{state_file}'."
+        )
     collector = _Collector(model, statistics)
     device = model.get_input_embeddings().weight.device
     device = torch.device(getattr(model, "device", device)) if device.type == "meta" else device
     was_training, last_saved = model.training, time.monotonic()
     model.eval()
-    bar = tqdm(total=max_tokens, initial=statistics.num_tokens, unit="tok", unit_scale=True, desc="Calibrating", disable=not progress)
+    bar = tqdm(
+        total=max_tokens,
+        initial=statistics.num_tokens,
+        unit="tok",
+        unit_scale=True,
+        desc="Calibrating",
+        disable=not progress,
+    )
     try:
         for index, (input_ids, mask) in enumerate(samples(data, tokenizer, max_length)):
             if index < statistics.num_samples:
@@ -229,7 +262,11 @@ def collect_statistics(
                 statistics.num_samples += 1
                 continue
             collector.keep = None if mask is None else mask.flatten().bool()
-            decoder(input_ids=input_ids.to(device), attention_mask=None if mask is None else mask.to(device), use_cache=False)
+            decoder(
+                input_ids=input_ids.to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                use_cache=False,
+            )
             _check_finite(statistics, index)
             new = input_ids.numel() if mask is None else int(mask.sum())
             statistics.num_tokens += new
@@ -243,7 +280,9 @@ def collect_statistics(
         collector.remove()
         model.train(was_training)
     if statistics.num_tokens == 0:
-        raise ValueError("`data` is empty: no calibration token was seen. An iterator can be used only once; pass a list to use it again.")
+        raise ValueError(
+            "`data` is empty: no calibration token was seen. An iterator can be used only once; pass a list to use it again."
+        )
     if statistics.num_tokens < shape.kv_dim:
         logger.warning(
             f"Only {statistics.num_tokens} calibration tokens for kv_dim={shape.kv_dim}; use at least 10 times as many, "
@@ -255,7 +294,9 @@ def collect_statistics(
 
 
 def _check_finite(statistics: KVStatistics, index: int) -> None:
-    energy = statistics.key_moment.diagonal(dim1=-2, dim2=-1).sum(-1) + statistics.value_moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    energy = statistics.key_moment.diagonal(dim1=-2, dim2=-1).sum(-1) + statistics.value_moment.diagonal(
+        dim1=-2, dim2=-1
+    ).sum(-1)
     if not torch.isfinite(energy).all():
         layer = int((~torch.isfinite(energy)).nonzero()[0])
         raise ValueError(

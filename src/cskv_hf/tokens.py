@@ -111,11 +111,17 @@ class TokenTable:
         self.num_sinks = self.num_old = self.num_recent = 0  # stored columns
         self.positions: torch.Tensor | None = None  # (batch, num_slots) int32
         self.frequencies: RotaryFrequencies | None = None
-        self.slots: dict[str, torch.Tensor] | None = None  # ragged: "sinks", "old", "recent" -> (batch, columns) on the CPU
+        self.slots: dict[str, torch.Tensor] | None = (
+            None  # ragged: "sinks", "old", "recent" -> (batch, columns) on the CPU
+        )
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.positions, self.frequencies.inv_freq if self.frequencies else None, *(self.slots or {}).values()]
+        tensors = [
+            self.positions,
+            self.frequencies.inv_freq if self.frequencies else None,
+            *(self.slots or {}).values(),
+        ]
         return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 
     def advance(
@@ -132,7 +138,9 @@ class TokenTable:
         positions = positions.to(torch.int32).expand(batch_size, -1)
         self.positions = positions.clone() if self.positions is None else torch.cat([self.positions, positions], dim=1)
         if self.frequencies is None:
-            self.frequencies = RotaryFrequencies(frequencies.inv_freq.detach().float().clone(), frequencies.attention_scaling)
+            self.frequencies = RotaryFrequencies(
+                frequencies.inv_freq.detach().float().clone(), frequencies.attention_scaling
+            )
         num_new, start = positions.shape[-1], self.num_slots
         if valid is not None and not bool(valid.all()) and self.slots is None:
             self._become_ragged(batch_size)
@@ -223,7 +231,11 @@ class TokenTable:
 
     def _become_ragged(self, batch_size: int) -> None:
         first_recent = self.num_sinks + self.num_old
-        bounds = {"sinks": (0, self.num_sinks), "old": (self.num_sinks, first_recent), "recent": (first_recent, self.num_slots)}
+        bounds = {
+            "sinks": (0, self.num_sinks),
+            "old": (self.num_sinks, first_recent),
+            "recent": (first_recent, self.num_slots),
+        }
         self.slots = {name: torch.arange(*ends).repeat(batch_size, 1) for name, ends in bounds.items()}
 
     def _count_columns(self) -> None:

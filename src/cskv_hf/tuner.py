@@ -77,11 +77,8 @@ class CSKVModel(BaseTuner):
             key_rank, value_rank = peft_config.layer_ranks(shape)[layer_idx]
             key_ranks = sidecar.default_key_ranks(peft_config, key_rank)
         sidecar.update_layer(adapter_name, peft_config, key_ranks, value_rank)
-        device, dtype = placement(target, self.model)
-        if device.type != "meta" and sidecar.cskv_key_A[adapter_name].weight.device.type != "meta":
-            sidecar.to(device=device)
-            for name in sidecar.adapter_layer_names:
-                getattr(sidecar, name)[adapter_name].to(dtype=dtype)
+        sidecar.placement = placement(target, self.model)
+        sidecar._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep the model's dtype for inference; PEFT's float32 is for training."""
@@ -90,7 +87,9 @@ class CSKVModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
-            raise ValueError("CSKV factors compress the cache and cannot be merged into the weights; use `unload()` to remove them.")
+            raise ValueError(
+                "CSKV factors compress the cache and cannot be merged into the weights; use `unload()` to remove them."
+            )
         detach(self.model)
         for attention in attention_layers(self.model):
             if hasattr(attention, "cskv"):
@@ -108,7 +107,9 @@ def placement(attention: nn.Module, model: nn.Module) -> tuple[torch.device, tor
         device = next((p.device for p in attention.k_proj.parameters()), torch.device("cpu"))
     if isinstance(device, int):
         device = torch.device("cuda", device)
-    return torch.device(device), model.dtype if isinstance(getattr(model, "dtype", None), torch.dtype) else torch.float32
+    return torch.device(device), model.dtype if isinstance(
+        getattr(model, "dtype", None), torch.dtype
+    ) else torch.float32
 
 
 def register() -> None:
@@ -148,7 +149,9 @@ def sidecars(model: nn.Module) -> list[CSKVFactors]:
     """
     found = [a.cskv for a in attention_layers(model) if hasattr(a, "cskv")]
     if not found:
-        raise ValueError("This model has no CSKV adapter; make one with `cskv_hf.fit`, or load one with `cskv_hf.load`.")
+        raise ValueError(
+            "This model has no CSKV adapter; make one with `cskv_hf.fit`, or load one with `cskv_hf.load`."
+        )
     return found
 
 
@@ -162,7 +165,9 @@ def adapter_config(model: nn.Module, adapter_name: str | None = None) -> CSKVCon
 
 
 @torch.no_grad()
-def shrink(model: nn.Module, compression: float | None = None, *, adapter_name: str | None = None, **ranks: int) -> nn.Module:
+def shrink(
+    model: nn.Module, compression: float | None = None, *, adapter_name: str | None = None, **ranks: int
+) -> nn.Module:
     """Cut a fitted adapter, in place, to a higher compression or smaller ranks; no data needed (nested ranks).
 
     The factors of a fit are ordered by importance, so that cutting them equals fitting at the smaller rank on the same data.
@@ -204,7 +209,12 @@ def shrink(model: nn.Module, compression: float | None = None, *, adapter_name: 
 
 
 def load(
-    model: PreTrainedModel, adapter: str | os.PathLike, *, adapter_name: str = "default", compression: float | None = None, **kwargs: Any
+    model: PreTrainedModel,
+    adapter: str | os.PathLike,
+    *,
+    adapter_name: str = "default",
+    compression: float | None = None,
+    **kwargs: Any,
 ) -> PeftModel:
     """Load a CSKV adapter onto a model: `PeftModel.from_pretrained`, with the file checked first.
 
@@ -236,15 +246,21 @@ def check_adapter_files(folder: Path) -> None:
     config_file, weights_file = folder / "adapter_config.json", folder / SAFETENSORS_WEIGHTS_NAME
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise ValueError(f"'{folder}' is no complete CSKV adapter: {file.name} is missing. Save it again with `save_pretrained`.")
+            raise ValueError(
+                f"'{folder}' is no complete CSKV adapter: {file.name} is missing. Save it again with `save_pretrained`."
+            )
     try:
         peft_type = json.loads(config_file.read_text()).get("peft_type")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{config_file}' is not valid JSON ({error}). Save or download the adapter again.") from error
+        raise ValueError(
+            f"'{config_file}' is not valid JSON ({error}). Save or download the adapter again."
+        ) from error
     if peft_type != "CSKV":
         raise ValueError(f"'{folder}' is a {peft_type} adapter, not a CSKV one.")
     try:
         with safe_open(weights_file, "pt") as weights:
             weights.keys()
     except SafetensorError as error:
-        raise ValueError(f"'{weights_file}' is truncated or corrupt ({error}). Save or download the adapter again.") from error
+        raise ValueError(
+            f"'{weights_file}' is truncated or corrupt ({error}). Save or download the adapter again."
+        ) from error

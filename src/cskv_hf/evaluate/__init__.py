@@ -1,0 +1,1 @@
+"""Measurements that read the compressed cache: perplexity, line retrieval, memory."""

@@ -2,14 +2,22 @@
 
 A record is a list of ``line 23-57: REGISTER_CONTENT is <41235>`` and the question asks for the content of one line. Nothing
 but attention over the whole record can answer it, which makes it the sharpest test of a compressed cache (LongChat, Li et al.
-2023; the CSKV paper's LongEval). Knows nothing about caches.
+2023; the CSKV paper's LongEval).
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
 
 QUESTION = "what is the content in line {key}?\n"
 LINE = "line {key}: REGISTER_CONTENT is <{value}>\n"
@@ -63,3 +71,73 @@ def is_correct(generated: str, value: str) -> bool:
     """LongEval's rule: the last number of the model's answer (its first line, here) is the expected one."""
     numbers = re.findall(r"\d+", generated.strip().split("\n")[0])
     return bool(numbers) and numbers[-1] == value
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Whole answers right, of independent yes/no trials."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95 % Wilson interval."""
+        n, p, z = self.total, self.value, 1.96
+        return z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+
+
+@torch.no_grad()
+def line_retrieval(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[LineRecord],
+    make_cache: Callable[[], Cache],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 24,
+) -> Accuracy:
+    """Ask every question of every record, greedily, with the record read through the cache to measure.
+
+    A record is prefilled once per batch; each question then continues from a copy of that cache, so that question and answer both read the
+    compressed record.
+
+    Args:
+        records: all with the same number of lines and questions.
+        make_cache: ``CSKVCache`` or ``DynamicCache``.
+        max_new_tokens: must be enough for one line of the record.
+    """
+    correct = total = 0
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        prefix = tokenizer([r.text for r in batch], return_tensors="pt", padding=True, padding_side="left").to(
+            model.device
+        )
+        cache = make_cache()
+        model(**prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for i in range(len(batch[0].asked)):
+            question = tokenizer(
+                [r.question(i) for r in batch], return_tensors="pt", padding=True, padding_side="left"
+            )
+            output = model.generate(
+                input_ids=torch.cat([prefix["input_ids"], question["input_ids"].to(model.device)], dim=1),
+                attention_mask=torch.cat(
+                    [prefix["attention_mask"], question["attention_mask"].to(model.device)], dim=1
+                ),
+                past_key_values=copy.deepcopy(cache),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                tokenizer=tokenizer,
+                stop_strings="\n",
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            answers = tokenizer.batch_decode(
+                output[:, prefix["input_ids"].shape[1] + question["input_ids"].shape[1] :]
+            )
+            correct += sum(is_correct(answer, record.value(i)) for answer, record in zip(answers, batch))
+            total += len(batch)
+    return Accuracy(correct, total)

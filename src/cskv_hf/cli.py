@@ -1,0 +1,92 @@
+"""The `cskv` command; each subcommand is a few lines over the library."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Shrink the KV cache of a Hugging Face language model."
+)
+
+
+@app.callback()
+def main() -> None:
+    """Shrink the KV cache of a Hugging Face language model."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path("cskv-demo"),
+    records: Annotated[
+        int, typer.Option(min=1, help="Records to ask 8 questions about; more narrow the interval.")
+    ] = 30,
+) -> None:
+    """Fit the bundled model, generate with full and compressed cache, measure both."""
+    from .demo.run import run_demo
+
+    run_demo(out, records, typer.echo)
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="Model id or directory.")],
+    data: Annotated[Path, typer.Option(help="Text file, or JSON lines with a 'text' field, to calibrate on.")],
+    out: Annotated[Path, typer.Option(help="Directory for the adapter.")],
+    compression: Annotated[float, typer.Option(help="Fraction of the KV bytes of old tokens to remove.")] = 0.8,
+    key_layout: Annotated[str, typer.Option(help="'head', 'joint' or 'group:N'.")] = "head",
+    init: Annotated[str, typer.Option(help="'attention', 'mse', 'asvd', 'svd' or 'random'.")] = "attention",
+    window: Annotated[int, typer.Option(help="Most recent tokens kept exactly.")] = 32,
+    sinks: Annotated[int, typer.Option(help="First tokens kept exactly.")] = 4,
+    max_tokens: Annotated[int, typer.Option(help="Calibration tokens at most.")] = 65536,
+    length: Annotated[int, typer.Option(help="Tokens per calibration sample.")] = 2048,
+    device_map: Annotated[
+        str | None, typer.Option(help="As in from_pretrained; 'auto' fits models larger than the GPU.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+) -> None:
+    """Fit an adapter to MODEL in closed form and save it.
+
+    An interrupted fit continues where it was when started again with the same --out; an adapter already in --out stays until the new one is
+    complete.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .config import CSKVConfig
+    from .files import calibration_samples, replace_directory
+    from .fitting import fit as fit_model
+    from .fitting import format_report
+
+    try:
+        config = CSKVConfig(compression=compression, key_layout=key_layout, init=init, window=window, sinks=sinks)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        samples = calibration_samples(data, tokenizer, length)
+        source = f"{data.name}, sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:16]}, {length} tokens a sample"
+        base = AutoModelForCausalLM.from_pretrained(model, device_map=device_map, dtype=dtype)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        state_file = out.with_name(out.name + ".statistics.safetensors")
+        fitted = fit_model(base, samples, config, max_tokens=max_tokens, state_file=state_file, source=source)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(format_report(config))
+    replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    os.remove(state_file)
+    typer.echo(f"\nsaved the adapter in {out}")
+
+
+@app.command()
+def inspect(adapter: Annotated[Path, typer.Argument(help="Directory of an adapter.")]) -> None:
+    """Show what an adapter keeps, layer by layer."""
+    from .config import CSKVConfig
+    from .fitting import format_report
+    from .tuner import check_adapter_files
+
+    try:
+        check_adapter_files(adapter)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(format_report(CSKVConfig.from_pretrained(str(adapter))))

@@ -1,0 +1,210 @@
+"""CSKVCache as a cache: equal to DynamicCache where it must be, and every operation on rows and tokens."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import lossless, lossy, make_model, prompt
+from transformers import DynamicCache
+
+from cskv_hf import CSKVCache
+
+
+@torch.no_grad()
+def feed(model, ids, cache, turns, mask=None):
+    logits, start = [], cache.get_seq_length()
+    for length in turns:
+        kwargs = {}
+        if mask is not None:
+            seen = mask[:, : start + length]
+            kwargs = {"attention_mask": seen, "position_ids": (seen.cumsum(-1) - 1).clamp_min(0)[:, -length:]}
+        logits.append(model(ids[:, start : start + length], past_key_values=cache, use_cache=True, **kwargs).logits)
+        start += length
+    return torch.cat(logits, dim=1)
+
+
+def test_lossless_factors_equal_dynamic_cache(family):
+    """Full rank: encoding loses nothing, so everything that happens to tokens on the way is an identity."""
+    model, ids, turns = lossless(make_model(family)), prompt(2, 60), [30, 1, 1, 9] + [1] * 12
+    cache = CSKVCache()
+    expected = feed(model, ids, DynamicCache(), turns)
+    torch.testing.assert_close(feed(model, ids, cache, turns), expected, atol=1e-9, rtol=1e-9)
+    assert cache.tokens.num_old > 20
+
+
+def test_context_within_the_window_equals_dynamic_cache_bit_by_bit():
+    """As long as nothing is compressed, the model's own attention runs on the same tensors."""
+    model, ids = lossy(make_model(), window=40), prompt(2, 40)
+    mask = torch.ones_like(ids)
+    assert torch.equal(
+        feed(model, ids, CSKVCache(), [20, 1, 8, 1, 1], mask), feed(model, ids, DynamicCache(), [20, 1, 8, 1, 1], mask)
+    )
+
+
+def test_prefill_is_exact():
+    model, ids = lossy(make_model()), prompt(2, 70)
+    assert torch.equal(feed(model, ids, CSKVCache(), [70]), feed(model, ids, DynamicCache(), [70]))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("removed", [1, 5, 20, 47])
+def test_crop(removed, padded):
+    """Lossless: after a crop, the cache goes on like one that never saw the removed tokens, down to the sinks."""
+    model, ids = lossless(make_model()), prompt(2, 70)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :6] = 0
+    cache = CSKVCache()
+    feed(model, ids, cache, [40, 1, 1, 1, 7], mask)
+    cache.crop(-removed)
+    assert cache.get_seq_length() == 50 - removed
+    again, dynamic = [1, 1, 5, 1], DynamicCache()
+    feed(model, ids, dynamic, [50 - removed], mask)
+    actual, expected = feed(model, ids, cache, again, mask), feed(model, ids, dynamic, again, mask)
+    first = 0 if not padded or 50 - removed >= 6 else 3  # rows of nothing but padding have no defined output
+    torch.testing.assert_close(actual[:, first:], expected[:, first:], atol=1e-9, rtol=1e-9)
+
+
+def test_crop_accepts_a_length_as_old_transformers_pass_it():
+    model, ids, cache = lossy(make_model()), prompt(1, 40), CSKVCache()
+    feed(model, ids, cache, [40])
+    cache.crop(33)
+    assert cache.get_seq_length() == 33
+    cache.crop(0)
+    assert cache.get_seq_length() == 33
+    with pytest.raises(ValueError, match="Cannot crop 34 tokens from a cache of 33"):
+        cache.crop(-34)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("operation", ["reorder", "select", "repeat"])
+def test_rows_move_with_everything_that_belongs_to_them(operation, padded):
+    """Rows of the cache after the operation continue as the same rows did before it."""
+    model, ids = lossy(make_model()), prompt(3, 60)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :7] = 0
+        mask[2, :2] = 0
+    rows = {"reorder": [2, 0, 0], "select": [1], "repeat": [0, 0, 1, 1, 2, 2]}[operation]
+    cache, straight = CSKVCache(), CSKVCache()
+    feed(model, ids, cache, [40, 1, 1], mask)
+    index = torch.tensor(rows)
+    {
+        "reorder": lambda: cache.reorder_cache(index),
+        "select": lambda: cache.batch_select_indices(index),
+        "repeat": lambda: cache.batch_repeat_interleave(2),
+    }[operation]()
+    actual = feed(model, ids[rows], cache, [1] * 9, mask[rows])
+    feed(model, ids, straight, [40, 1, 1], mask)
+    expected = feed(model, ids, straight, [1] * 9, mask)
+    torch.testing.assert_close(actual, expected[rows], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_copies_are_independent(padded):
+    """deepcopy (the recipe for prompt caching) and pickle; neither drags the model along."""
+    model, ids = lossy(make_model()), prompt(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0 if padded else 1
+    cache = CSKVCache()
+    feed(model, ids, cache, [40], mask)
+    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    expected = feed(model, ids, cache, [1] * 12, mask)
+    for twin in copies:
+        assert torch.equal(feed(model, ids, twin, [1] * 12, mask), expected)
+    assert len(pickle.dumps(copies[0])) < 3 * copies[0].nbytes + 20_000
+
+
+def test_reset_makes_it_new():
+    model, ids, cache = lossy(make_model()), prompt(2, 50), CSKVCache()
+    expected = feed(model, ids, cache, [40, 1, 1])
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    assert torch.equal(feed(model, ids, cache, [40, 1, 1]), expected)
+
+
+def test_offload_and_prefetch():
+    model, ids, cache = lossy(make_model()), prompt(2, 50), CSKVCache()
+    feed(model, ids, cache, [40])
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    assert torch.isfinite(feed(model, ids, cache, [1])).all()
+
+
+def test_window_and_sinks_can_be_set_per_cache():
+    model, ids = lossy(make_model()), prompt(1, 60)
+    cache = CSKVCache(window=20, sinks=1)
+    feed(model, ids, cache, [60])
+    assert (cache.tokens.num_sinks, cache.tokens.num_recent) == (1, 23)
+    for settings, message in (
+        ({"window": 0}, "`window` must be at least 1"),
+        ({"sinks": -1}, "`sinks` must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CSKVCache(**settings)
+
+
+def test_at_least_a_window_of_exact_tokens_at_any_time():
+    model, ids, cache = lossy(make_model()), prompt(1, 90), CSKVCache()
+    for turns in ([30], *[[1]] * 40):
+        feed(model, ids, cache, turns)
+        assert 8 <= cache.tokens.num_recent < 8 + 4
+        assert cache.layers[0].keys.shape[2] == cache.tokens.num_recent
+
+
+def test_memory_is_let_go():
+    """The window of a long prompt must not keep the storage of the prompt's keys alive."""
+    model, cache = lossy(make_model(dtype=torch.float32)), CSKVCache()
+    feed(model, prompt(1, 500), cache, [500])
+    layer = cache.layers[0]
+    for name in layer.TENSORS:
+        tensor = getattr(layer, name)
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize, name
+
+
+def test_report_is_readable():
+    model, cache = lossy(make_model()), CSKVCache()
+    assert cache.report() == "CSKVCache: empty"
+    feed(model, prompt(1, 60), cache, [60])
+    report = cache.report()
+    assert f"{cache.nbytes:,} bytes" in report and "old, latents" in report
+    assert max(map(len, report.split("\n"))) <= 80
+
+
+def test_model_without_factors():
+    model, cache = make_model(), CSKVCache()
+    with pytest.raises(RuntimeError, match=r"no CSKV factors in use.*cskv_hf\.load.*cskv_hf\.fit"):
+        model(prompt(1, 10), past_key_values=cache, use_cache=True)
+
+
+def test_cache_of_another_adapter_or_batch():
+    model, ids, cache = lossy(make_model(), 0.6), prompt(2, 40), CSKVCache()
+    feed(model, ids, cache, [40])
+    with pytest.raises(ValueError, match="holds a batch of 2 and got a batch of 3"):
+        model(prompt(3, 1), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="A cache belongs to one model and adapter"):
+        lossy(make_model(), 0.3)(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_attention_mask_of_another_length():
+    model, ids, cache = lossy(make_model()), prompt(1, 40), CSKVCache()
+    feed(model, ids, cache, [40])
+    with pytest.raises(ValueError, match="covers 10 tokens; this CSKVCache holds 40 and gets 10, so it must cover 50"):
+        model(ids[:, :10], attention_mask=torch.ones(1, 10), past_key_values=cache, use_cache=True)
+
+
+def test_interrupted_forward_is_noticed():
+    model, ids, cache = lossy(make_model()), prompt(1, 40), CSKVCache()
+    feed(model, ids, cache, [20])
+    handle = (
+        model.get_base_model()
+        .model.layers[1]
+        .register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, 20:21], past_key_values=cache, use_cache=True)
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"an earlier forward was interrupted.*cache\.reset"):
+        model(ids[:, 20:21], past_key_values=cache, use_cache=True)

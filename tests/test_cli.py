@@ -1,0 +1,132 @@
+"""The command line, run as a user would: a text file in, an adapter directory out, and nothing half-written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from cskv_hf.cli import app
+from cskv_hf.files import replace_directory
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model(dtype=torch.float32).save_pretrained(tmp_path / "model")
+    vocab = {f"w{i}": i for i in range(88)} | {"[UNK]": 88}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 88}" for i in range(600)))
+    return tmp_path
+
+
+def cskv(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "80", "TERM": "dumb"})
+    return result.exit_code, re.sub(r"[\s│╭╮╰╯─]+", " ", result.output), result.output
+
+
+def test_fit_inspect_load(folder):
+    code, text, _ = cskv(
+        "fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", "--length", 100
+    )
+    assert code == 0, text
+    assert "fitted on 600 tokens" in text and "19" in text
+    assert sorted(p.name for p in folder.iterdir()) == ["model", "out", "text.txt"]  # no state, no temporary left
+    model = AutoModelForCausalLM.from_pretrained(folder / "out")
+    assert model.peft_config["default"].compression == 0.8
+    code, text, raw = cskv("inspect", folder / "out")
+    assert code == 0 and "init attention, keys head" in text
+    assert max(map(len, raw.split("\n"))) <= 80
+
+
+def test_json_lines(folder):
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": "w1 w2 w3 w4"}) + "\n" for _ in range(50)))
+    code, text, _ = cskv("fit", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "out")
+    assert code == 0 and "fitted on 200 tokens" in text
+    (folder / "data.jsonl").write_text('{"text": "w1"}\n{"txt": "w1"}\n')
+    code, text, _ = cskv("fit", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "out")
+    assert code == 2 and "Line 2 of" in text and "no JSON object with a 'text' field" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--compression", 1.5], "`compression` is the fraction of KV bytes"),
+        (["--key-layout", "group:3"], "must divide the model's 4 KV heads"),
+        (["--data", "missing.txt"], "does not exist"),
+    ],
+)
+def test_bad_arguments(folder, arguments, message):
+    code, text, _ = cskv("fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", *arguments)
+    assert code == 2 and message in text
+    assert not (folder / "out").exists()
+
+
+def test_killed_fit_resumes_and_the_old_adapter_survives(folder):
+    """A real process, killed in the middle of the calibration; the same command then continues and replaces the adapter."""
+    command = [sys.executable, "-c", KILLED, folder / "model", folder / "text.txt", folder / "out"]
+    code, text, _ = cskv(
+        "fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", "--length", 100
+    )
+    assert code == 0, text
+    before = {p.name: p.read_bytes() for p in (folder / "out").iterdir()}
+    killed = subprocess.run(
+        [str(c) for c in command], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=300
+    )
+    assert killed.returncode == 9
+    assert {p.name: p.read_bytes() for p in (folder / "out").iterdir()} == before
+    assert (folder / "out.statistics.safetensors").exists()
+    code, text, _ = cskv(
+        "fit",
+        folder / "model",
+        "--data",
+        folder / "text.txt",
+        "--out",
+        folder / "out",
+        "--length",
+        100,
+        "--compression",
+        0.5,
+    )
+    assert code == 0 and "fitted on 600 tokens" in text, text
+    assert json.loads((folder / "out" / "adapter_config.json").read_text())["compression"] == 0.5
+
+
+KILLED = """
+import os, sys
+import cskv_hf.statistics as statistics
+from cskv_hf.cli import app
+statistics.SAVE_EVERY_SECONDS = 0.0
+save = statistics.KVStatistics.save
+def save_and_die(self, path):
+    save(self, path)
+    if self.num_samples == 3:
+        os._exit(9)
+statistics.KVStatistics.save = save_and_die
+model, data, out = sys.argv[1:]
+app(["fit", model, "--data", data, "--out", out, "--length", "100"])
+"""
+
+
+def test_replace_directory_keeps_the_old_one_until_the_new_is_complete(tmp_path):
+    target = tmp_path / "out"
+    replace_directory(target, lambda folder: (folder.mkdir(), (folder / "a").write_text("old")))
+
+    def fails(folder):
+        folder.mkdir()
+        (folder / "a").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        replace_directory(target, fails)
+    assert (target / "a").read_text() == "old"
+    replace_directory(target, lambda folder: (folder.mkdir(), (folder / "a").write_text("new")))
+    assert (target / "a").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]

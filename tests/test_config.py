@@ -1,0 +1,95 @@
+"""CSKVConfig: what it refuses, what survives JSON, and bytes that agree with the tensors."""
+
+import pytest
+import torch
+from conftest import lossy, make_model, prompt
+from peft import PeftConfig
+
+from cskv_hf import CSKVCache, CSKVConfig, ModelShape
+
+SHAPE = ModelShape("llama", 32, 8, 128)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"compression": 1.0}, r"`compression` is the fraction .* in \[0, 1\), got 1.0"),
+        ({"compression": -0.1}, "got -0.1"),
+        ({"compression": 0.5, "key_rank": 8, "value_rank": 8}, "exclude each other"),
+        ({"key_rank": 8}, "must be given together"),
+        ({"key_rank": 0, "value_rank": 8}, "at least 1, got 0"),
+        ({"key_layout": "heads"}, "'head', 'joint' or 'group:N'"),
+        ({"key_layout": "group:0"}, "got 'group:0'"),
+        ({"window": 0}, "`window` must be an integer of at least 1"),
+        ({"sinks": -1}, "`sinks` must be an integer of at least 0"),
+        ({"window": 2.5}, "got 2.5"),
+        ({"init": "pca"}, "`init` must be one of 'attention'"),
+        ({"bits": 4}, "`bits` must be 16"),
+        ({"asvd_alpha": 2}, "`asvd_alpha`"),
+        ({"format_version": 99}, "pip install -U cskv-hf"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CSKVConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"key_rank": 1025, "value_rank": 8}, "key rank 1025 of layer 0 is above the model's kv_dim=1024"),
+        ({"compression": 0.9999}, "at least 2 are needed: use at most"),
+        ({"value_rank_per_layer": {32: 4}}, "names layer 32; the model has layers 0 to 31"),
+    ],
+)
+def test_refuses_for_a_model(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CSKVConfig(**settings).layer_ranks(SHAPE)
+
+
+def test_json_round_trip(tmp_path):
+    config = CSKVConfig(compression=0.7, key_layout="group:2", window=16, key_rank_per_layer={0: 3}, init="mse")
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, CSKVConfig)
+    assert loaded == config
+
+
+@pytest.mark.parametrize("compression", [0.5, 0.8, 0.9, 0.95])
+def test_an_old_token_costs_at_most_what_was_promised(compression):
+    """The position is paid from the budget too, so the promise holds with everything counted."""
+    config = CSKVConfig(compression=compression)
+    ranks = config.layer_ranks(SHAPE)
+    spent = sum(key + value for key, value in ranks) * 2 + 4
+    assert spent <= (1 - compression) * SHAPE.num_hidden_layers * 2 * SHAPE.kv_dim * 2
+    assert spent > (1 - compression - 0.003) * SHAPE.num_hidden_layers * 2 * SHAPE.kv_dim * 2  # and little is wasted
+
+
+def test_overrides_per_layer():
+    config = CSKVConfig(key_rank=10, value_rank=20, key_rank_per_layer={1: 5})
+    assert config.layer_ranks(ModelShape("llama", 3, 2, 16)) == [(10, 20), (5, 20), (10, 20)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [10, 11, 60, 200])
+@torch.no_grad()
+def test_formula_equals_the_bytes_of_the_tensors(dtype, length):
+    model = lossy(make_model(dtype=torch.float32)).to(dtype)
+    config, cache = model.peft_config["default"], CSKVCache()
+    model(prompt(3, length), past_key_values=cache, use_cache=True)
+    assert cache.nbytes == config.cache_nbytes(model.config, length, batch_size=3, dtype=dtype)
+
+
+@torch.no_grad()
+def test_80_percent_at_4096_tokens():
+    """Sinks, window, positions and frequencies included, the cache is below 0.23 of DynamicCache's bytes, and a token below 0.20."""
+    model = make_model(dtype=torch.float32, num_hidden_layers=4, head_dim=32, max_position_embeddings=4096)
+    model = lossy(model, 0.8, window=32, sinks=4, block_size=32)
+    full = 4 * 2 * 4 * 32 * 4  # bytes per token: layers, K and V, heads, head_dim, float32
+    sizes = {}
+    for length in (2048, 4096):
+        cache = CSKVCache()
+        model(prompt(1, length), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        sizes[length] = cache.nbytes
+    assert sizes[4096] / (4096 * full) <= 0.23
+    assert (sizes[4096] - sizes[2048]) / (2048 * full) <= 0.20

@@ -1,0 +1,207 @@
+"""fit and its statistics: every kind of data, streaming equal to one go, resume, offload, and bad data refused before any harm."""
+
+import pytest
+import torch
+from conftest import calibration_data, make_model, prompt
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+import cskv_hf
+from cskv_hf import CSKVCache, CSKVConfig, KVStatistics, collect_statistics
+from cskv_hf.fitting import format_report
+from cskv_hf.statistics import TENSORS
+
+
+def assert_same(a, b, tolerance=1e-10):
+    for name in TENSORS:
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=tolerance, rtol=tolerance)
+    assert a.num_tokens == b.num_tokens
+
+
+class WordTokenizer:
+    def __call__(self, text, truncation=False, max_length=None):
+        return {"input_ids": [2 + hash(w) % 80 for w in text.split()][:max_length]}
+
+
+def test_moments_are_those_of_the_definition(family):
+    """Against the attention module's own projections, norms included, on the inputs it really got."""
+    model, ids = make_model(family), prompt(3, 20)
+    statistics = collect_statistics(model, [ids], progress=False)
+    seen = []
+    hook = model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    attn, x = model.model.layers[1].self_attn, seen[0].flatten(0, 1)
+    heads, kv_heads, head_dim = model.config.num_attention_heads, model.config.num_key_value_heads, attn.head_dim
+    k, q = attn.k_proj(x).view(-1, kv_heads, head_dim), attn.q_proj(x).view(-1, heads, head_dim)
+    if family == "qwen3":
+        k, q = attn.k_norm(k), attn.q_norm(q)
+    k, v = k.flatten(1), attn.v_proj(x)
+    torch.testing.assert_close(statistics.key_moment[1], k.mT @ k)
+    torch.testing.assert_close(statistics.value_moment[1], v.mT @ v)
+    for g in range(kv_heads):
+        of_group = q[:, g * heads // kv_heads : (g + 1) * heads // kv_heads].flatten(0, 1)
+        torch.testing.assert_close(statistics.query_moment[1, g], of_group.mT @ of_group)
+    torch.testing.assert_close(statistics.input_scale[1], x.abs().sum(0))
+
+
+def test_every_kind_of_data():
+    model, rows = make_model(), [prompt(1, 12, seed)[0] for seed in range(4)]
+    expected = collect_statistics(model, rows, progress=False)
+    kinds = {
+        "batched": [torch.stack(rows[:2]), torch.stack(rows[2:])],
+        "lists": [row.tolist() for row in rows],
+        "dicts": [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows],
+        "generator": (row for row in rows),
+        "Dataset": Dataset.from_dict({"input_ids": [row.tolist() for row in rows]}),
+    }
+    for name, data in kinds.items():
+        assert_same(collect_statistics(model, data, progress=False), expected, 1e-9), name
+
+
+def test_strings_with_a_tokenizer():
+    model, text = make_model(), "to shrink a cache one keeps what attention reads"
+    tokenizer = WordTokenizer()
+    expected = collect_statistics(model, [tokenizer(text)["input_ids"][:5]], progress=False)
+    for data in ([text], [{"text": text}], Dataset.from_dict({"text": [text]})):
+        assert_same(collect_statistics(model, data, tokenizer=tokenizer, max_length=5, progress=False), expected)
+    with pytest.raises(ValueError, match="`data` holds strings; pass `tokenizer=`"):
+        collect_statistics(model, [text], progress=False)
+    with pytest.raises(TypeError, match="got an element of type int"):
+        collect_statistics(model, [3], progress=False)
+
+
+def test_padding_does_not_count():
+    model, row = make_model(), prompt(1, 12)
+    expected = collect_statistics(model, [row], progress=False)
+    padded = torch.cat([row, torch.zeros(1, 7, dtype=torch.long)], dim=1)
+    mask = (torch.arange(19) < 12).long()[None]
+    assert_same(collect_statistics(model, [{"input_ids": padded, "attention_mask": mask}], progress=False), expected)
+
+
+def test_max_tokens_and_counting():
+    statistics = collect_statistics(make_model(), [prompt(1, 10)] * 9, max_tokens=25, progress=False)
+    assert (statistics.num_tokens, statistics.num_samples) == (30, 3)  # whole samples
+
+
+def test_interrupted_pass_resumes_to_the_same(tmp_path, monkeypatch):
+    """The state is saved between samples; a second start skips what was seen."""
+    model, rows, state = make_model(), [prompt(1, 12, seed) for seed in range(6)], tmp_path / "state.safetensors"
+    monkeypatch.setattr("cskv_hf.statistics.SAVE_EVERY_SECONDS", 0.0)
+
+    def interrupted():
+        yield from rows[:4]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_statistics(model, interrupted(), state_file=state, progress=False)
+    assert KVStatistics.load(state).num_samples == 4
+    forwards = []
+    hook = model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    resumed = collect_statistics(model, rows, state_file=state, progress=False)
+    hook.remove()
+    assert len(forwards) == 2
+    assert_same(resumed, collect_statistics(model, rows, progress=False))
+
+
+def test_state_of_another_model_or_data_or_damaged(tmp_path):
+    state = tmp_path / "state.safetensors"
+    collect_statistics(make_model(), [prompt(1, 12)], state_file=state, source="book A", progress=False)
+    with pytest.raises(ValueError, match="holds statistics of another model"):
+        collect_statistics(make_model(num_hidden_layers=1), [prompt(1, 12)], state_file=state, progress=False)
+    with pytest.raises(ValueError, match=r"of other data \('book A'\); this is 'book B'"):
+        collect_statistics(make_model(), [prompt(1, 12)], state_file=state, source="book B", progress=False)
+    state.write_bytes(state.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="truncated or corrupt .*Delete it to start the statistics over"):
+        collect_statistics(make_model(), [prompt(1, 12)], state_file=state, source="book A", progress=False)
+
+
+@pytest.mark.parametrize(
+    "data", [[], [torch.zeros(0, dtype=torch.long)], iter(())], ids=["list", "empty rows", "spent"]
+)
+def test_empty_data(data):
+    model = make_model()
+    with pytest.raises(ValueError, match="`data` is empty: no calibration token was seen"):
+        cskv_hf.fit(model, data, progress=False)
+    assert not hasattr(model.model.layers[0].self_attn, "cskv")
+
+
+def test_nan(tmp_path):
+    model, state = make_model(), tmp_path / "state.safetensors"
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.nan
+    with pytest.raises(ValueError, match="Calibration sample 1 leads to NaN or infinite keys or values in layer 0"):
+        cskv_hf.fit(model, [torch.full((1, 8), 5), torch.full((1, 8), 7)], state_file=state, progress=False)
+    assert not hasattr(model.model.layers[0].self_attn, "cskv") and not state.exists()
+
+
+def test_little_data_is_warned_about(caplog):
+    import logging
+
+    logging.getLogger("transformers").propagate = True
+    try:
+        collect_statistics(make_model(), [prompt(1, 12)], progress=False)
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert "Only 12 calibration tokens for kv_dim=32" in caplog.text
+
+
+@pytest.mark.parametrize("init", ["attention", "mse", "asvd", "svd", "random"])
+@pytest.mark.parametrize("layout", ["head", "joint", "group:2"])
+def test_every_initialisation_in_every_layout(init, layout, family):
+    if (init, layout) != ("attention", "head") and family not in ("llama", "qwen2"):
+        pytest.skip("one combination is enough for the families whose projections are like Llama's")
+    model = make_model(family)
+    kv_dim = model.config.num_key_value_heads * 8
+    config = CSKVConfig(compression=0.5, init=init, key_layout=layout)
+    model = cskv_hf.fit(model, calibration_data(model), config, progress=False)
+    groups = {"head": model.config.num_key_value_heads, "joint": 1, "group:2": model.config.num_key_value_heads // 2}[
+        layout
+    ]
+    assert all(len(ranks) == groups and sum(ranks) <= kv_dim / 2 for ranks in config.key_ranks)
+    assert max(map(len, format_report(config).split("\n"))) <= 80
+    output = model.generate(prompt(1, 80), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert output.past_key_values.tokens.num_old > 0
+
+
+def test_optimum_beats_the_baselines_on_the_calibration_data():
+    model = make_model()
+    statistics = collect_statistics(model, calibration_data(model), progress=False)
+    errors = {}
+    for init in ("mse", "asvd", "svd", "random", "attention"):
+        config = CSKVConfig(compression=0.6, init=init)
+        cskv_hf.fit(make_model(), statistics, config, progress=False)
+        layers = config.fit_report["layers"]
+        errors[init] = sum(layer["key_error"] + layer["value_error"] for layer in layers)
+    assert min(errors, key=errors.get) == "mse", errors
+
+
+def test_fitting_again_replaces_the_adapter():
+    model = make_model()
+    data = calibration_data(model)
+    model = cskv_hf.fit(model, data, CSKVConfig(compression=0.8), progress=False)
+    model = cskv_hf.fit(model, data, CSKVConfig(compression=0.2), progress=False)
+    assert model.peft_config["default"].compression == 0.2
+    model(prompt(1, 80), past_key_values=CSKVCache(), use_cache=True)
+
+
+def test_disk_offload_equals_memory(tmp_path):
+    """accelerate keeps the weights on disk and the projections have none of their own: the fit sees the same numbers."""
+    make_model(dtype=torch.float32, num_hidden_layers=3).save_pretrained(tmp_path / "base")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "offload"
+    ).eval()
+    assert offloaded.model.layers[1].self_attn.k_proj.weight.device.type == "meta"
+    data, ids = calibration_data(whole), prompt(1, 60)
+    tokens = []
+    for model in (whole, offloaded):
+        config = CSKVConfig(compression=0.5, window=8, sinks=3, block_size=4)
+        model = cskv_hf.fit(model, data, config, progress=False)
+        tokens.append(model.generate(ids, max_new_tokens=12, do_sample=False))
+    assert torch.equal(*tokens)

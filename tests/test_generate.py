@@ -1,0 +1,158 @@
+"""generate(): every way to hand over the cache, greedy, sampling, batches, streaming, several turns."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import lossless, lossy, make_model, prompt
+from transformers import DynamicCache, TextStreamer
+
+from cskv_hf import CSKVCache
+
+GREEDY = dict(max_new_tokens=24, do_sample=False)
+
+
+@pytest.fixture(scope="module")
+def full_rank():
+    return lossless(make_model())
+
+
+def test_every_way_to_pass_the_cache(full_rank):
+    ids = prompt(2, 40)
+    mask = torch.ones_like(ids)
+    expected = full_rank.generate(ids, attention_mask=mask, cache=DynamicCache, **GREEDY)
+    instance = CSKVCache()
+    ways = {
+        "class": {"cache": CSKVCache},
+        "instance": {"cache": instance},
+        "factory": {"cache": lambda: CSKVCache(window=16)},
+        "past_key_values": {"past_key_values": CSKVCache()},
+        "past_key_values class": {"past_key_values": CSKVCache},
+        "default": {},
+        "materialize": {"cache": CSKVCache(materialize=True)},
+    }
+    for name, way in ways.items():
+        assert torch.equal(full_rank.generate(ids, attention_mask=mask, **way, **GREEDY), expected), name
+    assert instance.tokens.num_old > 0
+
+
+def test_the_default_cache_is_compressed(full_rank):
+    output = full_rank.generate(prompt(1, 40), return_dict_in_generate=True, **GREEDY)
+    assert isinstance(output.past_key_values, CSKVCache)
+    assert output.past_key_values.tokens.num_old > 0
+
+
+def test_other_caches_keep_working(full_rank):
+    ids = prompt(1, 40)
+    expected = full_rank.generate(ids, cache=DynamicCache, **GREEDY)
+    for way in ({"past_key_values": DynamicCache()}, {"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(full_rank.generate(ids, **way, **GREEDY), expected), way
+
+
+def test_refuses_what_is_no_cache(full_rank):
+    with pytest.raises(ValueError, match="mean the same"):
+        full_rank.generate(prompt(1, 4), cache=CSKVCache, past_key_values=CSKVCache(), **GREEDY)
+    with pytest.raises(TypeError, match="`cache` must be a cache class such as `CSKVCache`"):
+        full_rank.generate(prompt(1, 4), cache="cskv", **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "num_return_sequences": 3, "temperature": 0.7},
+        {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=["sampling", "beams", "beam sampling", "prompt lookup"],
+)
+def test_modes_equal_dynamic_cache_when_lossless(full_rank, settings):
+    batch = 1 if "prompt_lookup_num_tokens" in settings else 2
+    ids = prompt(batch, 40)
+    outputs = []
+    for cache in (CSKVCache, DynamicCache):
+        torch.manual_seed(0)
+        outputs.append(
+            full_rank.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, cache=cache, **settings)
+        )
+    assert torch.equal(*outputs)
+
+
+def test_padded_batch_generates_what_each_row_does_alone():
+    model, ids = lossy(make_model()), prompt(3, 40)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate((0, 5, 22)):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    together = model.generate(ids, attention_mask=mask, **GREEDY)
+    for row, pad in enumerate((0, 5, 22)):
+        alone = model.generate(ids[row : row + 1, pad:], **GREEDY)
+        assert torch.equal(together[row, 40:], alone[0, 40 - pad :])
+
+
+def test_conversation_with_one_cache():
+    """Turn after turn on one cache equals, lossless, a full cache; and the history is not computed again."""
+    model, cache, dynamic = lossless(make_model()), CSKVCache(), DynamicCache()
+    history = history_full = prompt(1, 30)
+    for turn in range(3):
+        history = model.generate(history, cache=cache, **GREEDY)
+        history_full = model.generate(history_full, cache=dynamic, **GREEDY)
+        assert torch.equal(history, history_full)
+        assert cache.get_seq_length() == history.shape[1] - 1
+        history = history_full = torch.cat([history, prompt(1, 9, seed=turn)], dim=1)
+
+
+def test_prompt_cached_once_and_copied():
+    model, shared = lossy(make_model()), prompt(1, 50)
+    cache = CSKVCache()
+    with torch.no_grad():
+        model(shared, past_key_values=cache, use_cache=True)
+    for seed in (5, 6):
+        ids = torch.cat([shared, prompt(1, 6, seed)], dim=1)
+        first = model.generate(ids, cache=copy.deepcopy(cache), **GREEDY)
+        again = model.generate(ids, cache=copy.deepcopy(cache), **GREEDY)
+        assert torch.equal(first, again)
+    assert cache.get_seq_length() == 50
+
+
+def test_streaming(full_rank):
+    class Tokenizer:
+        def decode(self, ids, **_):
+            return " ".join(map(str, torch.as_tensor(ids).tolist()))
+
+    class Collect(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text, stream_end=False):
+            self.text += text
+
+    streamer = Collect(Tokenizer(), skip_prompt=True)
+    output = full_rank.generate(prompt(1, 40), streamer=streamer, **GREEDY)
+    assert streamer.text.split() == [str(t) for t in output[0, 40:].tolist()]
+
+
+def test_scores_are_returned(full_rank):
+    output = full_rank.generate(prompt(1, 40), return_dict_in_generate=True, output_scores=True, **GREEDY)
+    assert len(output.scores) == 24
+
+
+def test_copies_of_the_model_generate_the_same():
+    model, ids = lossy(make_model()), prompt(1, 50)
+    expected = model.generate(ids, **GREEDY)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.generate(ids, **GREEDY), expected)
+        with torch.no_grad():  # the copy has hooks and factors of its own
+            for sidecar in (m for m in twin.modules() if type(m).__name__ == "CSKVFactors"):
+                sidecar.cskv_key_A["default"].weight.zero_()
+        assert not torch.equal(twin.generate(ids, **GREEDY), expected)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+def test_unfitted_adapter_is_refused():
+    from peft import get_peft_model
+
+    from cskv_hf import CSKVConfig
+
+    model = get_peft_model(make_model(), CSKVConfig(compression=0.5))
+    with pytest.raises(RuntimeError, match=r"adapter 'default' has no factors yet.*cskv_hf\.fit"):
+        model.generate(prompt(1, 10), cache=CSKVCache, **GREEDY)
