@@ -1,6 +1,7 @@
 """How long the linear algebra of a fit takes for one layer of an 8B-shaped model: python benchmarks/fit.py
 
-Hidden size 4096, 32 query heads, 8 KV heads x 128. The statistics pass is one forward over the data and is not part of this.
+Hidden size 4096, 32 query heads, 8 KV heads x 128. The statistics pass is one forward over the data and is not part
+of this.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The oracle: CSKV generation from its definition, one row, one token and one head at a time, nothing shared with the package's code.
+"""The oracle: CSKV generation from its definition, one row, one token and one head at a time, nothing shared with
+the package's code.
 
-Every token's exact key (before RoPE) and value are kept for ever; what a query sees of an old token is computed anew each time as
-``RoPE(B A k)`` and ``B A v`` (CSKV section 2.1). Works in the model's dtype; use float64.
+Every token's exact key (before RoPE) and value are kept for ever; what a query sees of an old token is computed anew
+each time as ``RoPE(B A k)`` and ``B A v`` (CSKV section 2.1). Works in the model's dtype; use float64.
 """
 
 import torch

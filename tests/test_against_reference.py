@@ -11,7 +11,8 @@ TURNS = [28, 1, 1, 1, 11] + [1] * 8  # prompt, decoding, a second prompt over a 
 
 
 def run(model, ids, turns, cache, attention_mask=None):
-    """Logits (batch, tokens, vocab) of feeding `ids` in pieces; with a mask, positions count real tokens as in generate()."""
+    """Logits (batch, tokens, vocab) of feeding `ids` in pieces; with a mask, positions count real tokens as in
+    generate()."""
     outputs, start = [], 0
     for length in turns:
         kwargs = {}

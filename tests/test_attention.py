@@ -28,7 +28,8 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["head", "joint"])
 @torch.no_grad()
 def test_decode_never_holds_a_layers_keys_or_values(layout, monkeypatch):
-    """The largest tensor of a decoding step is smaller than one layer's rebuilt keys, which `materialize` does make."""
+    """The largest tensor of a decoding step is smaller than one layer's rebuilt keys, which `materialize` does
+    make."""
     model = lossy(make_model(dtype=torch.float32, vocab_size=89), key_layout=layout)
     monkeypatch.setattr(attention, "CPU_TILE", 64 * 32)  # tiles of 64 tokens at most
     length, kv_dim = 900, 32

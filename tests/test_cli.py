@@ -71,7 +71,8 @@ def test_bad_arguments(folder, arguments, message):
 
 
 def test_killed_fit_resumes_and_the_old_adapter_survives(folder):
-    """A real process, killed in the middle of the calibration; the same command then continues and replaces the adapter."""
+    """A real process, killed in the middle of the calibration; the same command then continues and replaces the
+    adapter."""
     command = [sys.executable, "-c", KILLED, folder / "model", folder / "text.txt", folder / "out"]
     code, text, _ = cskv(
         "fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", "--length", 100

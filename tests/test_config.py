@@ -82,7 +82,8 @@ def test_formula_equals_the_bytes_of_the_tensors(dtype, length):
 
 @torch.no_grad()
 def test_80_percent_at_4096_tokens():
-    """Sinks, window, positions and frequencies included, the cache is below 0.23 of DynamicCache's bytes, and a token below 0.20."""
+    """Sinks, window, positions and frequencies included, the cache is below 0.23 of DynamicCache's bytes, and a
+    token below 0.20."""
     model = make_model(dtype=torch.float32, num_hidden_layers=4, head_dim=32, max_position_embeddings=4096)
     model = lossy(model, 0.8, window=32, sinks=4, block_size=32)
     full = 4 * 2 * 4 * 32 * 4  # bytes per token: layers, K and V, heads, head_dim, float32

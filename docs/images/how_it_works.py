@@ -42,7 +42,10 @@ axis.text(
     fontsize=9,
 )
 arrow(axis, (12, 1.1), (12, 2.2))
-notes = "query of the next token:\none softmax over exact\nand rebuilt keys\n\nvalues are never rebuilt:\n$(P\\,c_v)\\,B_v^{\\top}$, once per step"
+notes = (
+    "query of the next token:\none softmax over exact\nand rebuilt keys\n\nvalues are never rebuilt:\n"
+    "$(P\\,c_v)\\,B_v^{\\top}$, once per step"
+)
 axis.text(36.3, 2.5, notes, ha="left", va="center", fontsize=10, color=INK, linespacing=1.5)
 arrow(axis, (36.1, 2.5), (34.2, 2.5))
 axis.set_xlim(-0.5, 45.5)

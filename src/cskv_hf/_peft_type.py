@@ -1,4 +1,5 @@
-"""Adds the member ``CSKV`` to PEFT's closed enum of adapter types; private API of `enum`, checked on CPython 3.10 to 3.13."""
+"""Adds the member ``CSKV`` to PEFT's closed enum of adapter types; private API of `enum`, checked on CPython 3.10 to
+3.13."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ NAME = "CSKV"
 def ensure_peft_type() -> PeftType:
     """Return ``PeftType.CSKV``, adding it first if need be.
 
-    PEFT offers no way in: `register_peft_method` refuses names that are missing from `PeftType`. With the member added, everything
+    PEFT offers no way in: `register_peft_method` refuses names that are missing from `PeftType`. With the member
+        added, everything
     else goes through PEFT's own registration and its checks.
     """
     if NAME in PeftType.__members__:

@@ -1,8 +1,8 @@
 """Attention over a compressed past in plain torch, and the attention function that transformers calls.
 
-Keys of the past are rebuilt in tiles and thrown away; values never are: the attention weights aggregate latents, and ``value_B`` is
-applied once at the end (``P (c_v B_vᵀ) = (P c_v) B_vᵀ``). Exact and compressed parts meet in one online softmax, so that neither all
-scores nor a layer's rebuilt keys or values exist at any time.
+Keys of the past are rebuilt in tiles and thrown away; values never are: the attention weights aggregate latents, and
+``value_B`` is applied once at the end (``P (c_v B_vᵀ) = (P c_v) B_vᵀ``). Exact and compressed parts meet in one
+online softmax, so that neither all scores nor a layer's rebuilt keys or values exist at any time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def compressed_attention(
         query: (batch, num_attention_heads, num_queries, head_dim), after RoPE.
         kv: what the cache holds; see [`CompressedKV`].
         scaling: of the scores.
-        exact_mask, old_mask: (batch or 1, 1, num_queries or 1, columns), bool (True = attend) or float to be added; None attends to all.
+        exact_mask, old_mask: (batch or 1, 1, num_queries or 1, columns), bool (True = attend) or float to be added;
+            None attends to all.
 
     Returns:
         (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked.
@@ -87,7 +88,8 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
 
 
 def _old_scores(q, kv: CompressedKV, columns: slice, cos, sin) -> torch.Tensor:
-    """Scores (batch, kv_heads, rows of q, columns) against keys rebuilt for one tile, one group of KV heads at a time."""
+    """Scores (batch, kv_heads, rows of q, columns) against keys rebuilt for one tile, one group of KV heads at a
+    time."""
     factors = kv.factors
     latents = kv.key_latents[:, columns].to(q.dtype).split(factors.key_ranks, dim=-1)
     groups = q.split(factors.heads_per_group, dim=1)
@@ -99,7 +101,8 @@ def _old_scores(q, kv: CompressedKV, columns: slice, cos, sin) -> torch.Tensor:
 
 
 class OnlineSoftmax:
-    """Softmax over columns that arrive in parts (Milakov and Gimelshein 2018): running maximum and sum of exponentials.
+    """Softmax over columns that arrive in parts (Milakov and Gimelshein 2018): running maximum and sum of
+    exponentials.
 
     Attributes:
         weights: exponentials of the part added last, relative to the running maximum.
@@ -133,7 +136,8 @@ class OnlineSoftmax:
 
 
 def _masked(scores: torch.Tensor, mask: torch.Tensor | None, shared: int) -> torch.Tensor:
-    """Apply a mask (batch or 1, 1, num_queries or 1, columns) to scores (batch, kv_heads, shared * num_queries, columns)."""
+    """Apply a mask (batch or 1, 1, num_queries or 1, columns) to scores (batch, kv_heads, shared * num_queries,
+    columns)."""
     if mask is None:
         return scores
     by_head = scores.unflatten(2, (shared, -1))
@@ -149,8 +153,8 @@ def column_masks(
     """The masks of the exact and of the compressed columns, from whatever mask the model made over slots.
 
     Args:
-        attention_mask: a 4-D tensor over slots (eager, sdpa, or given by the user), a 2-D padding mask (flash), or anything else (None,
-            a flex BlockMask), which stands for causal attention over all real tokens.
+        attention_mask: a 4-D tensor over slots (eager, sdpa, or given by the user), a 2-D padding mask (flash), or
+            anything else (None, a flex BlockMask), which stands for causal attention over all real tokens.
         step: of the cache.
         sliding_window: of the layer; used where the mask is not 4-D.
     """
@@ -195,10 +199,12 @@ def attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The registered attention function: compressed attention for a [`CompressedKV`], the `base` implementation for tensors.
+    """The registered attention function: compressed attention for a [`CompressedKV`], the `base` implementation for
+    tensors.
 
     Returns:
-        (batch, num_queries, num_attention_heads, head_dim), and attention weights only where the base implementation gives them.
+        (batch, num_queries, num_attention_heads, head_dim), and attention weights only where the base implementation
+        gives them.
     """
     if isinstance(key, CompressedKV):
         masks = column_masks(attention_mask, key.step, sliding_window, query.device)

@@ -1,8 +1,9 @@
-"""CSKVCache: sinks and a window of exact keys and values, low-rank latents for everything between (CSKV's bi-branch cache, section 2.1).
+"""CSKVCache: sinks and a window of exact keys and values, low-rank latents for everything between (CSKV's bi-branch
+cache, section 2.1).
 
-The cache owns tensors, not models: the attention pre-hook *stages* this step's positions and factors, the model's unmodified
-attention calls [`CSKVCache.update`], and nothing of the model is kept afterwards. Keys are cached after RoPE, and rotated back when
-they are encoded.
+The cache owns tensors, not models: the attention pre-hook *stages* this step's positions and factors, the model's
+unmodified attention calls [`CSKVCache.update`], and nothing of the model is kept afterwards. Keys are cached after
+RoPE, and rotated back when they are encoded.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ ROLLBACK_TOKENS = 64  # assisted decoding proposes 20 tokens by default
 
 MISSING_FACTORS = (
     "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "
-    "(`cskv_hf.load(model, adapter)`, or `AutoModelForCausalLM.from_pretrained(adapter)` after `import cskv_hf`), or make one with "
-    "`model = cskv_hf.fit(model, data)`; if the model has one, enable it (`set_adapter`, `enable_adapters`). To generate without "
+    "(`cskv_hf.load(model, adapter)`, or `AutoModelForCausalLM.from_pretrained(adapter)` after `import cskv_hf`), or "
+    "make one with "
+    "`model = cskv_hf.fit(model, data)`; if the model has one, enable it (`set_adapter`, `enable_adapters`). To "
+    "generate without "
     "compression use `transformers.DynamicCache()`."
 )
 
 
 @dataclass
 class CompressedKV:
-    """What `update` hands to the attention function in place of keys and values: references to tensors, nothing rebuilt.
+    """What `update` hands to the attention function in place of keys and values: references to tensors, nothing
+    rebuilt.
 
     Attributes:
         exact_keys, exact_values: (batch, num_key_value_heads, num_sinks + num_recent, head_dim); keys after RoPE.
@@ -122,8 +126,8 @@ class CSKVLayer(CacheLayerMixin):
         """Append exact keys (after RoPE) and values; return what attention is to see of past and present.
 
         Returns:
-            Plain tensors (batch, num_key_value_heads, num_slots, head_dim) as long as nothing is compressed, or if materialising was
-            asked for; otherwise the same [`CompressedKV`] twice.
+            Plain tensors (batch, num_key_value_heads, num_slots, head_dim) as long as nothing is compressed, or if
+            materialising was asked for; otherwise the same [`CompressedKV`] twice.
         """
         staged, self.staged = self.staged, None
         if staged is None or staged.step.num_new != key_states.shape[-2]:
@@ -235,15 +239,16 @@ def encode(
 class CSKVCache(Cache):
     """A KV cache that keeps `sinks` first and `window` last tokens exactly and everything between as low-rank latents.
 
-    Works with any model that has a CSKV adapter, wherever a `DynamicCache` would: ``model.generate(..., cache=CSKVCache)`` or
-    ``past_key_values=CSKVCache()``. Prefill attends to exact keys and values; what is kept of them is compressed. Tokens leave the window
-    in blocks, and everything that is held exactly is used exactly.
+    Works with any model that has a CSKV adapter, wherever a `DynamicCache` would: ``model.generate(...,
+    cache=CSKVCache)`` or ``past_key_values=CSKVCache()``. Prefill attends to exact keys and values; what is kept of
+    them is compressed. Tokens leave the window in blocks, and everything that is held exactly is used exactly.
 
     Args:
         window: Most recent tokens kept exactly; the adapter's setting by default.
         sinks: First tokens kept exactly; the adapter's setting by default.
-        materialize: Rebuild all keys and values in every step and run the model's own attention implementation on them. Slow and large;
-            for comparison, and for attention implementations that the default path does not serve.
+        materialize: Rebuild all keys and values in every step and run the model's own attention implementation on
+            them. Slow and large; for comparison, and for attention implementations that the default path does not
+            serve.
 
     Raises:
         ValueError: if `window` is below 1 or `sinks` below 0.
@@ -305,19 +310,22 @@ class CSKVCache(Cache):
         ):
             raise ValueError(
                 f"This CSKVCache was filled with latents of rank {layer.key_latents.shape[-1]} (keys) and "
-                f"{layer.value_latents.shape[-1]} (values), layer {layer_idx} of this model has {sum(ranks[0])} and {ranks[1]}. A cache "
+                f"{layer.value_latents.shape[-1]} (values), layer {layer_idx} of this model has {sum(ranks[0])} and "
+                f"{ranks[1]}. A cache "
                 "belongs to one model and adapter: use a new one, or `cache.reset()`."
             )
         if layer.is_initialized and layer.keys.shape[0] != batch_size:
             raise ValueError(
-                f"This CSKVCache holds a batch of {layer.keys.shape[0]} and got a batch of {batch_size}. Use a new cache, "
+                f"This CSKVCache holds a batch of {layer.keys.shape[0]} and got a batch of {batch_size}. Use a new "
+                f"cache, "
                 "`cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
             )
         if layer.num_slots == self.tokens.num_slots:
             self._step = self.tokens.advance(positions, frequencies, self._new_tokens_valid(positions), batch_size)
         elif self._step is None or layer.num_slots != self._step.start:
             raise RuntimeError(
-                f"Layer {layer_idx} holds {layer.num_slots} tokens of {self.tokens.num_slots}: an earlier forward was interrupted between "
+                f"Layer {layer_idx} holds {layer.num_slots} tokens of {self.tokens.num_slots}: an earlier forward "
+                f"was interrupted between "
                 "two layers. Call `cache.reset()` or use a new cache."
             )
         layer.staged = Staged(self._step, factors, self.tokens.frequencies, self.materialize or materialize)
@@ -328,7 +336,8 @@ class CSKVCache(Cache):
         num_new, total = positions.shape[-1], self.tokens.num_slots + positions.shape[-1]
         if self.padding_mask.shape[1] != total:
             raise ValueError(
-                f"`attention_mask` covers {self.padding_mask.shape[1]} tokens; this CSKVCache holds {self.tokens.num_slots} and gets "
+                f"`attention_mask` covers {self.padding_mask.shape[1]} tokens; this CSKVCache holds "
+                f"{self.tokens.num_slots} and gets "
                 f"{num_new}, so it must cover {total}. To start over, use a new cache or `cache.reset()`."
             )
         return self.padding_mask[:, -num_new:].bool()
@@ -355,7 +364,8 @@ class CSKVCache(Cache):
         self.tokens = self._step = self.padding_mask = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: a negative count removes that many (transformers >= 5.14), a positive one is the length to keep.
+        """Forget the last tokens: a negative count removes that many (transformers >= 5.14), a positive one is the
+        length to keep.
 
         What was compressed stays compressed.
         """
@@ -407,7 +417,8 @@ class CSKVCache(Cache):
             ("recent, exact", tokens.num_recent, ("keys", "values")),
         ]
         lines = [
-            f"CSKVCache: {tokens.num_slots} tokens x {first.keys.shape[0]} rows, {len(self.layers)} layers, {first.dtype}"
+            f"CSKVCache: {tokens.num_slots} tokens x {first.keys.shape[0]} rows, {len(self.layers)} layers, "
+            f"{first.dtype}"
         ]
         for name, columns, names in parts:
             size = sum(getattr(layer, n).numel() * getattr(layer, n).itemsize for layer in self.layers for n in names)

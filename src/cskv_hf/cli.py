@@ -51,8 +51,8 @@ def fit(
 ) -> None:
     """Fit an adapter to MODEL in closed form and save it.
 
-    An interrupted fit continues where it was when started again with the same --out; an adapter already in --out stays until the new one is
-    complete.
+    An interrupted fit continues where it was when started again with the same --out; an adapter already in --out
+    stays until the new one is complete.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,5 @@
-"""CSKVConfig: what to keep of a KV cache, as a PEFT adapter config; validation, ranks from a budget, and bytes from ranks.
+"""CSKVConfig: what to keep of a KV cache, as a PEFT adapter config; validation, ranks from a budget, and bytes from
+ranks.
 
 Knows shapes and numbers only; nothing here looks at a model's weights.
 """
@@ -42,7 +43,8 @@ class ModelShape:
 
 
 def num_key_groups(key_layout: str, num_key_value_heads: int) -> int:
-    """Into how many groups of KV heads a key layout splits a layer: ``head`` all of them, ``joint`` one, ``group:N`` heads / N."""
+    """Into how many groups of KV heads a key layout splits a layer: ``head`` all of them, ``joint`` one, ``group:N``
+    heads / N."""
     if key_layout == "head":
         return num_key_value_heads
     if key_layout == "joint":
@@ -58,26 +60,30 @@ def num_key_groups(key_layout: str, num_key_value_heads: int) -> int:
 
 @dataclass
 class CSKVConfig(PeftConfig):
-    """Configuration of a CSKV adapter (Wang et al. 2024, arXiv 2409.10593): a PEFT config, saved as ``adapter_config.json``.
+    """Configuration of a CSKV adapter (Wang et al. 2024, arXiv 2409.10593): a PEFT config, saved as
+    ``adapter_config.json``.
 
     Args:
-        compression: Fraction of the KV bytes of an old token (one outside window and sinks) that is removed, in [0, 1). The
-            budget is split evenly over layers and over K and V. Default 0.8, unless `key_rank` and `value_rank` are given.
-        key_rank, value_rank: Instead of `compression`: channels kept per token and layer, of ``kv_dim = num_key_value_heads *
-            head_dim``. With `key_layout="head"` this is the sum over the heads.
-        key_rank_per_layer, value_rank_per_layer: Overrides, ``{layer_idx: rank}``, of whichever of the above is in force.
-        key_layout: ``"head"`` (default) factors the keys of each KV head on its own, with ranks pooled over the heads of a layer,
-            which makes decoding cheap; ``"joint"`` factors all heads together (the paper's); ``"group:N"`` N heads at a time.
-            Values are always factored jointly: they never need to be rebuilt.
+        compression: Fraction of the KV bytes of an old token (one outside window and sinks) that is removed, in [0,
+            1). The budget is split evenly over layers and over K and V. Default 0.8, unless `key_rank` and
+            `value_rank` are given.
+        key_rank, value_rank: Instead of `compression`: channels kept per token and layer, of ``kv_dim =
+            num_key_value_heads * head_dim``. With `key_layout="head"` this is the sum over the heads.
+        key_rank_per_layer, value_rank_per_layer: Overrides, ``{layer_idx: rank}``, of whichever of the above is in
+            force.
+        key_layout: ``"head"`` (default) factors the keys of each KV head on its own, with ranks pooled over the
+            heads of a layer, which makes decoding cheap; ``"joint"`` factors all heads together (the paper's);
+            ``"group:N"`` N heads at a time. Values are always factored jointly: they never need to be rebuilt.
         window: Number of most recent tokens kept exactly, at least this many at any time (the paper's 32).
         sinks: Number of first tokens kept exactly. The paper keeps none.
         block_size: Tokens leave the window in blocks of this many.
-        init: How the factors are found by [`fit`]: ``"attention"`` (default; optimal for attention scores and outputs), ``"mse"``
-            (optimum of the paper's loss), ``"asvd"``, ``"svd"`` (the paper's initialisations), ``"random"``.
+        init: How the factors are found by [`fit`]: ``"attention"`` (default; optimal for attention scores and
+            outputs), ``"mse"`` (optimum of the paper's loss), ``"asvd"``, ``"svd"`` (the paper's initialisations),
+            ``"random"``.
         asvd_alpha: Exponent of ASVD's activation scale (the paper's 0.5).
         bits: Storage of the latents. 16 stores them in the model's dtype; packed storage is not available yet.
-        key_ranks, value_ranks, model_shape, fit_report: Written by [`fit`]: the ranks found, per layer (and key group), the
-            model they belong to, and what was measured. Leave empty.
+        key_ranks, value_ranks, model_shape, fit_report: Written by [`fit`]: the ranks found, per layer (and key
+            group), the model they belong to, and what was measured. Leave empty.
 
     Raises:
         ValueError: for any value outside of what is described above; the message names it.
@@ -139,12 +145,14 @@ class CSKVConfig(PeftConfig):
             self.compression = DEFAULT_COMPRESSION
         if self.compression is not None and ranks != (None, None):
             raise ValueError(
-                f"`compression`={self.compression} and explicit ranks (`key_rank`={self.key_rank}, `value_rank`={self.value_rank}) "
+                f"`compression`={self.compression} and explicit ranks (`key_rank`={self.key_rank}, "
+                f"`value_rank`={self.value_rank}) "
                 "exclude each other; give one of them."
             )
         if self.compression is not None and not 0.0 <= self.compression < 1.0:
             raise ValueError(
-                f"`compression` is the fraction of KV bytes removed from old tokens, in [0, 1), got {self.compression}."
+                f"`compression` is the fraction of KV bytes removed from old tokens, in [0, 1), got "
+                f"{self.compression}."
             )
         if self.compression is None and None in ranks:
             raise ValueError(f"`key_rank` and `value_rank` must be given together, got {ranks[0]} and {ranks[1]}.")
@@ -166,7 +174,8 @@ class CSKVConfig(PeftConfig):
         With `compression`, the position of the token (4 bytes, shared by all layers) is paid from the same budget.
 
         Raises:
-            ValueError: if a rank is above ``kv_dim``, an override names a layer that is not there, or the budget leaves no rank.
+            ValueError: if a rank is above ``kv_dim``, an override names a layer that is not there, or the budget
+                leaves no rank.
         """
         if self.compression is not None:
             channels = (1.0 - self.compression) * 2 * shape.kv_dim
@@ -175,8 +184,10 @@ class CSKVConfig(PeftConfig):
             key_rank = value_rank = int(channels / 2 + 1e-9)
             if key_rank < 1:
                 raise ValueError(
-                    f"`compression`={self.compression} leaves {channels:.2f} channels for keys and values of a layer with "
-                    f"kv_dim={shape.kv_dim}; at least 2 are needed: use at most {self._largest_compression(shape):.3f}."
+                    f"`compression`={self.compression} leaves {channels:.2f} channels for keys and values of a layer "
+                    f"with "
+                    f"kv_dim={shape.kv_dim}; at least 2 are needed: use at most "
+                    f"{self._largest_compression(shape):.3f}."
                 )
         else:
             key_rank, value_rank = self.key_rank, self.value_rank
@@ -185,7 +196,8 @@ class CSKVConfig(PeftConfig):
             for layer_idx in overrides or {}:
                 if not 0 <= layer_idx < shape.num_hidden_layers:
                     raise ValueError(
-                        f"`{name}_rank_per_layer` names layer {layer_idx}; the model has layers 0 to {shape.num_hidden_layers - 1}."
+                        f"`{name}_rank_per_layer` names layer {layer_idx}; the model has layers 0 to "
+                        f"{shape.num_hidden_layers - 1}."
                     )
         for layer_idx in range(shape.num_hidden_layers):
             ranks = (
@@ -240,10 +252,11 @@ class CSKVConfig(PeftConfig):
     def cache_nbytes(
         self, model_config: Any, num_tokens: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
     ) -> int:
-        """Bytes of a [`CSKVCache`] after a prompt of `num_tokens` tokens without padding: sinks, latents, window and positions.
+        """Bytes of a [`CSKVCache`] after a prompt of `num_tokens` tokens without padding: sinks, latents, window and
+        positions.
 
-        The same as ``CSKVCache.nbytes`` counts on its tensors; after token-by-token generation the window may hold up to
-        ``block_size - 1`` tokens more.
+        The same as ``CSKVCache.nbytes`` counts on its tensors; after token-by-token generation the window may hold
+        up to ``block_size - 1`` tokens more.
         """
         shape = ModelShape.from_model_config(model_config)
         old = self.num_old_tokens(num_tokens)

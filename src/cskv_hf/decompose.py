@@ -1,11 +1,12 @@
 """Optimal and baseline low-rank factors from second moments: pure functions of tensors, in float64.
 
-Symbols, for the keys (or values) of one layer: ``x`` the flattened state before RoPE, of size ``kv_dim``, seen as `G` groups of
-``group_dim = kv_dim / G`` consecutive channels; ``C = E[x xᵀ]`` its second moment (kv_dim, kv_dim); ``M`` the weight of an error
-(kv_dim, kv_dim), block-diagonal over the groups. Per group the factors are ``c = A x`` and ``x̂ = B c``, and they minimise
-``E[(x - x̂)ᵀ M (x - x̂)]``: with U the leading eigenvectors of ``M^½ C M^½``, ``A = Uᵀ M^½`` and ``B = M^-½ U`` (Eckart-Young after
-the change of variable ``M^½ x``; CSKV eq. 1 is the case M = I). The paper's SVD and ASVD initialisations have the same form with
-``C`` replaced by ``W Wᵀ`` and ``W S² Wᵀ``: ``U_r U_rᵀ W`` is the truncated SVD of W, and ASVD's scaling S cancels on the right.
+Symbols, for the keys (or values) of one layer: ``x`` the flattened state before RoPE, of size ``kv_dim``, seen as
+`G` groups of ``group_dim = kv_dim / G`` consecutive channels; ``C = E[x xᵀ]`` its second moment (kv_dim, kv_dim);
+``M`` the weight of an error (kv_dim, kv_dim), block-diagonal over the groups. Per group the factors are ``c = A x``
+and ``x̂ = B c``, and they minimise ``E[(x - x̂)ᵀ M (x - x̂)]``: with U the leading eigenvectors of ``M^½ C M^½``,
+``A = Uᵀ M^½`` and ``B = M^-½ U`` (Eckart-Young after the change of variable ``M^½ x``; CSKV eq. 1 is the case M =
+I). The paper's SVD and ASVD initialisations have the same form with ``C`` replaced by ``W Wᵀ`` and ``W S² Wᵀ``:
+``U_r U_rᵀ W`` is the truncated SVD of W, and ASVD's scaling S cancels on the right.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def optimal_factors(
 def random_factors(kv_dim: int, rank: int, num_groups: int = 1, seed: int = 0) -> Factors:
     """Projections on random orthonormal subspaces, ranks split evenly.
 
-    (The paper draws A and B independently, which is wrong at any rank before training; a projection is lossless at full rank.)
+    (The paper draws A and B independently, which is wrong at any rank before training; a projection is lossless at
+    full rank.)
     """
     generator = torch.Generator().manual_seed(seed)
     size = kv_dim // num_groups
@@ -179,7 +181,8 @@ def truncation_order(spectrum: torch.Tensor, ranks: Sequence[int], rank: int) ->
     """
     if not 1 <= rank <= sum(ranks):
         raise ValueError(
-            f"Cannot cut factors of rank {sum(ranks)} to rank {rank}: a fitted adapter loads at its own or a smaller rank. "
+            f"Cannot cut factors of rank {sum(ranks)} to rank {rank}: a fitted adapter loads at its own or a smaller "
+            f"rank. "
             "Fit again for a larger one."
         )
     padded = torch.full((len(ranks), max(ranks)), -1.0, dtype=torch.float64)
@@ -191,7 +194,8 @@ def truncation_order(spectrum: torch.Tensor, ranks: Sequence[int], rank: int) ->
 
 
 def weight_moment(weight: torch.Tensor, input_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """``W Wᵀ`` (svd), or ``W S² Wᵀ`` with the scale of every input channel (asvd: mean absolute activation to the power alpha).
+    """``W Wᵀ`` (svd), or ``W S² Wᵀ`` with the scale of every input channel (asvd: mean absolute activation to the
+    power alpha).
 
     Args:
         weight: (kv_dim, hidden_size).
@@ -202,10 +206,12 @@ def weight_moment(weight: torch.Tensor, input_scale: torch.Tensor | None = None)
 
 
 def key_weight(query_moment: torch.Tensor) -> torch.Tensor:
-    """M of the keys for the ``attention`` objective: the energy of the queries that meet them, per KV head and RoPE pair.
+    """M of the keys for the ``attention`` objective: the energy of the queries that meet them, per KV head and RoPE
+    pair.
 
-    The error of a score is ``qᵀ R(Δ) (k - k̂)``. Averaged over the distance Δ, rotation mixes the two channels of a frequency and
-    cancels what is between frequencies, so that M is diagonal, and equal on the pair (f, f + head_dim / 2).
+    The error of a score is ``qᵀ R(Δ) (k - k̂)``. Averaged over the distance Δ, rotation mixes the two channels of a
+    frequency and cancels what is between frequencies, so that M is diagonal, and equal on the pair (f, f + head_dim
+    / 2).
 
     Args:
         query_moment: (num_key_value_heads, head_dim, head_dim), E[q qᵀ] summed over the query heads of each KV head.

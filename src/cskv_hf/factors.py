@@ -1,7 +1,8 @@
 """The factors of one attention layer at work: encode keys and values into latents, decode them again.
 
-`LayerFactors` are plain tensors with pure methods, used by the cache and the attention. `CSKVFactors` is the module that owns them
-inside a model, one set per adapter: a PEFT layer that sits beside the projections (``self_attn.cskv``) and wraps none of them.
+`LayerFactors` are plain tensors with pure methods, used by the cache and the attention. `CSKVFactors` is the module
+that owns them inside a model, one set per adapter: a PEFT layer that sits beside the projections
+(``self_attn.cskv``) and wraps none of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .decompose import Factors, even_ranks
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype to multiply in: the tensor's own, but float32 for 16-bit floats on a CPU, where their matmuls are very slow."""
+    """The dtype to multiply in: the tensor's own, but float32 for 16-bit floats on a CPU, where their matmuls are
+    very slow."""
     if tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16):
         return torch.float32
     return tensor.dtype
@@ -79,7 +81,8 @@ class LayerFactors:
 class Factor(nn.Module):
     """One matrix, handed out by calling the module.
 
-    Going through the call lets whatever hooks leaf modules (accelerate's CPU and disk offload, ZeRO-3) bring the weight in first.
+    Going through the call lets whatever hooks leaf modules (accelerate's CPU and disk offload, ZeRO-3) bring the
+    weight in first.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -97,8 +100,9 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
     """The sidecar ``self_attn.cskv``: the factors of every CSKV adapter of one attention layer.
 
     Keys on disk: ``….self_attn.cskv.cskv_key_A.weight`` (key_rank, group_dim), ``cskv_key_B`` (group_dim, key_rank),
-    ``cskv_value_A`` (value_rank, kv_dim), ``cskv_value_B`` (kv_dim, value_rank), and the spectra ``cskv_key_spectrum`` (1, key_rank)
-    and ``cskv_value_spectrum`` (1, value_rank), which order the channels when an adapter is cut to a smaller rank.
+    ``cskv_value_A`` (value_rank, kv_dim), ``cskv_value_B`` (kv_dim, value_rank), and the spectra
+    ``cskv_key_spectrum`` (1, key_rank) and ``cskv_value_spectrum`` (1, value_rank), which order the channels when an
+    adapter is cut to a smaller rank.
     """
 
     adapter_layer_names = (
@@ -182,7 +186,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
     # What PEFT's defaults would do wrong for a layer that wraps nothing.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate the adapters among `adapter_names` that this layer owns; names of other tuners leave it as it is."""
+        """Activate the adapters among `adapter_names` that this layer owns; names of other tuners leave it as it
+        is."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         owned = [name for name in names if name in self.key_ranks]
         if names and not owned:

@@ -24,7 +24,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in SUPPORTED:
         raise ValueError(
-            f"CSKV does not support models of type '{model_type}' ({type(model).__name__}); supported are {', '.join(SUPPORTED)}."
+            f"CSKV does not support models of type '{model_type}' ({type(model).__name__}); supported are "
+            f"{', '.join(SUPPORTED)}."
         )
     for module in model.modules():
         if hasattr(module, "layers") and hasattr(module, "rotary_emb"):
@@ -37,7 +38,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
         missing = [name for name in REQUIRED if not hasattr(attention, name)]
         if missing:
             raise ValueError(
-                f"{type(attention).__name__} has no {', '.join(missing)}; CSKV does not know how to compress its cache."
+                f"{type(attention).__name__} has no {', '.join(missing)}; CSKV does not know how to compress its "
+                f"cache."
             )
     rope_type = getattr(module.rotary_emb, "rope_type", "default")
     if rope_type not in ROPE_TYPES:

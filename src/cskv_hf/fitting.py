@@ -63,19 +63,22 @@ def fit(
     """Fit a CSKV adapter in closed form: one pass over calibration data, then linear algebra per layer.
 
     Args:
-        model: a causal language model of a supported family, on any devices; a `PeftModel` of CSKV adapters gets one more.
-        data: calibration data as [`collect_statistics`] takes it, or statistics collected before. Some 50,000 tokens of the kind the
-            model will read are plenty. Do not use the text you evaluate on.
+        model: a causal language model of a supported family, on any devices; a `PeftModel` of CSKV adapters gets one
+            more.
+        data: calibration data as [`collect_statistics`] takes it, or statistics collected before. Some 50,000 tokens
+            of the kind the model will read are plenty. Do not use the text you evaluate on.
         config: [`CSKVConfig`]; the default removes 80 %.
         tokenizer, max_length, max_tokens, state_file, source, progress: see [`collect_statistics`].
         adapter_name: of the new adapter, which becomes the active one. An adapter of that name is fitted again.
 
     Returns:
-        The model with the adapter: a `PeftModel` (save it with `save_pretrained`), or `model` itself if it has adapters inside.
+        The model with the adapter: a `PeftModel` (save it with `save_pretrained`), or `model` itself if it has
+            adapters inside.
         ``model.peft_config[adapter_name].fit_report`` says what was kept; [`format_report`] prints it.
 
     Raises:
-        ValueError: for an unsupported model, a rank that does not fit, empty data, NaN; before anything of the model is changed.
+        ValueError: for an unsupported model, a rank that does not fit, empty data, NaN; before anything of the model
+            is changed.
     """
     config = CSKVConfig() if config is None else config
     decoder_of(model)

@@ -1,7 +1,8 @@
-"""`generate` for one model instance: understands ``cache=`` and defaults to a CSKVCache while a CSKV adapter is active.
+"""`generate` for one model instance: understands ``cache=`` and defaults to a CSKVCache while a CSKV adapter is
+active.
 
-The instance gets a subclass of its own class, under the same name, so that isinstance checks, pipelines and saved configs see no
-difference, and copying and pickling keep working.
+The instance gets a subclass of its own class, under the same name, so that isinstance checks, pipelines and saved
+configs see no difference, and copying and pickling keep working.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ class CSKVGenerationMixin:
         """`GenerationMixin.generate`, with one more argument.
 
         Args:
-            cache: A cache class (a fresh one is made for this call), a cache instance, or a function without arguments that returns one;
-                another way to pass `past_key_values`. Without either, a model with an active CSKV adapter uses a new [`CSKVCache`].
+            cache: A cache class (a fresh one is made for this call), a cache instance, or a function without
+                arguments that returns one; another way to pass `past_key_values`. Without either, a model with an
+                active CSKV adapter uses a new [`CSKVCache`].
 
         Raises:
             ValueError: if both `cache` and `past_key_values` are given.
@@ -61,7 +63,8 @@ def _as_cache(cache: Any) -> Cache:
         cache = cache()
     if not isinstance(cache, Cache):
         raise TypeError(
-            f"`cache` must be a cache class such as `CSKVCache`, an instance of one, or a function that makes one; got {cache!r}."
+            f"`cache` must be a cache class such as `CSKVCache`, an instance of one, or a function that makes one; "
+            f"got {cache!r}."
         )
     return cache
 

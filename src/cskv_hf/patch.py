@@ -1,8 +1,8 @@
 """attach and detach: what makes one model instance fill and read a CSKVCache, and how to take it off again.
 
-The model's own code stays as it is. Attaching adds forward pre-hooks (on the decoder, to see the padding mask; on each attention layer,
-to stage positions and factors), selects our attention function on top of the user's, and gives the instance a `generate` that knows
-caches of ours. Classes and modules of others are not touched.
+The model's own code stays as it is. Attaching adds forward pre-hooks (on the decoder, to see the padding mask; on
+each attention layer, to stage positions and factors), selects our attention function on top of the user's, and gives
+the instance a `generate` that knows caches of ours. Classes and modules of others are not touched.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class BeginForward:
 
 
 class StageFactors:
-    """Pre-hook of an attention layer: hands the cache what its `update` needs. A plain object, so that a model can be copied."""
+    """Pre-hook of an attention layer: hands the cache what its `update` needs. A plain object, so that a model can
+    be copied."""
 
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
@@ -49,7 +50,8 @@ class StageFactors:
         config = sidecar.configs[adapter]
         if not config.is_fitted:
             raise RuntimeError(
-                f"The CSKV adapter '{adapter}' has no factors yet. Fill it with `cskv_hf.fit(model, data)`, or load a fitted one."
+                f"The CSKV adapter '{adapter}' has no factors yet. Fill it with `cskv_hf.fit(model, data)`, or load "
+                f"a fitted one."
             )
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         positions = kwargs["position_ids"]
@@ -59,7 +61,8 @@ class StageFactors:
         fused = module.config._attn_implementation.startswith(PREFIX)
         if not fused:
             logger.warning_once(
-                f"The attention implementation was changed to '{module.config._attn_implementation}' after CSKV was attached, so keys and "
+                f"The attention implementation was changed to '{module.config._attn_implementation}' after CSKV was "
+                f"attached, so keys and "
                 "values are rebuilt in every step, which is slow. Change it before the adapter is loaded instead."
             )
         cache.stage(module.layer_idx, sidecar(), config, positions, hidden_states.shape[0], frequencies, not fused)
@@ -73,7 +76,8 @@ class StageFactors:
             given, torch.cat([expected, expected], dim=-1), atol=1e-2
         ):
             raise RuntimeError(
-                "This model's rotary embedding is not the half-rotation of its `inv_freq`; CSKV cannot rebuild its keys."
+                "This model's rotary embedding is not the half-rotation of its `inv_freq`; CSKV cannot rebuild its "
+                "keys."
             )
 
 
@@ -96,7 +100,8 @@ def attach(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo [`attach`]: hooks, attention function and `generate` are as before. The sidecars stay (`unload` removes them)."""
+    """Undo [`attach`]: hooks, attention function and `generate` are as before. The sidecars stay (`unload` removes
+    them)."""
     for module in (decoder_of(model), *attention_layers(model)):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (BeginForward, StageFactors)):

@@ -1,4 +1,5 @@
-"""Rotary embeddings as the cache needs them: cos/sin again from stored positions, rotation forward and back. Pure functions.
+"""Rotary embeddings as the cache needs them: cos/sin again from stored positions, rotation forward and back. Pure
+functions.
 
 The half-rotation convention of the Llama family: channel f and channel f + head_dim / 2 form a pair that turns by
 ``position * inv_freq[f]``. Knows nothing about models.
@@ -26,7 +27,8 @@ class RotaryFrequencies(NamedTuple):
 def cos_sin(
     positions: torch.Tensor, frequencies: RotaryFrequencies, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of half the head dimension, computed and rounded as the model's rotary module does (the same values, bit by bit).
+    """cos and sin of half the head dimension, computed and rounded as the model's rotary module does (the same
+    values, bit by bit).
 
     Args:
         positions: (batch, tokens) integer.
@@ -42,7 +44,8 @@ def cos_sin(
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to ``states`` (..., tokens, head_dim); cos and sin (..., tokens, head_dim / 2) broadcast against it."""
+    """Apply RoPE to ``states`` (..., tokens, head_dim); cos and sin (..., tokens, head_dim / 2) broadcast against
+    it."""
     first, second = states.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

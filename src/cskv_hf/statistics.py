@@ -1,7 +1,8 @@
-"""Streaming second moments of a model's keys, values, queries and attention inputs: all that the closed-form fit needs to know of the data.
+"""Streaming second moments of a model's keys, values, queries and attention inputs: all that the closed-form fit
+needs to know of the data.
 
-One pass over the calibration data with forward hooks on the projections, accumulated in float64. The statistics can be saved and
-continued, and one set of them serves every compression, layout and initialisation.
+One pass over the calibration data with forward hooks on the projections, accumulated in float64. The statistics can
+be saved and continued, and one set of them serves every compression, layout and initialisation.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class KVStatistics:
     Attributes:
         key_moment: (layers, kv_dim, kv_dim) sum of k kᵀ, keys before RoPE, after bias and key norm.
         value_moment: (layers, kv_dim, kv_dim) sum of v vᵀ.
-        query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of q qᵀ before RoPE, over the query heads of a KV head.
+        query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of q qᵀ before RoPE, over the query heads
+            of a KV head.
         input_scale: (layers, hidden_size) sum of |x| at the input of the projections (ASVD).
         num_tokens: tokens summed over; padding is not counted.
         num_samples: samples consumed, where a continued pass takes up.
@@ -182,7 +184,8 @@ def samples(
             mask = None if mask is None else torch.atleast_2d(torch.as_tensor(mask))
         if not isinstance(sample, (torch.Tensor, list, tuple)):
             raise TypeError(
-                "`data` must be an iterable of input_ids tensors, of dicts with 'input_ids' (and 'attention_mask') or 'text', or of "
+                "`data` must be an iterable of input_ids tensors, of dicts with 'input_ids' (and 'attention_mask') "
+                "or 'text', or of "
                 f"strings with `tokenizer=`; got an element of type {type(sample).__name__}."
             )
         input_ids = torch.atleast_2d(torch.as_tensor(sample, dtype=torch.long))
@@ -205,13 +208,13 @@ def collect_statistics(
 
     Args:
         model: a causal language model of a supported family.
-        data: an iterable of `input_ids` tensors (length) or (batch, length), of dicts with `input_ids` and perhaps `attention_mask`, of
-            strings or dicts with `text` (with `tokenizer`), or a `datasets.Dataset` of these.
+        data: an iterable of `input_ids` tensors (length) or (batch, length), of dicts with `input_ids` and perhaps
+            `attention_mask`, of strings or dicts with `text` (with `tokenizer`), or a `datasets.Dataset` of these.
         tokenizer: for strings.
         max_length: longest piece of a string used, in tokens.
         max_tokens: stop after this many tokens.
-        state_file: where to save the statistics once a minute and at the end; if it exists, the pass continues from it, skipping the
-            samples it has seen.
+        state_file: where to save the statistics once a minute and at the end; if it exists, the pass continues from
+            it, skipping the samples it has seen.
         source: names the data, so that `state_file` is not continued with other data.
         progress: show a progress bar.
 
@@ -228,7 +231,8 @@ def collect_statistics(
         statistics = KVStatistics.load(state_file)
         if statistics.model_shape != vars(shape):
             raise ValueError(
-                f"'{state_file}' holds statistics of another model ({statistics.model_shape}); this one is {vars(shape)}. "
+                f"'{state_file}' holds statistics of another model ({statistics.model_shape}); this one is "
+                f"{vars(shape)}. "
                 "Delete the file or choose another."
             )
         if statistics.source != source:
@@ -281,11 +285,13 @@ def collect_statistics(
         model.train(was_training)
     if statistics.num_tokens == 0:
         raise ValueError(
-            "`data` is empty: no calibration token was seen. An iterator can be used only once; pass a list to use it again."
+            "`data` is empty: no calibration token was seen. An iterator can be used only once; pass a list to use "
+            "it again."
         )
     if statistics.num_tokens < shape.kv_dim:
         logger.warning(
-            f"Only {statistics.num_tokens} calibration tokens for kv_dim={shape.kv_dim}; use at least 10 times as many, "
+            f"Only {statistics.num_tokens} calibration tokens for kv_dim={shape.kv_dim}; use at least 10 times as "
+            f"many, "
             "or the factors will fit noise."
         )
     if state_file is not None:
@@ -300,6 +306,7 @@ def _check_finite(statistics: KVStatistics, index: int) -> None:
     if not torch.isfinite(energy).all():
         layer = int((~torch.isfinite(energy)).nonzero()[0])
         raise ValueError(
-            f"Calibration sample {index} leads to NaN or infinite keys or values in layer {layer}. Check the sample and the model's dtype "
+            f"Calibration sample {index} leads to NaN or infinite keys or values in layer {layer}. Check the sample "
+            f"and the model's dtype "
             "(bfloat16 or float32 rather than float16)."
         )

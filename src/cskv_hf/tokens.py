@@ -1,10 +1,11 @@
 """Which token of which row is held where: the bookkeeping that all layers of a CSKVCache share.
 
-A *slot* is the index of a token in the padded batch, as DynamicCache and the attention masks count. Per row, the real (unmasked) tokens
-are, in order, ``sinks`` first ones kept exactly, then *old* ones kept as latents, then the *recent* ones kept exactly. As long as no slot
-was ever masked, all rows agree and three numbers say it all (*uniform*). Once padding is seen, every row follows its own count of real
-tokens, so that a padded row is compressed exactly as it would be alone; then index tensors say which slot each stored column holds, -1
-for none (*ragged*). Holds no keys and no values.
+A *slot* is the index of a token in the padded batch, as DynamicCache and the attention masks count. Per row, the
+real (unmasked) tokens are, in order, ``sinks`` first ones kept exactly, then *old* ones kept as latents, then the
+*recent* ones kept exactly. As long as no slot was ever masked, all rows agree and three numbers say it all
+(*uniform*). Once padding is seen, every row follows its own count of real tokens, so that a padded row is compressed
+exactly as it would be alone; then index tensors say which slot each stored column holds, -1 for none (*ragged*).
+Holds no keys and no values.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def take(states: torch.Tensor, index: Index, dim: int) -> torch.Tensor:
 
 @dataclass
 class Eviction:
-    """How the stored columns change after a forward: always in terms of the columns that were there, new tokens appended to `recent`.
+    """How the stored columns change after a forward: always in terms of the columns that were there, new tokens
+    appended to `recent`.
 
     Attributes:
         evicted: columns of `recent` that become latents.
@@ -54,7 +56,8 @@ class Step:
     Attributes:
         start, num_new: slots before, slots added.
         num_sinks, num_old, num_recent: stored columns that the attention of this forward sees, the new ones included.
-        slots: for ragged batches, (batch, num_sinks + num_recent) and (batch, num_old) slots of these columns; else None.
+        slots: for ragged batches, (batch, num_sinks + num_recent) and (batch, num_old) slots of these columns; else
+            None.
         eviction: what to move afterwards, if anything.
     """
 
@@ -87,7 +90,8 @@ class Step:
         return torch.arange(self.num_sinks, self.num_sinks + self.num_old)[None]
 
     def old_cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the latents' keys in the model's dtype, (batch, num_old, head_dim / 2); computed once for all layers."""
+        """cos and sin of the latents' keys in the model's dtype, (batch, num_old, head_dim / 2); computed once for
+        all layers."""
         key = (device, dtype)
         if key not in self._cos_sin:
             self._cos_sin[key] = cos_sin(self.old_positions.to(device), self.frequencies, dtype)

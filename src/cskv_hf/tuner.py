@@ -1,7 +1,8 @@
-"""CSKV as a PEFT method: registration, injection of the sidecars, loading and cutting adapters. The only file that touches PEFT internals.
+"""CSKV as a PEFT method: registration, injection of the sidecars, loading and cutting adapters. The only file that
+touches PEFT internals.
 
-Private API relied on (checked with peft 0.20.0 and 0.21.2): `BaseTuner.inject_adapter` and the methods overridden below, and, in
-_peft_type.py, the members of the `PeftType` enum.
+Private API relied on (checked with peft 0.20.0 and 0.21.2): `BaseTuner.inject_adapter` and the methods overridden
+below, and, in _peft_type.py, the members of the `PeftType` enum.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ TARGET = "self_attn"
 class CSKVModel(BaseTuner):
     """The tuner: puts a [`CSKVFactors`] beside the projections of every attention layer and wraps none of them.
 
-    Wrapping k_proj and v_proj would hide them from LoRA, and a later merge would drop the factors or, worse, merge them.
+    Wrapping k_proj and v_proj would hide them from LoRA, and a later merge would drop the factors or, worse, merge
+    them.
     """
 
     prefix = "cskv_"
@@ -40,7 +42,8 @@ class CSKVModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Check that the adapter fits the model, add its factors, and attach; every way of adding or loading one comes through here."""
+        """Check that the adapter fits the model, add its factors, and attach; every way of adding or loading one
+        comes through here."""
         config: CSKVConfig = self.peft_config[adapter_name]
         decoder_of(model)  # refuses families that are not supported
         shape = shape_of(model)
@@ -100,7 +103,8 @@ class CSKVModel(BaseTuner):
 
 
 def placement(attention: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the factors of a layer belong: the device its projections run on and the model's dtype (a 4-bit base has no float weight)."""
+    """Where the factors of a layer belong: the device its projections run on and the model's dtype (a 4-bit base has
+    no float weight)."""
     hook = getattr(attention.k_proj, "_hf_hook", None) or getattr(attention, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     if device is None:
@@ -119,7 +123,8 @@ def register() -> None:
 
 
 def add_adapter(model: nn.Module, config: CSKVConfig, adapter_name: str) -> nn.Module:
-    """Add an (empty) CSKV adapter to a plain transformers model, a `PeftModel` of CSKV adapters, or a model with adapters inside.
+    """Add an (empty) CSKV adapter to a plain transformers model, a `PeftModel` of CSKV adapters, or a model with
+    adapters inside.
 
     Raises:
         ValueError: for a `PeftModel` of another method, which PEFT cannot mix with ours.
@@ -128,7 +133,8 @@ def add_adapter(model: nn.Module, config: CSKVConfig, adapter_name: str) -> nn.M
         others = {str(c.peft_type.value) for c in model.peft_config.values()} - {"CSKV"}
         if others:
             raise ValueError(
-                f"This PeftModel holds {', '.join(sorted(others))} adapters and PEFT cannot mix methods in one PeftModel. Merge them first "
+                f"This PeftModel holds {', '.join(sorted(others))} adapters and PEFT cannot mix methods in one "
+                f"PeftModel. Merge them first "
                 "(`model.merge_and_unload()`), or load both on the transformers model with `model.load_adapter`."
             )
         model.add_adapter(adapter_name, config)
@@ -170,7 +176,8 @@ def shrink(
 ) -> nn.Module:
     """Cut a fitted adapter, in place, to a higher compression or smaller ranks; no data needed (nested ranks).
 
-    The factors of a fit are ordered by importance, so that cutting them equals fitting at the smaller rank on the same data.
+    The factors of a fit are ordered by importance, so that cutting them equals fitting at the smaller rank on the
+    same data.
 
     Args:
         model: with a fitted CSKV adapter.
@@ -247,7 +254,8 @@ def check_adapter_files(folder: Path) -> None:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise ValueError(
-                f"'{folder}' is no complete CSKV adapter: {file.name} is missing. Save it again with `save_pretrained`."
+                f"'{folder}' is no complete CSKV adapter: {file.name} is missing. Save it again with "
+                f"`save_pretrained`."
             )
     try:
         peft_type = json.loads(config_file.read_text()).get("peft_type")

@@ -1,7 +1,8 @@
 """English text that every CPython carries: the language reference of ``pydoc`` and the standard library's docstrings.
 
-The bundled model is trained, calibrated and evaluated on it, so that the demo needs no download. A document belongs to the held-out
-part if the hash of its name says so, which stays true across Python versions even where the text itself changes.
+The bundled model is trained, calibrated and evaluated on it, so that the demo needs no download. A document belongs
+to the held-out part if the hash of its name says so, which stays true across Python versions even where the text
+itself changes.
 """
 
 from __future__ import annotations

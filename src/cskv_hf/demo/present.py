@@ -20,7 +20,8 @@ class Row:
         compression: what was asked for; 0 is the full cache, 1 is no latents at all.
         bytes_per_token: that one more old token costs.
         cache_bytes: of one row of text of 1,024 tokens, everything counted.
-        ratio: perplexity with a compressed past over that of the full cache; `ratio_low` and `ratio_high` its 95 % interval.
+        ratio: perplexity with a compressed past over that of the full cache; `ratio_low` and `ratio_high` its 95 %
+            interval.
         accuracy, margin: line retrieval, and half its 95 % interval.
     """
 

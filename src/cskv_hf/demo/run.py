@@ -1,4 +1,5 @@
-"""What `cskv demo` does: fit the bundled model, generate with full and compressed cache, and measure every initialisation."""
+"""What `cskv demo` does: fit the bundled model, generate with full and compressed cache, and measure every
+initialisation."""
 
 from __future__ import annotations
 
@@ -122,7 +123,8 @@ def run_demo(out: Path, num_records: int = 30, say: Callable[[str], None] = prin
     text, records = evaluation_text(tokenizer), evaluation_records(num_records)
     say(
         f"Bundled Llama: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{model.config.num_hidden_layers} layers, {model.config.num_key_value_heads} KV heads x {model.config.head_dim}.\n"
+        f"{model.config.num_hidden_layers} layers, {model.config.num_key_value_heads} KV heads x "
+        f"{model.config.head_dim}.\n"
         f"Measured on {text.numel():,} tokens of Python's language reference it has not seen,\n"
         f"and on {8 * num_records} questions about records of {NUM_LINES} lines.\n"
     )

@@ -1,4 +1,5 @@
-"""Caches to compare with: sinks and window alone (StreamingLLM-style, Xiao et al. 2023), which is CSKV without its latents."""
+"""Caches to compare with: sinks and window alone (StreamingLLM-style, Xiao et al. 2023), which is CSKV without its
+latents."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class WindowOnlyLayer(DynamicLayer):
-    """Keeps the first `sinks` and at least the last `window` tokens, with the rotation they were cached with; drops the rest."""
+    """Keeps the first `sinks` and at least the last `window` tokens, with the rotation they were cached with; drops
+    the rest."""
 
     def __init__(self, window: int = 32, sinks: int = 4, block_size: int = 32) -> None:
         super().__init__()

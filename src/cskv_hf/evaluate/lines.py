@@ -1,8 +1,8 @@
 """LongEval-style line retrieval: random records of numbered lines, one question each, and their scoring.
 
-A record is a list of ``line 23-57: REGISTER_CONTENT is <41235>`` and the question asks for the content of one line. Nothing
-but attention over the whole record can answer it, which makes it the sharpest test of a compressed cache (LongChat, Li et al.
-2023; the CSKV paper's LongEval).
+A record is a list of ``line 23-57: REGISTER_CONTENT is <41235>`` and the question asks for the content of one line.
+Nothing but attention over the whole record can answer it, which makes it the sharpest test of a compressed cache
+(LongChat, Li et al. 2023; the CSKV paper's LongEval).
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def line_retrieval(
 ) -> Accuracy:
     """Ask every question of every record, greedily, with the record read through the cache to measure.
 
-    A record is prefilled once per batch; each question then continues from a copy of that cache, so that question and answer both read the
-    compressed record.
+    A record is prefilled once per batch; each question then continues from a copy of that cache, so that question
+    and answer both read the compressed record.
 
     Args:
         records: all with the same number of lines and questions.

@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache
 
 
 def held_nbytes(cache: Cache) -> int:
-    """Bytes of the storages behind a cache's tensors: `nbytes` where the cache counts itself, else its layers' keys and values."""
+    """Bytes of the storages behind a cache's tensors: `nbytes` where the cache counts itself, else its layers' keys
+    and values."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
     return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))

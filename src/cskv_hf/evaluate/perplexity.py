@@ -1,7 +1,8 @@
-"""Perplexity with a compressed past: every past token outside window and sinks is read from the cache that is being measured.
+"""Perplexity with a compressed past: every past token outside window and sinks is read from the cache that is being
+measured.
 
-An ordinary perplexity is one forward over the text, a prefill, which attends to exact keys and never touches what a cache compresses.
-Here the text goes through the cache in steps of `stride` tokens, as in generation.
+An ordinary perplexity is one forward over the text, a prefill, which attends to exact keys and never touches what a
+cache compresses. Here the text goes through the cache in steps of `stride` tokens, as in generation.
 """
 
 from __future__ import annotations
