@@ -1,6 +1,6 @@
 """LongEval-style line retrieval: random records of numbered lines, one question each, and their scoring.
 
-A record is a list of ``line 23-57: REGISTER_CONTENT is <41235>`` and the question asks for the content of one line.
+A record is a list of ``line 23-571: REGISTER_CONTENT is <41235>`` and the question asks for the content of one line.
 Nothing but attention over the whole record can answer it, which makes it the sharpest test of a compressed cache
 (LongChat, Li et al. 2023; the CSKV paper's LongEval).
 """
@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 QUESTION = "what is the content in line {key}?\n"
 LINE = "line {key}: REGISTER_CONTENT is <{value}>\n"
-NUM_KEYS = 90 * 90  # "10-10" to "99-99"
+MAX_LINES = 900  # "10-100" to "99-999", no second number twice in a record
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LineRecord:
     """One record and the questions asked about it.
 
     Attributes:
-        lines: (key, value) pairs in the order of the record, for instance ``("23-57", "41235")``.
+        lines: (key, value) pairs in the order of the record, for instance ``("23-571", "41235")``.
         asked: indices into `lines`.
     """
 
@@ -58,11 +58,11 @@ def line_record(num_lines: int, num_questions: int, rng: random.Random) -> LineR
     Raises:
         ValueError: if there are not that many keys, or more questions than lines.
     """
-    if not 1 <= num_lines <= NUM_KEYS:
-        raise ValueError(f"`num_lines` must be between 1 and {NUM_KEYS}, got {num_lines}.")
+    if not 1 <= num_lines <= MAX_LINES:
+        raise ValueError(f"`num_lines` must be between 1 and {MAX_LINES}, got {num_lines}.")
     if not 1 <= num_questions <= num_lines:
         raise ValueError(f"`num_questions` must be between 1 and num_lines={num_lines}, got {num_questions}.")
-    keys = [f"{10 + k // 90}-{10 + k % 90}" for k in rng.sample(range(NUM_KEYS), num_lines)]
+    keys = [f"{rng.randint(10, 99)}-{second}" for second in rng.sample(range(100, 1000), num_lines)]
     lines = tuple((key, str(rng.randint(10000, 99999))) for key in keys)
     return LineRecord(lines, tuple(rng.sample(range(num_lines), num_questions)))
 
