@@ -293,7 +293,7 @@ def train(out: Path, steps: int, tokens: int, seed: int, stop_after: float) -> N
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--tokens", type=int, default=6000, help="tokens of retrieval per step, and of text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
