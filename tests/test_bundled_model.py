@@ -48,7 +48,7 @@ def test_retrieval_tells_caches_apart(bundled):
     assert line_retrieval(ours, tokenizer, records, CSKVCache).value >= full - 0.1
     ours = cskv_hf.fit(ours, statistics, CSKVConfig(compression=0.8, init="random"), progress=False)
     assert line_retrieval(ours, tokenizer, records, CSKVCache).value <= 0.2
-    ours.unload()
+    assert ours.unload() is model
 
 
 def test_attention_loses_less_perplexity_than_asvd(bundled):
@@ -58,7 +58,7 @@ def test_attention_loses_less_perplexity_than_asvd(bundled):
     for init in ("attention", "asvd"):
         fitted = cskv_hf.fit(model, statistics, CSKVConfig(compression=0.8, init=init), progress=False)
         values[init] = compressed_perplexity(fitted, text, CSKVCache).value
-        fitted.unload()
+        model = fitted.unload()
     assert values["attention"] < values["asvd"]
 
 

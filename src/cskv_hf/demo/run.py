@@ -34,7 +34,8 @@ INITS = ("random", "svd", "asvd", "mse", "attention")
 
 def load_bundled() -> tuple[nn.Module, Any]:
     """The bundled model (float32) and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval(), AutoTokenizer.from_pretrained(MODEL_PATH)
+    model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(MODEL_PATH)
 
 
 def evaluation_text(tokenizer: Any, length: int = TEXT_LENGTH) -> torch.Tensor:

@@ -35,6 +35,7 @@ TEXT_AT = 42
 TEXT_LENGTH = 512
 TEXT_WEIGHT = 0.5
 MUON_LR, ADAM_LR = 0.006, 2e-3
+LOOK_BACK, MATCH, COPY = 0.18, 5.0, 1.0  # gains of the circuit that training starts from
 # words, numbers in threes, punctuation, spaces: the split of Llama 3
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -101,17 +102,20 @@ def wire_induction(model: LlamaForCausalLM) -> None:
     Retrieval needs three parts before any of them is of use: to know the token before, the token before that, and to
     match one with the other. From random weights nearly every run of this size stays on the saddle in front of that
     (right half of the time on two lines, for thousands of steps). The hidden state starts as four orthogonal parts:
-    one common component, the token (63 channels), and room for the tokens one and two places back (32 each). Layer 0
-    fills that room with two heads that look a fixed distance back; layer 1 matches what precedes this token with what
-    lies two back elsewhere, and this token with what precedes others, and copies what it finds.
+    one common component, the token (103 channels, among them a code of 12 to be matched and one of 20 to be copied),
+    and room for the codes of the tokens one and two places back (12 each). Layer 0 fills that room with two heads that
+    look a fixed distance back; layer 1 matches what precedes this token with what lies two back elsewhere, and this
+    token with what precedes others, and copies what it finds. The codes are short because they set how far the keys
+    and values of layer 1 can be compressed: 24 and 20 of 128 channels.
     """
-    token, before, before_that = slice(1, 64), slice(64, 96), slice(96, 128)
+    match, copied, rest = slice(1, 13), slice(13, 33), slice(33, 104)  # two codes of a token, and free channels
+    before, before_that = slice(104, 116), slice(116, 128)
     embedding, layers = model.model.embed_tokens.weight, model.model.layers
-    half, fast, width = 32, 5, 32
-    embedding.zero_()
-    embedding[:, token] = torch.randn(embedding.shape[0], 63) * (0.7 / 63**0.5)
+    half, fast, width, num_copied = 32, 5, 12, 20
+    for part in (match, copied, rest):
+        embedding[:, part] = 0.4 * F.normalize(torch.randn(embedding.shape[0], part.stop - part.start), dim=-1)
     embedding[:, 0] = 0.7
-    project = torch.linalg.qr(torch.randn(63, width))[0].T  # 32 channels stand for a token
+    embedding[:, before.start :] = 0
 
     # Scores of queries and keys made of the common component depend on the distance only:
     # sum over fast f of cos(inv_freq[f] * (distance - offset)). That component is 8 of 11.3 after the norm.
@@ -121,29 +125,28 @@ def wire_induction(model: LlamaForCausalLM) -> None:
     attention.k_proj.weight[:64] = 0
     attention.k_proj.weight[:fast, 0] = size
     attention.v_proj.weight[:64] = 0
-    attention.v_proj.weight[:width, token] = project
+    attention.v_proj.weight[:width, match] = torch.eye(width)
     for head, (offset, target) in enumerate(((1, before), (2, before_that))):
         rows = slice(64 * head, 64 * (head + 1))
         attention.q_proj.weight[rows] = 0
         attention.q_proj.weight[rows][:fast, 0] = size * (inv_freq * offset).cos()
         attention.q_proj.weight[rows][half : half + fast, 0] = -size * (inv_freq * offset).sin()
         attention.o_proj.weight[:, rows] = 0
-        attention.o_proj.weight[target, rows][:, :width] = torch.eye(width) * 0.18
+        attention.o_proj.weight[target, rows][:, :width] = torch.eye(width) * LOOK_BACK
 
     attention = layers[1].self_attn
-    slow = torch.cat([torch.arange(16, 32), torch.arange(48, 64)])  # channels that hardly turn within a record
-    match = torch.eye(width)
-    for kv_head, (asks, answers) in enumerate(((before, before_that), (token, before))):
+    slow = torch.cat([torch.arange(26, 32), torch.arange(58, 64)])  # channels that hardly turn within a record
+    for kv_head, (asks, answers) in enumerate(((before, before_that), (match, before))):
         query_rows, key_rows = 128 * kv_head + slow, 64 * kv_head + slow
         attention.q_proj.weight[128 * kv_head : 128 * kv_head + 64] = 0
         attention.k_proj.weight[64 * kv_head : 64 * (kv_head + 1)] = 0
-        attention.q_proj.weight[query_rows, asks] = 2.5 * (project if asks is token else match)
-        attention.k_proj.weight[key_rows, answers] = 2.5 * match
+        attention.q_proj.weight[query_rows, asks] = MATCH * torch.eye(width)
+        attention.k_proj.weight[key_rows, answers] = MATCH * torch.eye(width)
         attention.v_proj.weight[64 * kv_head : 64 * (kv_head + 1)] = 0
-        attention.v_proj.weight[64 * kv_head : 64 * kv_head + 63, token] = torch.eye(63)
+        attention.v_proj.weight[64 * kv_head : 64 * kv_head + num_copied, copied] = torch.eye(num_copied)
         rows = slice(128 * kv_head, 128 * kv_head + 64)
         attention.o_proj.weight[:, rows] = 0
-        attention.o_proj.weight[token, rows][:, :63] = torch.eye(63) * (0.7 if kv_head == 0 else 0.35)
+        attention.o_proj.weight[copied, rows][:, :num_copied] = torch.eye(num_copied) * COPY / (1 + kv_head)
 
 
 def orthogonalize(gradient: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -210,7 +213,12 @@ class Run:
         self.out = out
         torch.manual_seed(seed)
         self.model = make_model()
-        matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
+        # Muon's updates have full rank and would flatten the spectra that real keys and values have
+        matrices = [
+            p
+            for name, p in self.model.model.layers.named_parameters()
+            if p.ndim == 2 and not name.endswith(("k_proj.weight", "v_proj.weight"))
+        ]
         others = [p for p in self.model.parameters() if not any(p is m for m in matrices)]
         self.muon = Muon(matrices, lr=MUON_LR)
         self.adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
@@ -260,6 +268,12 @@ def train_step(run: Run, tokenizer, text: torch.Tensor, phrase: int, steps: int,
     return state | {"loss": float(loss.detach())}
 
 
+def set_entries(path: Path, **entries: str | None) -> None:
+    """Change entries of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}, indent=2) + "\n")
+
+
 def train(out: Path, steps: int, tokens: int, seed: int, stop_after: float) -> None:
     """Train until `steps`, saving to `out` on the way; the finished model is in ``out / "model"``."""
     out.mkdir(parents=True, exist_ok=True)
@@ -285,9 +299,10 @@ def train(out: Path, steps: int, tokens: int, seed: int, stop_after: float) -> N
             print("stopped at --stop-after; start again with the same --out to continue")
             return
     run.model.half()
-    run.model.config.dtype = torch.float32  # stored in 16 bits, loaded in 32 by the default dtype="auto"
     run.model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
+    set_entries(out / "model" / "config.json", dtype="float32")  # stored in 16 bits, loaded in 32 by dtype="auto"
+    set_entries(out / "model" / "tokenizer_config.json", is_local=None, local_files_only=None)
 
 
 if __name__ == "__main__":
