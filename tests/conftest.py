@@ -20,7 +20,7 @@ from transformers import (
 import cskv_hf
 from cskv_hf import CSKVConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 
 SIZES = dict(
     vocab_size=89,
@@ -91,7 +91,9 @@ def lossless(model):
 
 
 def lossy(model, compression=0.6, **settings):
-    config = CSKVConfig(**{**dict(compression=compression, window=8, sinks=3, block_size=4), **settings})
+    """Factors that lose something, plain and of the same rank everywhere unless `settings` say otherwise."""
+    plain = dict(compression=compression, window=8, sinks=3, block_size=4, bits=16, allocation="uniform")
+    config = CSKVConfig(**{**plain, **settings})
     return cskv_hf.fit(model, calibration_data(model), config, progress=False)
 
 

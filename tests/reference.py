@@ -1,8 +1,9 @@
 """The oracle: CSKV generation from its definition, one row, one token and one head at a time, nothing shared with
 the package's code.
 
-Every token's exact key (before RoPE) and value are kept for ever; what a query sees of an old token is computed anew
-each time as ``RoPE(B A k)`` and ``B A v`` (CSKV section 2.1). Works in the model's dtype; use float64.
+Every token's exact key (before RoPE) and value are kept for ever; what a query sees of an old token is
+``RoPE(B A k)`` and ``B A v`` (CSKV section 2.1), with the latents ``A k`` and ``A v`` of each block quantised first if
+the adapter packs them. Works in the model's dtype; use float64.
 """
 
 import torch
@@ -29,17 +30,19 @@ class Reference:
         self.window, self.sinks, self.block = window, sinks, block
         self.inv_freq = self.decoder.rotary_emb.inv_freq
         self.scaling = self.decoder.rotary_emb.attention_scaling
-        self.maps = []  # per layer: (kv_dim, kv_dim) matrices k -> B A k and v -> B A v
-        for layer in self.decoder.layers:
+        self.factors = []  # per layer: A and B of keys, A and B of values, over all heads; how each is packed
+        for index, layer in enumerate(self.decoder.layers):
             cskv = layer.self_attn.cskv
-            blocks, start = [], 0
             A, B = cskv.cskv_key_A[adapter].weight, cskv.cskv_key_B[adapter].weight
+            parts, start = [], 0
             for rank in cskv.key_ranks[adapter]:
-                blocks.append(B[:, start : start + rank] @ A[start : start + rank])
+                parts.append((A[start : start + rank], B[:, start : start + rank]))
                 start += rank
-            self.maps.append(
-                (torch.block_diag(*blocks), cskv.cskv_value_B[adapter].weight @ cskv.cskv_value_A[adapter].weight)
-            )
+            keys = torch.block_diag(*(a for a, _ in parts)), torch.block_diag(*(b for _, b in parts))
+            values = cskv.cskv_value_A[adapter].weight, cskv.cskv_value_B[adapter].weight
+            layouts = [getattr(f, "layout", None) for f in cskv.configs[adapter].formats(index)]
+            self.factors.append((*zip((keys, values), layouts),))
+        self.seen_old = [[[], []] for _ in self.decoder.layers]  # per layer: keys and values of old tokens as seen
         self.keys = [[] for _ in self.decoder.layers]
         self.values = [[] for _ in self.decoder.layers]
         self.num_tokens = 0
@@ -56,10 +59,19 @@ class Reference:
             hidden = hidden + layer.self_attn.o_proj(attended)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         self.num_tokens += len(ids)
-        surplus = self.num_tokens - self.sinks - self.num_old - self.window
-        if surplus >= self.block:
-            self.num_old += surplus // self.block * self.block
+        while self.num_tokens - self.sinks - self.num_old - self.window >= self.block:
+            self.compress_block()
         return self.model.lm_head(self.decoder.norm(hidden))
+
+    def compress_block(self):
+        first = self.sinks + self.num_old
+        for index, sides in enumerate(self.factors):
+            for exact, seen, ((A, B), layout) in zip((self.keys, self.values), self.seen_old[index], sides):
+                latents = torch.stack([A @ state for state in exact[index][first : first + self.block]])
+                if layout is not None:
+                    latents = quantised_by_definition(latents[None], layout)[0]
+                seen.extend(B @ c for c in latents)
+        self.num_old += self.block
 
     def attend(self, index, attn, x, t, start):
         head_dim, groups = attn.head_dim, attn.num_key_value_groups
@@ -84,9 +96,30 @@ class Reference:
                     continue
                 k, v = self.keys[index][s], self.values[index][s]
                 if self.sinks <= s < self.sinks + self.num_old:
-                    key_map, value_map = self.maps[index]
-                    k, v = key_map @ k, value_map @ v
+                    k, v = (seen[s - self.sinks] for seen in self.seen_old[index])
                 scores.append(query @ rope(k[channels], s, self.inv_freq, self.scaling) * attn.scaling)
                 values.append(v[channels])
             heads.append(torch.softmax(torch.stack(scores), 0) @ torch.stack(values))
         return torch.cat(heads)
+
+
+def quantised_by_definition(latents, layout):
+    """The definition, one group at a time: minimum and step of the group, each value to the nearest level."""
+    out = torch.empty_like(latents)
+    for tier_bits in set(layout.bits):
+        channels = [i for i, b in enumerate(layout.bits) if b == tier_bits]
+        for first in range(0, len(channels), layout.group_channels):
+            group = channels[first : first + layout.group_channels]
+            for row in range(latents.shape[0]):
+                for start in range(0, latents.shape[1], layout.group_tokens):
+                    values = latents[row, start : start + layout.group_tokens][:, group]
+                    minimum = values.min().to(torch.float16)
+                    if minimum > values.min():
+                        minimum = torch.nextafter(minimum, torch.tensor(-torch.inf, dtype=torch.float16))
+                    exact = (values.max() - minimum.double()) / (2**tier_bits - 1)
+                    step = exact.to(torch.float16)
+                    if step < exact:
+                        step = torch.nextafter(step, torch.tensor(torch.inf, dtype=torch.float16))
+                    level = ((values - minimum.double()) / step.double()).round() if step > 0 else 0 * values
+                    out[row, start : start + layout.group_tokens][:, group] = minimum.double() + step.double() * level
+    return out

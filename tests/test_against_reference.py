@@ -43,6 +43,34 @@ def test_every_family(family, materialize):
     torch.testing.assert_close(actual[0], torch.cat(expected), atol=1e-9, rtol=1e-9)
 
 
+PACKED = {
+    "uniform 4": dict(bits=4, allocation="uniform"),
+    "average 4": dict(bits=4),
+    "free": dict(),
+    "free, shared ranges": dict(key_group=[4, 3], value_group=[1, 16]),
+    "joint keys, 2 bits": dict(bits=2, key_layout="joint"),
+}
+
+
+@pytest.mark.parametrize("materialize", [False, True], ids=["tiled", "materialize"])
+@pytest.mark.parametrize("settings", PACKED.values(), ids=PACKED)
+@torch.no_grad()
+def test_packed_latents(settings, materialize):
+    """Quantised block by block when tokens leave the window, and by the definition of the quantiser."""
+    model = lossy(make_model(), **{**dict(compression=0.7, bits=None, allocation=None, block_size=8), **settings})
+    ids = prompt(1, sum(TURNS))
+    reference = Reference(model.get_base_model(), "default", 8, 3, 8)
+    expected, start = [], 0
+    for length in TURNS:
+        expected.append(reference.forward(ids[0, start : start + length]))
+        start += length
+    cache = CSKVCache(materialize=materialize)
+    actual = run(model, ids, TURNS, cache)
+    assert cache.tokens.num_old == reference.num_old > 20
+    assert cache.layers[0].key_latents.tensors[0].dtype == torch.uint8
+    torch.testing.assert_close(actual[0], torch.cat(expected), atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize("layout", ["head", "joint", "group:2"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
@@ -60,11 +88,12 @@ def test_every_layout(layout, implementation):
     )
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("materialize", [False, True], ids=["tiled", "materialize"])
 @torch.no_grad()
-def test_left_padded_batch_equals_each_row_alone(family, materialize):
+def test_left_padded_batch_equals_each_row_alone(family, materialize, packed):
     """Each row follows its own count of real tokens, so padding changes neither what is compressed nor when."""
-    model = lossy(make_model(family))
+    model = lossy(make_model(family), **(dict(bits=None, allocation=None, block_size=8) if packed else {}))
     padding = [0, 1, 6, 26]
     ids, mask = prompt(len(padding), sum(TURNS)), torch.ones(len(padding), sum(TURNS), dtype=torch.long)
     for row, pad in enumerate(padding):

@@ -70,7 +70,7 @@ def test_low_precision(dtype, tolerance):
         model, cache = reference.to(target), CSKVCache()
         model(ids[:, :70], past_key_values=cache, use_cache=True)
         outputs.append(model(ids[:, 70:71], past_key_values=cache, use_cache=True).logits.double())
-        assert cache.layers[0].key_latents.dtype == target
+        assert cache.layers[0].key_latents.tensors[0].dtype == target
     assert float((outputs[0] - outputs[1]).norm() / outputs[0].norm()) < tolerance
 
 

@@ -101,6 +101,64 @@ def test_rows_move_with_everything_that_belongs_to_them(operation, padded):
     torch.testing.assert_close(actual, expected[rows], atol=1e-9, rtol=1e-9)
 
 
+def latents_by_slot(cache):
+    """{(row, slot): the latents of every layer, as they come out of storage}"""
+    table, held = cache.tokens, {}
+    batch = cache.layers[0].keys.shape[0]
+    slots = table.slots["old"] if table.slots else torch.arange(table.num_sinks, table.num_sinks + table.num_old)[None]
+    slots = slots.expand(batch, -1)
+    read = [
+        latents.read(0, latents.num_blocks, torch.float64)
+        for layer in cache.layers
+        for latents in (layer.key_latents, layer.value_latents)
+    ]
+    for row in range(batch):
+        for column, slot in enumerate(slots[row].tolist()):
+            if slot >= 0:
+                held[row, slot] = torch.cat([tensor[row, column] for tensor in read])
+    return held
+
+
+@pytest.mark.parametrize("bits", [None, 4, 3, 2, 8, 16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_moves_change_no_bit_of_what_is_stored(bits, padded):
+    """Append, crop (also into the middle of a block), reorder, repeat, select, copy: old latents are moved as they
+    are, never read and quantised again."""
+    model = lossy(make_model(), 0.6, bits=bits, allocation=None, block_size=8)
+    ids, mask, cache = prompt(3, 120), torch.ones(3, 120, dtype=torch.long), CSKVCache()
+    if padded:
+        mask[0, :9] = 0
+        mask[2, :3] = 0
+    feed(model, ids, cache, [60, 1, 1], mask)
+    rows = [0, 1, 2]
+
+    def check(before, rows, length):
+        after = latents_by_slot(cache)
+        for (row, slot), vector in after.items():
+            if (rows[row], slot) in before:
+                assert torch.equal(vector, before[rows[row], slot])
+        survivors = {(row, slot) for row in range(len(rows)) for r, slot in before if r == rows[row] and slot < length}
+        assert survivors <= set(after)
+
+    for step in range(4):
+        before = latents_by_slot(cache)
+        feed(model, ids[rows], cache, [1] * 9 + [11], mask[rows])
+        check(before, range(len(rows)), cache.get_seq_length())
+        before, removed = latents_by_slot(cache), 13 + 4 * step
+        cache.crop(-removed)
+        check(before, range(len(rows)), cache.get_seq_length())
+        before = latents_by_slot(cache)
+        index = {0: [2, 0, 1], 1: [0, 0, 1, 1, 2, 2], 2: [5, 0, 3], 3: [0, 1, 2]}[step]
+        if step == 1:
+            cache.batch_repeat_interleave(2)
+        else:
+            cache.reorder_cache(torch.tensor(index))
+        check(before, index, cache.get_seq_length())
+        rows = [rows[i] for i in index]
+        cache = copy.deepcopy(cache)
+        check(latents_by_slot(cache), range(len(rows)), cache.get_seq_length())
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_copies_are_independent(padded):
     """deepcopy (the recipe for prompt caching) and pickle; neither drags the model along."""
@@ -159,8 +217,7 @@ def test_memory_is_let_go():
     model, cache = lossy(make_model(dtype=torch.float32)), CSKVCache()
     feed(model, prompt(1, 500), cache, [500])
     layer = cache.layers[0]
-    for name in layer.TENSORS:
-        tensor = getattr(layer, name)
+    for name, tensor in ((name, t) for name, tensors in layer.tensors().items() for t in tensors):
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize, name
 
 

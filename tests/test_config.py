@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import lossy, make_model, prompt
 from peft import PeftConfig
+from transformers import LlamaConfig
 
 from cskv_hf import CSKVCache, CSKVConfig, ModelShape
+from cskv_hf.latents import Latents
 
 SHAPE = ModelShape("llama", 32, 8, 128)
 
@@ -24,7 +26,14 @@ SHAPE = ModelShape("llama", 32, 8, 128)
         ({"sinks": -1}, "`sinks` must be an integer of at least 0"),
         ({"window": 2.5}, "got 2.5"),
         ({"init": "pca"}, "`init` must be one of 'attention'"),
-        ({"bits": 4}, "`bits` must be 16"),
+        ({"bits": 5}, "`bits` must be one of 2, 3, 4, 8, 16, or None, got 5"),
+        ({"allocation": "even"}, "`allocation` must be 'auto' or 'uniform', got 'even'"),
+        ({"allocation": "auto", "init": "svd"}, "energies to go by"),
+        ({"allocation": "auto", "key_rank": 8, "value_rank": 8}, "needs a `compression` to spend"),
+        ({"allocation": "auto", "key_rank_per_layer": {0: 3}}, "drop `key_rank_per_layer`"),
+        ({"block_size": 12, "bits": 4}, "multiple of 8 for packed latents, got 12"),
+        ({"key_group": [5, 1], "bits": 4}, r"`key_group` must be \[tokens, channels\].*divisor of block_size=32"),
+        ({"value_group": [32], "bits": 4}, r"`value_group` must be"),
         ({"asvd_alpha": 2}, "`asvd_alpha`"),
         ({"format_version": 99}, "pip install -U cskv-hf"),
     ],
@@ -38,7 +47,7 @@ def test_refuses(settings, message):
     "settings, message",
     [
         ({"key_rank": 1025, "value_rank": 8}, "key rank 1025 of layer 0 is above the model's kv_dim=1024"),
-        ({"compression": 0.9999}, "at least 2 are needed: use at most"),
+        ({"compression": 0.9999}, "one channel of each at 4 bits takes .* Use at most 0.999"),
         ({"value_rank_per_layer": {32: 4}}, "names layer 32; the model has layers 0 to 31"),
     ],
 )
@@ -58,7 +67,7 @@ def test_json_round_trip(tmp_path):
 @pytest.mark.parametrize("compression", [0.5, 0.8, 0.9, 0.95])
 def test_an_old_token_costs_at_most_what_was_promised(compression):
     """The position is paid from the budget too, so the promise holds with everything counted."""
-    config = CSKVConfig(compression=compression)
+    config = CSKVConfig(compression=compression, bits=16, allocation="uniform")
     ranks = config.layer_ranks(SHAPE)
     spent = sum(key + value for key, value in ranks) * 2 + 4
     assert spent <= (1 - compression) * SHAPE.num_hidden_layers * 2 * SHAPE.kv_dim * 2
@@ -70,14 +79,63 @@ def test_overrides_per_layer():
     assert config.layer_ranks(ModelShape("llama", 3, 2, 16)) == [(10, 20), (5, 20), (10, 20)]
 
 
+@pytest.mark.parametrize("bits", [16, None, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [10, 11, 60, 200])
 @torch.no_grad()
-def test_formula_equals_the_bytes_of_the_tensors(dtype, length):
-    model = lossy(make_model(dtype=torch.float32)).to(dtype)
+def test_formula_equals_the_bytes_of_the_tensors(dtype, length, bits):
+    model = lossy(make_model(dtype=torch.float32), bits=bits, allocation=None, block_size=8).to(dtype)
     config, cache = model.peft_config["default"], CSKVCache()
     model(prompt(3, length), past_key_values=cache, use_cache=True)
     assert cache.nbytes == config.cache_nbytes(model.config, length, batch_size=3, dtype=dtype)
+
+
+@pytest.mark.parametrize("bits, allocation", [(None, None), (4, None), (4, "uniform"), (3, None), (2, "uniform")])
+@pytest.mark.parametrize("compression", [0.8, 0.9, 0.95])
+@torch.no_grad()
+def test_a_packed_token_costs_what_was_promised(compression, bits, allocation):
+    """Codes, ranges and position together, in bytes of a 16-bit cache; measured on the tensors of a longer and a
+    shorter cache."""
+    model = make_model(dtype=torch.float32, num_hidden_layers=4, head_dim=32)
+    model = lossy(model, compression, bits=bits, allocation=allocation, block_size=32)
+    sizes = []
+    for length in (256, 512):
+        cache = CSKVCache()
+        model(prompt(1, length), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        sizes.append(cache.nbytes)
+    per_token, full = (sizes[1] - sizes[0]) / 256, 4 * 2 * 4 * 32 * 2
+    assert (1 - compression) * full * 0.9 < per_token <= (1 - compression) * full
+    assert per_token == model.peft_config["default"].bytes_per_token(model.config)
+
+
+@torch.no_grad()
+def test_32k_tokens_of_an_8b_shape_at_95_percent():
+    """At most 5.3 % of DynamicCache's bytes with sinks, window, positions and frequencies counted. The formula is the
+    one that the tests above hold to the tensors; the cache itself is filled without a model of that size."""
+    shape = dict(num_hidden_layers=32, num_key_value_heads=8, head_dim=128)
+    config = CSKVConfig(compression=0.95, bits=4, allocation="uniform")
+    rank = config.layer_ranks(ModelShape("llama", 32, 8, 128))[0][0]
+    config.model_shape = {"model_type": "llama", **shape}
+    config.key_ranks, config.value_ranks = [[rank]] * 32, [rank] * 32
+    config.key_bits, config.value_bits = [[[[4, rank]]]] * 32, [[[4, rank]]] * 32
+    model_config = LlamaConfig(hidden_size=4096, num_attention_heads=32, **shape)
+    full = 32768 * 32 * 2 * 8 * 128 * 2
+    held = config.cache_nbytes(model_config, 32768)
+    assert held / full <= 0.053
+    layer = 32 * held_by(config, layer_idx=0, tokens=32768)
+    assert held == layer + 32768 * 4 + 4 * 64
+
+
+def held_by(config, layer_idx, tokens):
+    """Bytes of one layer's tensors after a prompt, stored for real."""
+    old = config.num_old_tokens(tokens)
+    exact = torch.zeros(2, 8, tokens - old, 128, dtype=torch.bfloat16)
+    stored = [
+        tensor
+        for format in config.formats(layer_idx)
+        for tensor in Latents.of(format, torch.zeros(1, old, format.rank), torch.bfloat16).tensors
+    ]
+    return exact.nbytes + sum(tensor.nbytes for tensor in stored)
 
 
 @torch.no_grad()

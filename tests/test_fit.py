@@ -156,7 +156,7 @@ def test_little_data_is_warned_about(caplog):
 def test_every_initialisation_in_every_layout(init, layout, family):
     model = make_model(family)
     kv_dim = model.config.num_key_value_heads * 8
-    config = CSKVConfig(compression=0.5, init=init, key_layout=layout)
+    config = CSKVConfig(compression=0.5, init=init, key_layout=layout, bits=16, allocation="uniform")
     model = cskv_hf.fit(model, calibration_data(model), config, progress=False)
     groups = {"head": model.config.num_key_value_heads, "joint": 1, "group:2": model.config.num_key_value_heads // 2}[
         layout
@@ -172,7 +172,7 @@ def test_optimum_beats_the_baselines_on_the_calibration_data():
     statistics = collect_statistics(model, calibration_data(model), progress=False)
     errors = {}
     for init in ("mse", "asvd", "svd", "random", "attention"):
-        config = CSKVConfig(compression=0.6, init=init)
+        config = CSKVConfig(compression=0.6, init=init, bits=16, allocation="uniform")
         cskv_hf.fit(make_model(), statistics, config, progress=False)
         layers = config.fit_report["layers"]
         errors[init] = sum(layer["key_error"] + layer["value_error"] for layer in layers)
@@ -202,7 +202,7 @@ def test_disk_offload_equals_memory(tmp_path):
     data, ids = calibration_data(whole), prompt(1, 60)
     tokens = []
     for model in (whole, offloaded):
-        config = CSKVConfig(compression=0.5, window=8, sinks=3, block_size=4)
+        config = CSKVConfig(compression=0.5, window=8, sinks=3, block_size=8)
         model = cskv_hf.fit(model, data, config, progress=False)
         tokens.append(model.generate(ids, max_new_tokens=12, do_sample=False))
     assert torch.equal(*tokens)

@@ -83,7 +83,7 @@ def test_several_adapters_switched_and_deleted():
     model = lossy(make_model(), 0.5)
     data, ids = calibration_data(model), prompt(1, 50)
     expected = {"default": model.generate(ids, **GREEDY)}
-    settings = CSKVConfig(compression=0.8, window=8, sinks=3, block_size=4, key_layout="joint")
+    settings = CSKVConfig(compression=0.8, window=8, sinks=3, block_size=8, key_layout="joint")
     model = cskv_hf.fit(model, data, settings, adapter_name="strong", progress=False)
     expected["strong"] = model.generate(ids, **GREEDY)
     for name in ("default", "strong", "default"):

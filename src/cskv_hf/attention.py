@@ -66,20 +66,21 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
     scores = _masked(q @ kv.exact_keys.to(dtype).mT, exact_mask, shared)
     softmax = OnlineSoftmax(scores)
     exact = softmax.weights @ kv.exact_values.to(dtype)
-    latent = q.new_zeros(batch, kv_heads * shared * num_queries, kv.value_latents.shape[-1])
+    latent = q.new_zeros(batch, kv_heads * shared * num_queries, kv.value_latents.format.rank)
 
     cos, sin = (t[:, None].to(dtype) for t in kv.step.old_cos_sin(query.device, kv.exact_keys.dtype))
-    tile = max(
-        32, (CPU_TILE if query.device.type == "cpu" else GPU_TILE) // (batch * factors.heads_per_group * head_dim)
-    )
-    for start in range(0, kv.key_latents.shape[1], tile):
-        columns = slice(start, start + tile)
-        scores = _old_scores(q, kv, columns, cos[:, :, columns], sin[:, :, columns])
+    block_size = kv.key_latents.format.block_size
+    elements = CPU_TILE if query.device.type == "cpu" else GPU_TILE
+    blocks = max(1, elements // (batch * factors.heads_per_group * head_dim * block_size))
+    for first in range(0, kv.key_latents.num_blocks, blocks):
+        last = first + blocks
+        columns = slice(first * block_size, last * block_size)
+        scores = _old_scores(q, kv, kv.key_latents.read(first, last, dtype), cos[:, :, columns], sin[:, :, columns])
         scores = _masked(scores, None if old_mask is None else old_mask[..., columns], shared)
         decay = softmax.add(scores)
         exact.mul_(decay)
         latent.mul_(decay.view(batch, -1, 1))
-        latent.baddbmm_(softmax.weights.flatten(1, 2), kv.value_latents[:, columns].to(dtype))
+        latent.baddbmm_(softmax.weights.flatten(1, 2), kv.value_latents.read(first, last, dtype))
 
     # value_B has the rows of all KV heads; each query head needs those of its own
     up = factors.value_B.to(dtype).view(kv_heads, head_dim, -1)
@@ -87,11 +88,11 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
     return ((exact + old) / softmax.total).view(batch, num_heads, num_queries, head_dim).to(query.dtype)
 
 
-def _old_scores(q, kv: CompressedKV, columns: slice, cos, sin) -> torch.Tensor:
+def _old_scores(q, kv: CompressedKV, key_latents: torch.Tensor, cos, sin) -> torch.Tensor:
     """Scores (batch, kv_heads, rows of q, columns) against keys rebuilt for one tile, one group of KV heads at a
     time."""
     factors = kv.factors
-    latents = kv.key_latents[:, columns].to(q.dtype).split(factors.key_ranks, dim=-1)
+    latents = key_latents.split(factors.key_ranks, dim=-1)
     groups = q.split(factors.heads_per_group, dim=1)
     parts = [
         q_group @ rotate(factors.decode_key_group(part, g), cos, sin).mT

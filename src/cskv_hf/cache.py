@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .config import CSKVConfig
 from .factors import LayerFactors, compute_dtype
+from .latents import Latents
 from .rope import RotaryFrequencies, cos_sin, rotate, rotate_back
 from .tokens import Eviction, Step, TokenTable, take
 
@@ -38,15 +39,15 @@ class CompressedKV:
 
     Attributes:
         exact_keys, exact_values: (batch, num_key_value_heads, num_sinks + num_recent, head_dim); keys after RoPE.
-        key_latents, value_latents: (batch, num_old, key_rank), (batch, num_old, value_rank).
+        key_latents, value_latents: of ``num_old`` tokens.
         factors: of this layer.
         step: which slots the columns are, and the rotation of the latents' keys.
     """
 
     exact_keys: torch.Tensor
     exact_values: torch.Tensor
-    key_latents: torch.Tensor
-    value_latents: torch.Tensor
+    key_latents: Latents
+    value_latents: Latents
     factors: LayerFactors
     step: Step
 
@@ -57,8 +58,9 @@ class CompressedKV:
         """
         dtype = compute_dtype(self.exact_keys)
         cos, sin = (t[:, None].to(dtype) for t in self.step.old_cos_sin(self.exact_keys.device, self.exact_keys.dtype))
-        old_keys = rotate(self.factors.decode_keys(self.key_latents.to(dtype)), cos, sin)
-        old_values = self.factors.decode_values(self.value_latents.to(dtype))
+        key_latents, value_latents = (x.read(0, x.num_blocks, dtype) for x in (self.key_latents, self.value_latents))
+        old_keys = rotate(self.factors.decode_keys(key_latents), cos, sin)
+        old_values = self.factors.decode_values(value_latents)
         slots = torch.cat([self.step.exact_slots(), self.step.old_slots()], dim=1).to(self.exact_keys.device)
         return (
             self._by_slot(torch.cat([self.exact_keys, old_keys.to(self.exact_keys.dtype)], dim=2), slots),
@@ -90,7 +92,7 @@ class CSKVLayer(CacheLayerMixin):
 
     Attributes:
         sink_keys, sink_values: (batch, num_key_value_heads, num_sinks, head_dim), keys after RoPE.
-        key_latents, value_latents: (batch, num_old, rank), in the dtype of the model.
+        key_latents, value_latents: [`Latents`] of the old tokens, in the dtype of the model or packed.
         keys, values: (batch, num_key_value_heads, num_recent, head_dim), the window; named as in other cache layers.
     """
 
@@ -99,7 +101,8 @@ class CSKVLayer(CacheLayerMixin):
     is_sliding = False  # a model's sliding window is applied by the mask, over all slots
     supports_early_init = False
 
-    TENSORS = ("sink_keys", "sink_values", "key_latents", "value_latents", "keys", "values")
+    EXACT = ("sink_keys", "sink_values", "keys", "values")
+    LATENTS = ("key_latents", "value_latents")
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +110,7 @@ class CSKVLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        for name in self.TENSORS:
+        for name in (*self.EXACT, *self.LATENTS):
             setattr(self, name, None)
         self.is_initialized = False
         self.num_slots = 0
@@ -118,8 +121,10 @@ class CSKVLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = self.values = key_states.new_empty(batch, heads, 0, head_dim)
         self.sink_keys = self.sink_values = self.keys
-        self.key_latents = key_states.new_empty(batch, 0, factors.key_A.shape[0])
-        self.value_latents = key_states.new_empty(batch, 0, factors.value_A.shape[0])
+        self.key_latents, self.value_latents = (
+            Latents.of(format, key_states.new_empty(batch, 0, format.rank), key_states.dtype)
+            for format in (factors.key_format, factors.value_format)
+        )
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
@@ -154,14 +159,11 @@ class CSKVLayer(CacheLayerMixin):
         return seen.materialize() if staged.materialize else (seen, seen)
 
     def _evict(self, keys: torch.Tensor, values: torch.Tensor, eviction: Eviction, staged: Staged) -> None:
-        key_latents, value_latents = encode(
-            take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2), eviction.positions, staged
-        )
-        old_keys = torch.cat([self.key_latents, key_latents], dim=1)
-        old_values = torch.cat([self.value_latents, value_latents], dim=1)
-        if eviction.old is not None:
-            old_keys, old_values = take(old_keys, eviction.old, 1), take(old_values, eviction.old, 1)
-        self.key_latents, self.value_latents = old_keys, old_values
+        new = encode(take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2), eviction.positions, staged)
+        old = [self.key_latents.append(new[0]), self.value_latents.append(new[1])]
+        if eviction.old_blocks is not None:
+            old = [latents.take(eviction.old_blocks) for latents in old]
+        self.key_latents, self.value_latents = old
         if (
             staged.step.num_sinks == 0
             or not isinstance(eviction.sinks, slice)
@@ -188,15 +190,17 @@ class CSKVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.sink_keys, self.sink_values = (take(t, kept["sinks"], 2) for t in (self.sink_keys, self.sink_values))
             self.key_latents, self.value_latents = (
-                take(t, kept["old"], 1) for t in (self.key_latents, self.value_latents)
+                latents.take(kept["old"]) for latents in (self.key_latents, self.value_latents)
             )
             self.keys, self.values = (take(t, kept["recent"], 2) for t in (self.keys, self.values))
 
     def select_rows(self, rows: torch.Tensor) -> None:
         if self.is_initialized:
-            for name in self.TENSORS:
+            for name in self.EXACT:
                 tensor = getattr(self, name)
                 setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+            for name in self.LATENTS:
+                setattr(self, name, getattr(self, name).select_rows(rows))
 
     reorder_cache = select_rows
 
@@ -209,31 +213,39 @@ class CSKVLayer(CacheLayerMixin):
 
     def _move(self, device: Any) -> None:
         if self.is_initialized:
-            for name in self.TENSORS:
+            for name in (*self.EXACT, *self.LATENTS):
                 setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+    def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Every tensor held, by what it belongs to."""
+        if not self.is_initialized:
+            return {}
+        exact = {name: (getattr(self, name),) for name in self.EXACT}
+        return exact | {name: getattr(self, name).tensors for name in self.LATENTS}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storages behind the tensors, each counted once."""
-        tensors = [getattr(self, name) for name in self.TENSORS] if self.is_initialized else []
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        held = [t for tensors in self.tensors().values() for t in tensors]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
 
 
 def encode(
     key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor, staged: Staged
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of exact keys (after RoPE, at `positions` (batch or 1, tokens)) and values, in the dtype of the keys.
+) -> tuple[Latents, Latents]:
+    """Store exact keys (after RoPE, at `positions` (batch or 1, tokens)) and values as latents; whole blocks.
 
     Keys are rotated back in float32 or wider.
     """
-    dtype = torch.promote_types(key_states.dtype, torch.float32)
+    factors, dtype = staged.factors, torch.promote_types(key_states.dtype, torch.float32)
     cos, sin = cos_sin(positions.to(key_states.device), staged.frequencies, key_states.dtype)
     unrotated = rotate_back(key_states.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype))
     matmul_dtype = compute_dtype(key_states)
-    key_latents = staged.factors.encode_keys(unrotated.to(matmul_dtype))
-    value_latents = staged.factors.encode_values(value_states.to(matmul_dtype))
-    return key_latents.to(key_states.dtype), value_latents.to(value_states.dtype)
+    return (
+        Latents.of(factors.key_format, factors.encode_keys(unrotated.to(matmul_dtype)), key_states.dtype),
+        Latents.of(factors.value_format, factors.encode_values(value_states.to(matmul_dtype)), key_states.dtype),
+    )
 
 
 class CSKVCache(Cache):
@@ -303,16 +315,13 @@ class CSKVCache(Cache):
             window = config.window if self.window is None else self.window
             sinks = config.sinks if self.sinks is None else self.sinks
             self.tokens = TokenTable(window, sinks, config.block_size, self.slack)
-        ranks = (factors.key_ranks, factors.value_A.shape[0])
-        if layer.is_initialized and (layer.key_latents.shape[-1], layer.value_latents.shape[-1]) != (
-            sum(ranks[0]),
-            ranks[1],
-        ):
+        held, given = (layer.key_latents, layer.value_latents), (factors.key_format, factors.value_format)
+        if layer.is_initialized and tuple(latents.format for latents in held) != given:
             raise ValueError(
-                f"This CSKVCache was filled with latents of rank {layer.key_latents.shape[-1]} (keys) and "
-                f"{layer.value_latents.shape[-1]} (values), layer {layer_idx} of this model has {sum(ranks[0])} and "
-                f"{ranks[1]}. A cache "
-                "belongs to one model and adapter: use a new one, or `cache.reset()`."
+                f"This CSKVCache was filled with latents of rank {held[0].format.rank} (keys) and "
+                f"{held[1].format.rank} (values), layer {layer_idx} of this model has {given[0].rank} and "
+                f"{given[1].rank}, or stores them in other bits. A cache belongs to one model and adapter: use a new "
+                "one, or `cache.reset()`."
             )
         if layer.is_initialized and layer.keys.shape[0] != batch_size:
             raise ValueError(
@@ -421,7 +430,7 @@ class CSKVCache(Cache):
             f"{first.dtype}"
         ]
         for name, columns, names in parts:
-            size = sum(getattr(layer, n).numel() * getattr(layer, n).itemsize for layer in self.layers for n in names)
+            size = sum(t.numel() * t.itemsize for layer in self.layers for n in names for t in layer.tensors()[n])
             lines.append(f"  {name:<14}{columns:>8} tokens {size:>14,} bytes")
         lines.append(f"  {'positions':<14}{tokens.num_slots:>8} tokens {tokens.nbytes:>14,} bytes")
         exact = (

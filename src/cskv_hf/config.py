@@ -6,6 +6,8 @@ Knows shapes and numbers only; nothing here looks at a model's weights.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +16,17 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ._peft_type import ensure_peft_type
+from .latents import LatentFormat, PackedFormat, PlainFormat
+from .quantize import PackedLayout, channel_bits
 
 INITS = ("attention", "mse", "asvd", "svd", "random")
+ALLOCATIONS = ("auto", "uniform")
+BITS = (2, 3, 4, 8, 16)
 FORMAT_VERSION = 1
 POSITION_BYTES = 4  # one int32 per token, shared by all layers
+PLAIN_BYTES = 2  # of an uncompressed value: budgets are shares of a 16-bit cache
 DEFAULT_COMPRESSION = 0.8
+PACKED_FROM = 0.5  # the compression from which on latents are packed unless `bits` says otherwise
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,8 @@ class CSKVConfig(PeftConfig):
 
     Args:
         compression: Fraction of the KV bytes of an old token (one outside window and sinks) that is removed, in [0,
-            1). The budget is split evenly over layers and over K and V. Default 0.8, unless `key_rank` and
-            `value_rank` are given.
+            1), of a cache in 16 bits and with everything counted: latents, the ranges of packed ones, the position.
+            Default 0.8, unless `key_rank` and `value_rank` are given.
         key_rank, value_rank: Instead of `compression`: channels kept per token and layer, of ``kv_dim =
             num_key_value_heads * head_dim``. With `key_layout="head"` this is the sum over the heads.
         key_rank_per_layer, value_rank_per_layer: Overrides, ``{layer_idx: rank}``, of whichever of the above is in
@@ -81,9 +89,17 @@ class CSKVConfig(PeftConfig):
             outputs), ``"mse"`` (optimum of the paper's loss), ``"asvd"``, ``"svd"`` (the paper's initialisations),
             ``"random"``.
         asvd_alpha: Exponent of ASVD's activation scale (the paper's 0.5).
-        bits: Storage of the latents. 16 stores them in the model's dtype; packed storage is not available yet.
-        key_ranks, value_ranks, model_shape, fit_report: Written by [`fit`]: the ranks found, per layer (and key
-            group), the model they belong to, and what was measured. Leave empty.
+        bits: Storage of the latents. 8, 4, 3 or 2 packs them in that many bits, the average over the channels kept;
+            16 leaves them in the model's dtype, as the paper does without quantisation. By default every channel
+            gets the bits it is worth (2 to 8) if `compression` is at least 0.5, else 16.
+        allocation: ``"auto"`` spends one byte budget on ranks and bits over all layers, KV heads, K and V, where the
+            model's output gains most by it; ``"uniform"`` (the paper's) keeps the same rank and bits everywhere. By
+            default "auto" where there are energies to go by: a `compression`, and `init` "attention" or "mse".
+        key_group, value_group: ``[tokens, channels]`` of packed latents that share a minimum and a step, by default
+            ``[block_size, 1]``, which is the paper's layout of keys; ``[1, 32]`` are 32 channels of one token.
+        key_ranks, value_ranks, key_bits, value_bits, sensitivity, model_shape, fit_report: Written by [`fit`]: the
+            ranks and bits found, per layer (and key group), how much the output cares for each layer, the model they
+            belong to, and what was measured. Leave empty.
 
     Raises:
         ValueError: for any value outside of what is described above; the message names it.
@@ -100,12 +116,24 @@ class CSKVConfig(PeftConfig):
     block_size: int = field(default=32, metadata={"help": "tokens leave the window in blocks of this many"})
     init: str = field(default="attention", metadata={"help": f"one of {', '.join(INITS)}"})
     asvd_alpha: float = field(default=0.5, metadata={"help": "exponent of ASVD's activation scale"})
-    bits: int = field(default=16, metadata={"help": "bits per latent; 16 is the model's dtype"})
+    bits: int | None = field(default=None, metadata={"help": "bits per latent, on average; 16 is the model's dtype"})
+    allocation: str | None = field(default=None, metadata={"help": "'auto' or 'uniform'"})
+    key_group: list[int] | None = field(default=None, metadata={"help": "[tokens, channels] that share a range"})
+    value_group: list[int] | None = field(default=None, metadata={"help": "[tokens, channels] that share a range"})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "attention modules; set by the tuner"}
     )
     key_ranks: list[list[int]] | None = field(default=None, metadata={"help": "fitted ranks per layer and key group"})
     value_ranks: list[int] | None = field(default=None, metadata={"help": "fitted ranks per layer"})
+    key_bits: list[list[list[list[int]]]] | None = field(
+        default=None, metadata={"help": "fitted runs of [bits, channels] per layer and key group"}
+    )
+    value_bits: list[list[list[int]]] | None = field(
+        default=None, metadata={"help": "fitted runs of [bits, channels] per layer"}
+    )
+    sensitivity: list[list[float]] | None = field(
+        default=None, metadata={"help": "per layer: loss of the output per energy lost of keys, of values"}
+    )
     model_shape: dict[str, Any] | None = field(default=None, metadata={"help": "sizes of the model it was fitted to"})
     fit_report: dict[str, Any] | None = field(default=None, metadata={"help": "what was measured during the fit"})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the adapter's file format"})
@@ -136,8 +164,49 @@ class CSKVConfig(PeftConfig):
             raise ValueError(f"`init` must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
         if not 0.0 <= self.asvd_alpha <= 1.0:
             raise ValueError(f"`asvd_alpha` must be in [0, 1], got {self.asvd_alpha}.")
-        if self.bits != 16:
-            raise ValueError(f"`bits` must be 16 in this version (packed 8, 4, 3 and 2 are planned), got {self.bits}.")
+        self._check_storage()
+
+    def _check_storage(self) -> None:
+        if self.bits is not None and self.bits not in BITS:
+            raise ValueError(f"`bits` must be one of {', '.join(map(str, BITS))}, or None, got {self.bits!r}.")
+        if self.allocation not in (None, *ALLOCATIONS):
+            raise ValueError(f"`allocation` must be 'auto' or 'uniform', got {self.allocation!r}.")
+        if self.allocation == "auto" and (self.compression is None or self.init not in ("attention", "mse")):
+            raise ValueError(
+                "`allocation`='auto' needs a `compression` to spend and energies to go by: "
+                f"`init` 'attention' or 'mse', got `compression`={self.compression} and `init`='{self.init}'."
+            )
+        if self.allocation == "auto" and (self.key_rank_per_layer or self.value_rank_per_layer):
+            raise ValueError(
+                "`allocation`='auto' decides the ranks; drop `key_rank_per_layer` and `value_rank_per_layer`."
+            )
+        if self.storage_bits == 16:
+            return
+        if self.block_size % 8:
+            raise ValueError(f"`block_size` must be a multiple of 8 for packed latents, got {self.block_size}.")
+        for name in ("key_group", "value_group"):
+            group = self.group_of(name.removesuffix("_group"))
+            whole = len(group) == 2 and all(isinstance(n, int) and n >= 1 for n in group)
+            if not whole or self.block_size % group[0]:
+                raise ValueError(
+                    f"`{name}` must be [tokens, channels], tokens a divisor of block_size={self.block_size} and "
+                    f"channels at least 1, got {group}."
+                )
+
+    @property
+    def storage_bits(self) -> int | None:
+        """`bits` with its default decided: 16, an average, or None where every channel has its own."""
+        if self.bits is not None or (self.compression is not None and self.compression >= PACKED_FROM):
+            return self.bits
+        return 16
+
+    @property
+    def allocates(self) -> bool:
+        """Whether ranks and bits come from one budget over the whole model."""
+        if self.allocation is not None:
+            return self.allocation == "auto"
+        overrides = self.key_rank_per_layer or self.value_rank_per_layer
+        return self.compression is not None and self.init in ("attention", "mse") and not overrides
 
     def _check_budget(self) -> None:
         ranks = (self.key_rank, self.value_rank)
@@ -168,27 +237,59 @@ class CSKVConfig(PeftConfig):
         """Whether the ranks have been decided, by [`fit`] or by loading a fitted adapter."""
         return self.key_ranks is not None and self.value_ranks is not None
 
-    def layer_ranks(self, shape: ModelShape) -> list[tuple[int, int]]:
-        """The (key, value) rank of every layer that `compression` or the explicit ranks ask for.
+    def byte_budget(self, shape: ModelShape) -> float:
+        """Bytes that `compression` leaves for the latents of one token, over all layers; its position is paid for."""
+        full = shape.num_hidden_layers * 2 * shape.kv_dim * PLAIN_BYTES
+        return (1.0 - self.compression) * full - (POSITION_BYTES if self.compression > 0 else 0)
 
-        With `compression`, the position of the token (4 bytes, shared by all layers) is paid from the same budget.
+    def group_of(self, side: str) -> list[int]:
+        """`key_group` or `value_group` with its default decided."""
+        return (self.key_group if side == "key" else self.value_group) or [self.block_size, 1]
+
+    def format_of(self, side: str, bits: Sequence[int], rank: int) -> LatentFormat:
+        """How the latents of the ``"key"`` or ``"value"`` side of a layer are stored; no `bits` is plain storage."""
+        if not bits:
+            return PlainFormat(rank, self.block_size)
+        tokens, channels = self.group_of(side)
+        return PackedFormat(PackedLayout(tuple(bits), self.block_size, tokens, channels))
+
+    def formats(self, layer_idx: int) -> tuple[LatentFormat, LatentFormat]:
+        """How a fitted adapter stores the keys and values of a layer."""
+        key_bits = channel_bits(self.key_bits[layer_idx]) if self.key_bits else ()
+        value_bits = channel_bits([self.value_bits[layer_idx]]) if self.value_bits else ()
+        return (
+            self.format_of("key", key_bits, sum(self.key_ranks[layer_idx])),
+            self.format_of("value", value_bits, self.value_ranks[layer_idx]),
+        )
+
+    def _uniform_rank(self, shape: ModelShape) -> int:
+        """The largest rank that keys and values of every layer can have within the budget."""
+        bits, budget = self.storage_bits or 4, self.byte_budget(shape) / shape.num_hidden_layers
+        for rank in range(shape.kv_dim, 0, -1):
+            packed = () if bits == 16 else (bits,) * rank
+            cost = sum(self.format_of(s, packed, rank).bytes_per_token(torch.bfloat16) for s in ("key", "value"))
+            if cost <= budget + 1e-9:
+                return rank
+        raise ValueError(
+            f"`compression`={self.compression} leaves {budget:.2f} bytes for keys and values of a layer with "
+            f"kv_dim={shape.kv_dim}; one channel of each at {bits} bits takes {cost:.2f}. Use at most "
+            f"{self._largest_compression(shape, cost):.3f}, or fewer `bits`."
+        )
+
+    @staticmethod
+    def _largest_compression(shape: ModelShape, layer_bytes: float) -> float:
+        full = 2 * shape.kv_dim * PLAIN_BYTES
+        return math.floor(1000 * (1.0 - (layer_bytes + POSITION_BYTES / shape.num_hidden_layers) / full)) / 1000
+
+    def layer_ranks(self, shape: ModelShape) -> list[tuple[int, int]]:
+        """The (key, value) rank of every layer that the explicit ranks, or `compression` spent evenly, ask for.
 
         Raises:
             ValueError: if a rank is above ``kv_dim``, an override names a layer that is not there, or the budget
                 leaves no rank.
         """
         if self.compression is not None:
-            channels = (1.0 - self.compression) * 2 * shape.kv_dim
-            if self.compression > 0:
-                channels -= POSITION_BYTES / (2 * shape.num_hidden_layers)  # at 16 bits a channel
-            key_rank = value_rank = int(channels / 2 + 1e-9)
-            if key_rank < 1:
-                raise ValueError(
-                    f"`compression`={self.compression} leaves {channels:.2f} channels for keys and values of a layer "
-                    f"with "
-                    f"kv_dim={shape.kv_dim}; at least 2 are needed: use at most "
-                    f"{self._largest_compression(shape):.3f}."
-                )
+            key_rank = value_rank = self._uniform_rank(shape)
         else:
             key_rank, value_rank = self.key_rank, self.value_rank
         layers = []
@@ -213,16 +314,6 @@ class CSKVConfig(PeftConfig):
             layers.append(ranks)
         return layers
 
-    @staticmethod
-    def _largest_compression(shape: ModelShape) -> float:
-        return 1.0 - (2 + POSITION_BYTES / (2 * shape.num_hidden_layers)) / (2 * shape.kv_dim)
-
-    def total_ranks(self, shape: ModelShape) -> list[tuple[int, int]]:
-        """The (key, value) rank of every layer: as fitted if the adapter is fitted, else as asked for."""
-        if not self.is_fitted:
-            return self.layer_ranks(shape)
-        return [(sum(groups), rank) for groups, rank in zip(self.key_ranks, self.value_ranks)]
-
     def check_model(self, shape: ModelShape) -> None:
         """Refuse a model other than the one the adapter was fitted to.
 
@@ -244,10 +335,32 @@ class CSKVConfig(PeftConfig):
             )
 
     def bytes_per_token(self, model_config: Any, dtype: torch.dtype = torch.bfloat16) -> float:
-        """Bytes that one old token costs, over all layers, its position included."""
+        """Bytes that one old token costs, over all layers, its position included.
+
+        Before the fit this is what the ranks or the budget promise at most, after it what the latents take.
+        """
         shape = ModelShape.from_model_config(model_config)
-        channels = sum(key + value for key, value in self.total_ranks(shape))
-        return channels * dtype.itemsize + POSITION_BYTES
+        if not self.is_fitted and self.allocates:
+            return (
+                self.byte_budget(shape) * (dtype.itemsize / PLAIN_BYTES if self.storage_bits == 16 else 1)
+                + POSITION_BYTES
+            )
+        return sum(self._layer_formats_bytes(shape, dtype)) + POSITION_BYTES
+
+    def _layer_formats_bytes(self, shape: ModelShape, dtype: torch.dtype) -> list[float]:
+        """Bytes of the latents of one token, per layer."""
+        if self.is_fitted:
+            formats = [self.formats(layer_idx) for layer_idx in range(shape.num_hidden_layers)]
+        else:
+            bits = self.storage_bits or 4
+            formats = [
+                [
+                    self.format_of(side, () if bits == 16 else (bits,) * rank, rank)
+                    for side, rank in zip(("key", "value"), ranks)
+                ]
+                for ranks in self.layer_ranks(shape)
+            ]
+        return [sum(f.bytes_per_token(dtype) for f in layer) for layer in formats]
 
     def cache_nbytes(
         self, model_config: Any, num_tokens: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16
@@ -260,10 +373,10 @@ class CSKVConfig(PeftConfig):
         """
         shape = ModelShape.from_model_config(model_config)
         old = self.num_old_tokens(num_tokens)
-        exact = (num_tokens - old) * shape.num_hidden_layers * 2 * shape.kv_dim
-        latent = old * sum(key + value for key, value in self.total_ranks(shape))
+        exact = (num_tokens - old) * shape.num_hidden_layers * 2 * shape.kv_dim * dtype.itemsize
+        latent = old * (self.bytes_per_token(model_config, dtype) - POSITION_BYTES)
         rope = 4 * shape.head_dim // 2
-        return batch_size * ((exact + latent) * dtype.itemsize + num_tokens * POSITION_BYTES) + rope
+        return batch_size * (exact + round(latent) + num_tokens * POSITION_BYTES) + rope
 
     def num_old_tokens(self, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens of a sequence are held as latents."""

@@ -35,6 +35,16 @@ class Factors:
     ranks: tuple[int, ...]
     spectrum: torch.Tensor
 
+    def cut(self, ranks: Sequence[int]) -> Factors:
+        """The first `ranks[g]` channels of every group."""
+        starts = torch.tensor([0, *self.ranks]).cumsum(0)[:-1].tolist()
+        kept = torch.cat([torch.arange(start, start + r) for start, r in zip(starts, ranks)])
+        return Factors(self.A[kept], self.B[:, kept], tuple(ranks), self.spectrum[kept])
+
+    def spectra(self) -> tuple[torch.Tensor, ...]:
+        """The spectrum of each group."""
+        return self.spectrum.split(list(self.ranks))
+
 
 def blocks(matrix: torch.Tensor, num_groups: int) -> torch.Tensor:
     """The diagonal blocks (num_groups, group_dim, group_dim) of a (kv_dim, kv_dim) matrix."""
@@ -128,13 +138,14 @@ def even_ranks(rank: int, num_groups: int) -> tuple[int, ...]:
 
 
 def normalized(factors: Factors, second_moment: torch.Tensor) -> Factors:
-    """The same map with latents of unit mean square: ``(A / s, B s)``.
+    """The same map with every latent channel of unit mean square: ``(A / s, B s)``.
 
-    A weighted basis scales latents by the square root of the summed query energy, which overflows 16-bit floats.
+    A weighted basis scales latents by the square root of the summed query energy, which overflows 16-bit floats; and
+    channels of equal size can share a range when they are packed.
     """
-    energy = latent_energy(factors, second_moment).mean()
-    scale = energy.sqrt() if energy > 0 else torch.ones_like(energy)
-    return Factors(factors.A / scale, factors.B * scale, factors.ranks, factors.spectrum)
+    energy = latent_energy(factors, second_moment)
+    scale = energy.clamp_min(1e-10 * energy.max().clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+    return Factors(factors.A / scale[:, None], factors.B * scale, factors.ranks, factors.spectrum)
 
 
 def latent_energy(factors: Factors, second_moment: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 
 from .config import CSKVConfig, num_key_groups
 from .decompose import Factors, even_ranks
+from .latents import LatentFormat
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -35,6 +36,7 @@ class LayerFactors:
         key_A, key_B: (key_rank, group_dim), (group_dim, key_rank): keys before RoPE, per group of KV heads.
         value_A, value_B: (value_rank, kv_dim), (kv_dim, value_rank).
         key_ranks: channels per key group.
+        key_format, value_format: how their latents are stored.
         num_key_value_heads, head_dim: of the layer.
     """
 
@@ -43,6 +45,8 @@ class LayerFactors:
     value_A: torch.Tensor
     value_B: torch.Tensor
     key_ranks: tuple[int, ...]
+    key_format: LatentFormat
+    value_format: LatentFormat
     num_key_value_heads: int
     head_dim: int
 
@@ -113,7 +117,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         "cskv_key_spectrum",
         "cskv_value_spectrum",
     )
-    other_param_names = ("key_ranks",)
+    other_param_names = ("key_ranks", "formats")
 
     def __init__(self, layer_idx: int, num_key_value_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -122,6 +126,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         self.head_dim = head_dim
         self.placement: tuple[torch.device, torch.dtype] | None = None  # of the projections, set by the tuner
         self.key_ranks: dict[str, tuple[int, ...]] = {}
+        self.formats: dict[str, tuple[LatentFormat, LatentFormat]] = {}  # of keys and values
         self.configs: dict[str, CSKVConfig] = {}
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -131,6 +136,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         """Add (or replace) an adapter's factors, uninitialised: loading or [`install`] fills them."""
         self.configs[adapter_name] = config
         self.key_ranks[adapter_name] = tuple(key_ranks)
+        if config.is_fitted:
+            self.formats[adapter_name] = config.formats(self.layer_idx)
         kv_dim = self.num_key_value_heads * self.head_dim
         group_dim, key_rank = kv_dim // len(key_ranks), sum(key_ranks)
         self.cskv_key_A[adapter_name] = Factor(key_rank, group_dim)
@@ -179,6 +186,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
             value_A=self.cskv_value_A[name](),
             value_B=self.cskv_value_B[name](),
             key_ranks=self.key_ranks[name],
+            key_format=self.formats[name][0],
+            value_format=self.formats[name][1],
             num_key_value_heads=self.num_key_value_heads,
             head_dim=self.head_dim,
         )

@@ -55,6 +55,11 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     return [layer.self_attn for layer in decoder_of(model).layers]
 
 
+def key_source(attention: nn.Module) -> nn.Module:
+    """The module whose output is the keys before RoPE: k_proj, or the key norm behind it."""
+    return getattr(attention, "k_norm", attention.k_proj)
+
+
 def shape_of(model: Any) -> ModelShape:
     return ModelShape.from_model_config(model.config)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import CSKVConfig, ModelShape, num_key_groups
+from .config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape, num_key_groups
 from .decompose import (
     Factors,
     key_weight,
@@ -22,6 +22,9 @@ from .decompose import (
     weight_moment,
 )
 from .families import attention_layers, decoder_of, dense_weight, shape_of
+from .latents import LatentFormat, PlainFormat
+from .plan import plan, store_plan
+from .sensitivity import measure_sensitivity
 from .statistics import KVStatistics, collect_statistics
 from .tuner import adapter_config, add_adapter, placement, sidecars
 
@@ -32,19 +35,22 @@ class LayerReport:
 
     Attributes:
         key_ranks, value_rank: channels kept, per key group and in total.
+        key_bits, value_bits: of a latent, on average.
         key_error, value_error: share of the mean square of keys (before RoPE) and values lost on the calibration data.
         key_attention_error, value_attention_error: the same, weighted by what attention scores and outputs make of it.
-        bytes_per_token: of the layer's latents, at 16 bits.
+        bytes_per_token: of the layer's latents, ranges included; plain ones at 16 bits.
     """
 
     layer_idx: int
     key_ranks: tuple[int, ...]
     value_rank: int
+    key_bits: float
+    value_bits: float
     key_error: float
     value_error: float
     key_attention_error: float
     value_attention_error: float
-    bytes_per_token: int
+    bytes_per_token: float
 
 
 def fit(
@@ -83,7 +89,8 @@ def fit(
     config = CSKVConfig() if config is None else config
     decoder_of(model)
     shape = shape_of(model)
-    ranks = config.layer_ranks(shape)
+    if not config.allocates:
+        config.layer_ranks(shape)  # refuses ranks that do not fit, before any data is read
     num_groups = num_key_groups(config.key_layout, shape.num_key_value_heads)
     statistics = data
     if not isinstance(data, KVStatistics):
@@ -100,17 +107,19 @@ def fit(
     if statistics.model_shape != vars(shape):
         raise ValueError(f"The statistics are of another model ({statistics.model_shape}); this one is {vars(shape)}.")
 
-    fitted, reports = [], []
-    for layer_idx, attention in enumerate(_progress(attention_layers(model), progress)):
-        keys, values, report = fit_layer(attention, statistics, layer_idx, config, *ranks[layer_idx], num_groups)
-        fitted.append((keys, values))
-        reports.append(report)
+    layers = attention_layers(model)
+    bases = [layer_bases(a, statistics, i, config, num_groups) for i, a in enumerate(_progress(layers, progress))]
+    if config.allocates:
+        config.sensitivity = measure_sensitivity(model, bases, statistics.probes(), progress)
+    spectra = [(keys.spectra(), values.spectrum) for keys, values in bases]
+    kept = plan(config, shape, spectra)
+    fitted = [(keys.cut(k.key_ranks), values.cut((k.value_rank,))) for (keys, values), k in zip(bases, kept)]
 
-    config.key_ranks = [list(keys.ranks) for keys, _ in fitted]
-    config.value_ranks = [values.ranks[0] for _, values in fitted]
+    store_plan(config, kept)
     config.model_shape = vars(shape).copy()
     config.task_type = config.task_type or "CAUSAL_LM"
     config.inference_mode = True
+    reports = [layer_report(a, statistics, i, config, *factors) for i, (a, factors) in enumerate(zip(layers, fitted))]
     config.fit_report = {
         "num_tokens": statistics.num_tokens,
         "source": statistics.source,
@@ -149,58 +158,82 @@ def _replace_config(model: nn.Module, adapter_name: str, config: CSKVConfig) -> 
         sidecar.configs[adapter_name] = config
 
 
-def fit_layer(
-    attention: nn.Module,
-    statistics: KVStatistics,
-    layer_idx: int,
-    config: CSKVConfig,
-    key_rank: int,
-    value_rank: int,
-    num_groups: int,
-) -> tuple[Factors, Factors, LayerReport]:
-    """The factors of one layer's keys and values, and how well they do on the calibration data."""
-    shape = ModelShape(**statistics.model_shape)
-    tokens = statistics.num_tokens
-    key_moment = statistics.key_moment[layer_idx] / tokens
-    value_moment = statistics.value_moment[layer_idx] / tokens
-    key_M = key_weight(statistics.query_moment[layer_idx] / tokens)
-    device, dtype = placement(attention, attention)
-    dtype = attention.q_proj.weight.dtype if getattr(attention.q_proj, "weight", None) is not None else torch.float32
-    dtype = dtype if dtype.is_floating_point else torch.float32
-    num_heads = attention.num_key_value_groups * shape.num_key_value_heads
-    value_M = value_weight(
-        dense_weight(attention.o_proj, num_heads * shape.head_dim, device, dtype),
-        shape.num_key_value_heads,
-        shape.head_dim,
-    )
+def layer_bases(
+    attention: nn.Module, statistics: KVStatistics, layer_idx: int, config: CSKVConfig, num_groups: int
+) -> tuple[Factors, Factors]:
+    """The full-rank factors of one layer's keys and values, of which a fit keeps the first channels."""
+    shape, tokens = ModelShape(**statistics.model_shape), statistics.num_tokens
+    key_moment, value_moment = statistics.key_moment[layer_idx] / tokens, statistics.value_moment[layer_idx] / tokens
     if config.init == "random":
-        keys = random_factors(shape.kv_dim, key_rank, num_groups, seed=2 * layer_idx)
-        values = random_factors(shape.kv_dim, value_rank, seed=2 * layer_idx + 1)
+        keys = random_factors(shape.kv_dim, shape.kv_dim, num_groups, seed=2 * layer_idx)
+        values = random_factors(shape.kv_dim, shape.kv_dim, seed=2 * layer_idx + 1)
     elif config.init in ("svd", "asvd"):
         scale = None
         if config.init == "asvd":
             scale = (statistics.input_scale[layer_idx] / tokens).clamp_min(1e-6) ** config.asvd_alpha
         moments = [
-            weight_moment(dense_weight(linear, statistics.input_scale.shape[1], device, dtype), scale)
+            weight_moment(dense_weight(linear, statistics.input_scale.shape[1], *_probing_place(attention)), scale)
             for linear in (attention.k_proj, attention.v_proj)
         ]
-        keys, values = optimal_factors(moments[0], key_rank, num_groups), optimal_factors(moments[1], value_rank)
+        keys = optimal_factors(moments[0], shape.kv_dim, num_groups)
+        values = optimal_factors(moments[1], shape.kv_dim)
     else:
-        weighted = config.init == "attention"
-        keys = optimal_factors(key_moment, key_rank, num_groups, key_M if weighted else None)
-        values = optimal_factors(value_moment, value_rank, 1, value_M if weighted else None)
-    keys, values = normalized(keys, key_moment), normalized(values, value_moment)
-    report = LayerReport(
-        layer_idx,
-        keys.ranks,
-        value_rank,
-        relative_error(keys, key_moment),
-        relative_error(values, value_moment),
-        relative_error(keys, key_moment, key_M),
-        relative_error(values, value_moment, value_M),
-        2 * (key_rank + value_rank),
+        key_M, value_M = (
+            error_weights(attention, statistics, layer_idx) if config.init == "attention" else (None, None)
+        )
+        keys = optimal_factors(key_moment, shape.kv_dim, num_groups, key_M)
+        values = optimal_factors(value_moment, shape.kv_dim, 1, value_M)
+    return normalized(keys, key_moment), normalized(values, value_moment)
+
+
+def error_weights(attention: nn.Module, statistics: KVStatistics, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """M of a layer's keys and values for the ``attention`` objective, (kv_dim, kv_dim) each."""
+    shape = ModelShape(**statistics.model_shape)
+    num_heads = attention.num_key_value_groups * shape.num_key_value_heads
+    output_weight = dense_weight(attention.o_proj, num_heads * shape.head_dim, *_probing_place(attention))
+    return (
+        key_weight(statistics.query_moment[layer_idx] / statistics.num_tokens),
+        value_weight(output_weight, shape.num_key_value_heads, shape.head_dim),
     )
-    return keys, values, report
+
+
+def _probing_place(attention: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of inputs that the projections of a layer accept."""
+    device, _ = placement(attention, attention)
+    weight = getattr(attention.q_proj, "weight", None)
+    return device, weight.dtype if weight is not None and weight.dtype.is_floating_point else torch.float32
+
+
+def layer_report(
+    attention: nn.Module,
+    statistics: KVStatistics,
+    layer_idx: int,
+    config: CSKVConfig,
+    keys: Factors,
+    values: Factors,
+) -> LayerReport:
+    """How well the factors of one layer do on the calibration data, before any quantisation."""
+    key_moment = statistics.key_moment[layer_idx] / statistics.num_tokens
+    value_moment = statistics.value_moment[layer_idx] / statistics.num_tokens
+    key_M, value_M = error_weights(attention, statistics, layer_idx)
+    key_format, value_format = config.formats(layer_idx)
+    return LayerReport(
+        layer_idx=layer_idx,
+        key_ranks=keys.ranks,
+        value_rank=values.ranks[0],
+        key_bits=mean_bits(key_format),
+        value_bits=mean_bits(value_format),
+        key_error=relative_error(keys, key_moment),
+        value_error=relative_error(values, value_moment),
+        key_attention_error=relative_error(keys, key_moment, key_M),
+        value_attention_error=relative_error(values, value_moment, value_M),
+        bytes_per_token=sum(f.bytes_per_token(torch.bfloat16) for f in (key_format, value_format)),
+    )
+
+
+def mean_bits(format: LatentFormat) -> float:
+    """Bits of a code, averaged over the channels kept; 16 if plain."""
+    return 16.0 if isinstance(format, PlainFormat) else sum(format.layout.bits) / format.rank
 
 
 def format_report(config: CSKVConfig) -> str:
@@ -213,20 +246,20 @@ def format_report(config: CSKVConfig) -> str:
         f"fitted on {config.fit_report['num_tokens']:,} tokens; kv_dim {shape.kv_dim} "
         f"({shape.num_key_value_heads} heads x {shape.head_dim})",
         "",
-        "        channels kept       energy lost        lost in attention   bytes per",
-        "layer   keys  values     keys    values       keys    values      token",
+        "        channels kept      bits each       energy lost       lost in attention",
+        "layer   keys  values   keys  values    keys    values     keys    values",
     ]
     for layer in config.fit_report["layers"]:
         lines.append(
             f"{layer['layer_idx']:>5}  {sum(layer['key_ranks']):>5}  {layer['value_rank']:>6}  "
-            f"{100 * layer['key_error']:>6.2f} %  {100 * layer['value_error']:>6.2f} %   "
-            f"{100 * layer['key_attention_error']:>6.2f} %  {100 * layer['value_attention_error']:>6.2f} %  "
-            f"{layer['bytes_per_token']:>9,}"
+            f"{layer['key_bits']:>5.1f}  {layer['value_bits']:>6.1f} "
+            f"{100 * layer['key_error']:>6.2f} %  {100 * layer['value_error']:>6.2f} % "
+            f"{100 * layer['key_attention_error']:>6.2f} %  {100 * layer['value_attention_error']:>6.2f} %"
         )
-    total = sum(layer["bytes_per_token"] for layer in config.fit_report["layers"]) + 4
-    full = 2 * 2 * shape.kv_dim * shape.num_hidden_layers
+    total = sum(layer["bytes_per_token"] for layer in config.fit_report["layers"]) + POSITION_BYTES
+    full = 2 * PLAIN_BYTES * shape.kv_dim * shape.num_hidden_layers
     lines.append("")
     lines.append(
-        f"an old token takes {total:,} of {full:,} bytes at 16 bits: {100 * total / full:.1f} % (position included)"
+        f"an old token takes {total:,.1f} of {full:,} bytes at 16 bits: {100 * total / full:.1f} % (position included)"
     )
     return "\n".join(lines)

@@ -22,11 +22,12 @@ from torch import nn
 from transformers.utils import logging
 
 from .config import ModelShape
-from .families import attention_layers, decoder_of, shape_of
+from .families import attention_layers, decoder_of, key_source, shape_of
 
 logger = logging.get_logger(__name__)
 
-TENSORS = ("key_moment", "value_moment", "query_moment", "input_scale")
+TENSORS = ("key_moment", "value_moment", "query_moment", "input_scale", "probe_ids", "probe_lengths")
+PROBE_TOKENS, PROBE_LENGTH = 1024, 512  # kept to measure the model's sensitivity on
 SAVE_EVERY_SECONDS = 60.0
 
 
@@ -40,6 +41,7 @@ class KVStatistics:
         query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of q qᵀ before RoPE, over the query heads
             of a KV head.
         input_scale: (layers, hidden_size) sum of |x| at the input of the projections (ASVD).
+        probe_ids, probe_lengths: input_ids of a few samples, end to end, and their lengths; see sensitivity.py.
         num_tokens: tokens summed over; padding is not counted.
         num_samples: samples consumed, where a continued pass takes up.
         model_shape: the sizes of the model.
@@ -50,6 +52,8 @@ class KVStatistics:
     value_moment: torch.Tensor
     query_moment: torch.Tensor
     input_scale: torch.Tensor
+    probe_ids: torch.Tensor
+    probe_lengths: torch.Tensor
     num_tokens: int
     num_samples: int
     model_shape: dict[str, Any]
@@ -63,11 +67,24 @@ class KVStatistics:
             torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
             torch.zeros(layers, shape.num_key_value_heads, shape.head_dim, shape.head_dim, dtype=torch.float64),
             torch.zeros(layers, hidden_size, dtype=torch.float64),
+            torch.zeros(0, dtype=torch.long),
+            torch.zeros(0, dtype=torch.long),
             0,
             0,
             vars(shape).copy(),
             source,
         )
+
+    def add_probe(self, ids: torch.Tensor) -> None:
+        """Keep the start of a sample (length,), as long as there is room."""
+        ids = ids[: min(PROBE_LENGTH, PROBE_TOKENS - len(self.probe_ids))]
+        if len(ids) > 1:
+            self.probe_ids = torch.cat([self.probe_ids, ids.cpu()])
+            self.probe_lengths = torch.cat([self.probe_lengths, torch.tensor([len(ids)])])
+
+    def probes(self) -> list[torch.Tensor]:
+        """The samples kept, (length,) each."""
+        return list(self.probe_ids.split(self.probe_lengths.tolist()))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to a safetensors file; an existing one is replaced only once the new one is complete."""
@@ -112,9 +129,8 @@ class _Collector:
         self.handles = []
         for layer_idx, attention in enumerate(attention_layers(model)):
             heads = ModelShape(**statistics.model_shape).num_key_value_heads
-            key_source = getattr(attention, "k_norm", attention.k_proj)
             query_source = getattr(attention, "q_norm", attention.q_proj)
-            self._hook(key_source, self._add_moment(statistics.key_moment[layer_idx]))
+            self._hook(key_source(attention), self._add_moment(statistics.key_moment[layer_idx]))
             self._hook(attention.v_proj, self._add_moment(statistics.value_moment[layer_idx]))
             self._hook(query_source, self._add_queries(statistics.query_moment[layer_idx], heads))
             self._hook(attention.k_proj, self._add_inputs(statistics.input_scale[layer_idx]))
@@ -272,6 +288,8 @@ def collect_statistics(
                 use_cache=False,
             )
             _check_finite(statistics, index)
+            for row, ids in enumerate(input_ids):
+                statistics.add_probe(ids if mask is None else ids[mask[row].bool()])
             new = input_ids.numel() if mask is None else int(mask.sum())
             statistics.num_tokens += new
             statistics.num_samples += 1

@@ -38,14 +38,14 @@ class Eviction:
         evicted: columns of `recent` that become latents.
         sinks: columns of ``cat(sinks, recent)`` that are the new sinks.
         recent: columns of `recent` that stay.
-        old: columns of ``cat(old, evicted)`` that are the new latents; None takes all.
+        old_blocks: blocks of ``cat(old, evicted)`` that are the new latents; None takes all.
         positions: (batch, n) positions of the evicted tokens.
     """
 
     evicted: Index
     sinks: Index
     recent: Index
-    old: torch.Tensor | None
+    old_blocks: torch.Tensor | None
     positions: torch.Tensor
 
 
@@ -194,7 +194,7 @@ class TokenTable:
             evicted=slice(to_sinks, to_sinks + leaving),
             sinks=slice(0, self.sinks),
             recent=slice(to_sinks + leaving, None),
-            old=None,
+            old_blocks=None,
             positions=self.positions[:, first : first + leaving],
         )
         self.num_sinks, self.num_old = self.sinks, self.num_old + leaving
@@ -203,7 +203,8 @@ class TokenTable:
 
     def _evict_ragged(self) -> Eviction | None:
         sinks, old, recent = self.slots["sinks"], self.slots["old"], self.slots["recent"]
-        held_sinks, held_old, held_recent = ((slots >= 0).sum(1).tolist() for slots in (sinks, old, recent))
+        held_sinks, held_recent = ((slots >= 0).sum(1).tolist() for slots in (sinks, recent))
+        held_blocks = self._blocks_in_use(old).sum(1).tolist()  # the first ones of each row
         leaving = [self._num_to_evict(r, s) for r, s in zip(held_recent, held_sinks)]
         if not any(leaving):
             return None
@@ -213,7 +214,8 @@ class TokenTable:
         new_sinks = torch.full((rows, self.sinks), -1)
         evicted = torch.full((rows, max(leaving)), -1)
         new_recent = torch.full((rows, max(staying)), -1)
-        new_old = torch.full((rows, max(o + n for o, n in zip(held_old, leaving))), -1)
+        leaving_blocks = [n // self.block_size for n in leaving]
+        new_blocks = torch.full((rows, max(o + n for o, n in zip(held_blocks, leaving_blocks))), -1)
         for b in range(rows):
             columns = (recent[b] >= 0).nonzero().squeeze(1)  # in the order of the slots
             moved, first_staying = to_sinks[b], to_sinks[b] + leaving[b]
@@ -221,24 +223,34 @@ class TokenTable:
             new_sinks[b, held_sinks[b] : held_sinks[b] + moved] = sinks.shape[1] + columns[:moved]
             evicted[b, : leaving[b]] = columns[moved:first_staying]
             new_recent[b, new_recent.shape[1] - staying[b] :] = columns[first_staying:]
-            new_old[b, : held_old[b]] = torch.arange(held_old[b])
-            new_old[b, held_old[b] : held_old[b] + leaving[b]] = old.shape[1] + torch.arange(leaving[b])
+            held, new = held_blocks[b], leaving_blocks[b]
+            new_blocks[b, :held] = torch.arange(held)
+            new_blocks[b, held : held + new] = old.shape[1] // self.block_size + torch.arange(new)
 
         evicted_slots = _pick(recent, evicted)
         self.slots = {
             "sinks": _pick(torch.cat([sinks, recent], dim=1), new_sinks),
-            "old": _pick(torch.cat([old, evicted_slots], dim=1), new_old),
+            "old": _pick(torch.cat([old, evicted_slots], dim=1), self._columns_of(new_blocks)),
             "recent": _pick(recent, new_recent),
         }
         self._count_columns()
-        return Eviction(evicted, new_sinks, new_recent, new_old, self._positions_at(evicted_slots))
+        return Eviction(evicted, new_sinks, new_recent, new_blocks, self._positions_at(evicted_slots))
+
+    def _blocks_in_use(self, old: torch.Tensor) -> torch.Tensor:
+        """(batch, blocks): whether any token of the block is left; a crop may have ended in the middle of one."""
+        return (old.unflatten(1, (old.shape[1] // self.block_size, self.block_size)) >= 0).any(-1)
+
+    def _columns_of(self, blocks: torch.Tensor) -> torch.Tensor:
+        """(batch, n) blocks, -1 for none -> (batch, n * block_size) columns."""
+        columns = blocks[..., None] * self.block_size + torch.arange(self.block_size)
+        return columns.masked_fill(blocks[..., None] < 0, -1).flatten(1)
 
     def _become_ragged(self, batch_size: int) -> None:
         first_recent = self.num_sinks + self.num_old
         bounds = {
             "sinks": (0, self.num_sinks),
             "old": (self.num_sinks, first_recent),
-            "recent": (first_recent, self.num_slots),
+            "recent": (first_recent, first_recent + self.num_recent),
         }
         self.slots = {name: torch.arange(*ends).repeat(batch_size, 1) for name, ends in bounds.items()}
 
@@ -246,24 +258,29 @@ class TokenTable:
         self.num_sinks, self.num_old, self.num_recent = (self.slots[n].shape[1] for n in ("sinks", "old", "recent"))
 
     def crop(self, num_removed: int) -> dict[str, Index]:
-        """Forget the last `num_removed` slots; returns the columns of "sinks", "old" and "recent" that stay.
+        """Forget the last `num_removed` slots; returns the columns of "sinks" and "recent" and the blocks of "old"
+        that stay.
 
-        What was compressed stays compressed.
+        What was compressed stays compressed, and in its block: a crop that ends in the middle of one leaves the rest
+        of it empty.
         """
         self.num_slots -= num_removed
         self.positions = self.positions[:, : self.num_slots].clone()
+        num_old = max(0, min(self.num_old, self.num_slots - self.num_sinks))
+        if self.slots is None and num_old % self.block_size:
+            self._become_ragged(self.positions.shape[0])
         if self.slots is None:
             self.num_recent = max(0, self.num_slots - self.num_sinks - self.num_old)
-            self.num_old = max(0, min(self.num_old, self.num_slots - self.num_sinks))
+            self.num_old = num_old
             self.num_sinks = min(self.num_sinks, self.num_slots)
-            counts = {"sinks": self.num_sinks, "old": self.num_old, "recent": self.num_recent}
+            counts = {"sinks": self.num_sinks, "old": num_old // self.block_size, "recent": self.num_recent}
             return {name: slice(0, count) for name, count in counts.items()}
         kept = {}
         for name, slots in self.slots.items():
             slots = slots.masked_fill(slots >= self.num_slots, -1)
-            columns = (slots >= 0).any(0).nonzero().squeeze(1).expand(slots.shape[0], -1)
-            kept[name] = columns
-            self.slots[name] = _pick(slots, columns)
+            in_use = self._blocks_in_use(slots) if name == "old" else slots >= 0
+            kept[name] = in_use.any(0).nonzero().squeeze(1).expand(slots.shape[0], -1)
+            self.slots[name] = _pick(slots, self._columns_of(kept[name]) if name == "old" else kept[name])
         self._count_columns()
         return kept
 

@@ -7,6 +7,7 @@ below, and, in _peft_type.py, the members of the `PeftType` enum.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -22,10 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import CSKVConfig, ModelShape
-from .decompose import truncation_order
 from .factors import CSKVFactors
 from .families import attention_layers, decoder_of, shape_of
 from .patch import attach, detach
+from .plan import plan, store_plan
 
 TARGET = "self_attn"
 
@@ -48,7 +49,8 @@ class CSKVModel(BaseTuner):
         decoder_of(model)  # refuses families that are not supported
         shape = shape_of(model)
         config.check_model(shape)
-        config.layer_ranks(shape) if not config.is_fitted else None  # refuses ranks that do not fit
+        if not config.is_fitted:
+            config.layer_ranks(shape)  # refuses ranks that do not fit
         config.target_modules = [TARGET]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attach(model)
@@ -189,16 +191,27 @@ def shrink(
     """
     config = adapter_config(model, adapter_name)
     name = adapter_name or sidecars(model)[0].adapter_in_use
-    wanted = CSKVConfig(compression=compression, key_layout=config.key_layout, **ranks)
-    targets = wanted.layer_ranks(ModelShape(**config.model_shape))
-    cuts = []
-    for sidecar, (key_rank, value_rank) in zip(sidecars(model), targets):
-        key_spectrum, value_spectrum = sidecar.cskv_key_spectrum[name]()[0], sidecar.cskv_value_spectrum[name]()[0]
-        keys, key_ranks = truncation_order(key_spectrum.cpu(), sidecar.key_ranks[name], key_rank)
-        values, _ = truncation_order(value_spectrum.cpu(), [len(value_spectrum)], value_rank)
-        cuts.append((sidecar, keys, key_ranks, values))
-    for sidecar, keys, key_ranks, values in cuts:
-        sidecar.key_ranks[name] = key_ranks
+    if config.compression is not None and compression is not None and compression < config.compression:
+        raise ValueError(
+            f"This adapter was fitted at `compression`={config.compression} and cannot be cut to {compression}: a "
+            "fitted adapter loads at its own or a smaller rank. Fit again for less compression."
+        )
+    budget = {"compression": compression, "key_rank": None, "value_rank": None} | ranks
+    wanted = dataclasses.replace(config, **budget, allocation=None if ranks else config.allocation)
+    layers = sidecars(model)
+    spectra = [
+        (
+            s.cskv_key_spectrum[name]()[0].cpu().split(s.key_ranks[name]),
+            s.cskv_value_spectrum[name]()[0].cpu(),
+        )
+        for s in layers
+    ]
+    kept = plan(wanted, ModelShape(**config.model_shape), spectra)
+    store_plan(wanted, kept)
+    for sidecar, layer in zip(layers, kept):
+        starts = torch.tensor([0, *sidecar.key_ranks[name]]).cumsum(0)[:-1].tolist()
+        keys = torch.cat([torch.arange(start, start + r) for start, r in zip(starts, layer.key_ranks)])
+        values = torch.arange(layer.value_rank)
         for module, index, dim in (
             (sidecar.cskv_key_A, keys, 0),
             (sidecar.cskv_key_B, keys, 1),
@@ -209,9 +222,10 @@ def shrink(
         ):
             weight = module[name].weight
             module[name].weight = nn.Parameter(weight.index_select(dim, index.to(weight.device)), weight.requires_grad)
-    config.compression, config.key_rank, config.value_rank = wanted.compression, wanted.key_rank, wanted.value_rank
-    config.key_ranks = [list(key_ranks) for _, _, key_ranks, _ in cuts]
-    config.value_ranks = [value_rank for _, value_rank in targets]
+        sidecar.key_ranks[name] = layer.key_ranks
+        sidecar.formats[name] = wanted.formats(sidecar.layer_idx)
+    for field in ("compression", "key_rank", "value_rank", "key_ranks", "value_ranks", "key_bits", "value_bits"):
+        setattr(config, field, getattr(wanted, field))
     return model
 
 

@@ -1,0 +1,98 @@
+"""From a config and the spectra of a fit to what each layer keeps: ranks, and the bits of every channel.
+
+Used when an adapter is fitted, and again when it is cut to a smaller budget. Numbers only; touches no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .allocate import PACKED_LEVELS, PLAIN_BITS, Block, allocate, allocate_average
+from .config import CSKVConfig, ModelShape
+from .decompose import even_ranks, pooled_ranks
+from .quantize import bit_runs
+
+Spectra = tuple[Sequence[torch.Tensor], torch.Tensor]  # of a layer: the keys' per group, the values'
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer keeps.
+
+    Attributes:
+        key_ranks, value_rank: channels, the first ones of each group.
+        key_bits, value_bits: of every channel kept, groups one after the other; empty for plain storage.
+    """
+
+    key_ranks: tuple[int, ...]
+    value_rank: int
+    key_bits: tuple[int, ...]
+    value_bits: tuple[int, ...]
+
+
+def plan(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
+    """What every layer keeps.
+
+    Args:
+        spectra: per layer, energies of all channels there are, falling within a group. With ``config.allocates`` they
+            are made comparable by ``config.sensitivity``.
+
+    Raises:
+        ValueError: if the budget leaves less than a channel for some layer, or there are fewer channels than asked
+            for.
+    """
+    return _allocated(config, shape, spectra) if config.allocates else _uniform(config, shape, spectra)
+
+
+def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
+    bits, plans = config.storage_bits or 4, []
+    for (key_rank, value_rank), (keys, values) in zip(config.layer_ranks(shape), spectra):
+        held = (sum(map(len, keys)), len(values))
+        for wanted, there in zip((key_rank, value_rank), held):
+            if wanted > there:
+                raise ValueError(
+                    f"Cannot cut factors of rank {there} to rank {wanted}: a fitted adapter loads at its own or a "
+                    "smaller rank. Fit again for a larger one."
+                )
+        if config.init == "random":
+            key_ranks = even_ranks(key_rank, len(keys))
+        else:
+            padded = torch.full((len(keys), max(map(len, keys))), -1.0, dtype=torch.float64)
+            for g, energies in enumerate(keys):
+                padded[g, : len(energies)] = energies.double()
+            key_ranks = pooled_ranks(padded, key_rank)
+        packed = [() if bits == PLAIN_BITS else (bits,) * rank for rank in (key_rank, value_rank)]
+        plans.append(LayerPlan(key_ranks, value_rank, *packed))
+    return plans
+
+
+def _allocated(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
+    blocks = []
+    for (keys, values), (key_price, value_price) in zip(spectra, config.sensitivity):
+        blocks.append(Block(tuple(e.double() * key_price for e in keys), *config.group_of("key")))
+        blocks.append(Block((values.double() * value_price,), *config.group_of("value")))
+    budget, bits = config.byte_budget(shape), config.storage_bits
+    if bits is None:
+        chosen = allocate(blocks, budget, (0, *PACKED_LEVELS))
+    elif bits == PLAIN_BITS:
+        chosen = allocate(blocks, budget, (0, PLAIN_BITS))
+    else:
+        chosen = allocate_average(blocks, budget, bits)
+    plans = []
+    for keys, (values,) in zip(chosen[::2], chosen[1::2]):
+        kept = [[b for b in group if b] for group in keys], [b for b in values if b]
+        packed = [(), ()] if bits == PLAIN_BITS else [tuple(b for group in kept[0] for b in group), tuple(kept[1])]
+        plans.append(LayerPlan(tuple(map(len, kept[0])), len(kept[1]), *packed))
+    return plans
+
+
+def store_plan(config: CSKVConfig, plans: Sequence[LayerPlan]) -> None:
+    """Write it into a config, as adapters save it."""
+    config.key_ranks = [list(p.key_ranks) for p in plans]
+    config.value_ranks = [p.value_rank for p in plans]
+    packed = bool(plans[0].key_bits)
+    config.key_bits = [bit_runs(p.key_bits, p.key_ranks) for p in plans] if packed else None
+    config.value_bits = [bit_runs(p.value_bits, [p.value_rank])[0] for p in plans] if packed else None

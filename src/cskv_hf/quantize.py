@@ -1,0 +1,242 @@
+"""Latents in few bits: group-wise min-offset quantisation and real packing into uint8. Pure functions of tensors.
+
+A block of `block_size` tokens is quantised and packed at once, when it leaves the window. Every channel has its own
+number of bits (reverse water-filling, see allocate.py); channels with the same number form a *tier*. A *group* is
+`group_tokens` tokens by `group_channels` channels of one tier that share a minimum and a step, both 16-bit floats:
+``x ≈ minimum + step * code``. The minimum is a float, not an integer zero point, because latents may lie far from
+zero. Codes of 3, 5, 6 and 7 bits are split into bit planes of 4, 2 and 1 bits, so that no code crosses a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+MAX_BITS = 8
+RANGE_BYTES = 4  # of a group: minimum and step
+RANGE_DTYPE = torch.float16
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Channels stored in the same number of bits.
+
+    Attributes:
+        bits: of a code.
+        channels: indices of the latents' channels.
+        num_groups: groups of channels; the last may be smaller.
+    """
+
+    bits: int
+    channels: tuple[int, ...]
+    num_groups: int
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """How a block of latents is laid out in bytes.
+
+    Attributes:
+        bits: of every channel, 1 to 8.
+        block_size: tokens of a block, a multiple of 8.
+        group_tokens: tokens that share a range, a divisor of `block_size`.
+        group_channels: channels of a tier that share a range.
+    """
+
+    bits: tuple[int, ...]
+    block_size: int = 32
+    group_tokens: int = 32
+    group_channels: int = 1
+
+    def __post_init__(self) -> None:
+        wrong = [b for b in self.bits if b not in PLANES]
+        if wrong:
+            raise ValueError(f"Bits per channel must be 1 to {MAX_BITS}, got {wrong[0]}.")
+        if self.block_size % 8 or self.block_size < 8:
+            raise ValueError(f"`block_size` must be a multiple of 8 for packed latents, got {self.block_size}.")
+        if not 1 <= self.group_tokens <= self.block_size or self.block_size % self.group_tokens:
+            raise ValueError(
+                f"`group_tokens` must be a divisor of block_size={self.block_size}, got {self.group_tokens}."
+            )
+        if self.group_channels < 1:
+            raise ValueError(f"`group_channels` must be at least 1, got {self.group_channels}.")
+
+    @cached_property
+    def tiers(self) -> tuple[Tier, ...]:
+        """By falling bits."""
+        tiers = []
+        for bits in sorted(set(self.bits), reverse=True):
+            channels = tuple(i for i, b in enumerate(self.bits) if b == bits)
+            tiers.append(Tier(bits, channels, -(-len(channels) // self.group_channels)))
+        return tuple(tiers)
+
+    @cached_property
+    def order(self) -> torch.Tensor | None:
+        """Where each channel is among the tiers' channels laid end to end; None if they are in order already."""
+        stored = torch.tensor([c for tier in self.tiers for c in tier.channels], dtype=torch.long)
+        return None if torch.equal(stored, torch.arange(len(stored))) else stored.argsort()
+
+    @property
+    def rank(self) -> int:
+        return len(self.bits)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a block's codes, for one row."""
+        return sum(self.bits) * self.block_size // 8
+
+    @property
+    def num_ranges(self) -> int:
+        """Groups of a block, for one row."""
+        return sum(tier.num_groups for tier in self.tiers) * (self.block_size // self.group_tokens)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Codes and ranges."""
+        return (self.code_bytes + RANGE_BYTES * self.num_ranges) / self.block_size
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes below ``2**bits``, (..., tokens) uint8 -> (..., tokens * bits / 8) uint8; tokens is a multiple of 8.
+
+    A plane of p bits puts token ``j + i * tokens / n`` into the i-th place of byte j, with n = 8 / p codes to a byte.
+    """
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        plane = (codes >> shift) & (2**width - 1)
+        parts = plane.unflatten(-1, (8 // width, -1)).unbind(-2)
+        packed = parts[0].clone()
+        for place, part in enumerate(parts[1:], start=1):
+            packed |= part << (place * width)
+        planes.append(packed)
+        shift += width
+    return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Undo [`pack`]: (..., tokens * bits / 8) -> (..., tokens) uint8."""
+    if bits == 8:
+        return packed
+    tokens, shift, start, codes = packed.shape[-1] * 8 // bits, 0, 0, None
+    for width in PLANES[bits]:
+        size = tokens * width // 8
+        plane, mask = packed[..., start : start + size], 2**width - 1
+        spread = torch.cat([(plane >> (place * width)) & mask for place in range(8 // width)], dim=-1)
+        codes = spread if codes is None else codes | (spread << shift)
+        start, shift = start + size, shift + width
+    return codes
+
+
+def group_ranges(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimum and step of groups (..., size), as the 16-bit floats that are stored.
+
+    Rounded outwards (minimum down, step up), so that no value lies more than half a step outside.
+    """
+    limit = torch.finfo(RANGE_DTYPE).max
+    low, high = groups.amin(-1).clamp(-limit, limit), groups.amax(-1).clamp(-limit, limit)
+    minimum = low.to(RANGE_DTYPE)
+    minimum = torch.where(minimum > low, torch.nextafter(minimum, minimum.new_tensor(-torch.inf)), minimum)
+    exact = (high - minimum.to(groups.dtype)) / (2**bits - 1)
+    step = exact.to(RANGE_DTYPE)
+    step = torch.where(step < exact, torch.nextafter(step, step.new_tensor(torch.inf)), step)
+    return minimum.clamp_min(-limit), step.clamp_max(limit)
+
+
+def _grouped(latents: torch.Tensor, tier: Tier, layout: PackedLayout) -> torch.Tensor:
+    """(batch, tokens, rank) -> the tier's groups (batch, tokens / group_tokens, num_groups, group_tokens *
+    group_channels)."""
+    channels = torch.tensor(tier.channels, device=latents.device)
+    padding = tier.num_groups * layout.group_channels - len(channels)
+    channels = torch.cat([channels, channels[-1:].expand(padding)])  # repeats change neither minimum nor maximum
+    groups = latents.index_select(-1, channels).unflatten(-1, (tier.num_groups, layout.group_channels))
+    times = latents.shape[1] // layout.group_tokens
+    return groups.unflatten(1, (times, layout.group_tokens)).transpose(2, 3).flatten(3)
+
+
+def _ungrouped(groups: torch.Tensor, tier: Tier, layout: PackedLayout) -> torch.Tensor:
+    """Undo [`_grouped`], without the repeats: (batch, tokens, channels of the tier)."""
+    by_token = groups.unflatten(3, (layout.group_tokens, layout.group_channels)).transpose(2, 3)
+    return by_token.flatten(1, 2).flatten(2)[..., : len(tier.channels)]
+
+
+def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise and pack whole blocks.
+
+    Args:
+        latents: (batch, tokens, rank), tokens a multiple of ``layout.block_size``; float32 or float64.
+
+    Returns:
+        codes (batch, blocks, ``layout.code_bytes``) uint8 and ranges (batch, blocks, ``layout.num_ranges``, 2)
+        float16.
+    """
+    batch, blocks = latents.shape[0], latents.shape[1] // layout.block_size
+    codes, ranges = [], []
+    for tier in layout.tiers:
+        groups = _grouped(latents, tier, layout)
+        minimum, step = group_ranges(groups, tier.bits)
+        wide_step = step.to(groups.dtype)[..., None]
+        scaled = (groups - minimum.to(groups.dtype)[..., None]) / torch.where(wide_step == 0, 1.0, wide_step)
+        levels = _ungrouped(scaled.round_().clamp_(0, 2**tier.bits - 1), tier, layout).to(torch.uint8)
+        by_channel = levels.unflatten(1, (blocks, layout.block_size)).transpose(2, 3)
+        codes.append(pack(by_channel, tier.bits).flatten(2))
+        times = layout.block_size // layout.group_tokens
+        ranges.append(torch.stack([minimum, step], dim=-1).view(batch, blocks, times * tier.num_groups, 2))
+    return torch.cat(codes, dim=-1), torch.cat(ranges, dim=2)
+
+
+def dequantize(codes: torch.Tensor, ranges: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
+    """Undo [`quantize`], to rounding: (batch, blocks * block_size, rank) in `dtype`."""
+    parts, first_byte, first_range = [], 0, 0
+    times = layout.block_size // layout.group_tokens
+    for tier in layout.tiers:
+        size, count = len(tier.channels), tier.num_groups * times
+        num_bytes = size * layout.block_size * tier.bits // 8
+        packed = codes[..., first_byte : first_byte + num_bytes].unflatten(-1, (size, -1))
+        levels = unpack(packed, tier.bits).to(dtype)  # (batch, blocks, channels, block_size)
+        of_tier = ranges[:, :, first_range : first_range + count].unflatten(2, (times, tier.num_groups)).to(dtype)
+        spread = (
+            of_tier.repeat_interleave(layout.group_channels, dim=3)[:, :, :, :size]
+            if (layout.group_channels > 1)
+            else of_tier
+        )
+        minimum, step = spread.unbind(-1)  # (batch, blocks, times, channels)
+        levels = levels.unflatten(-1, (times, layout.group_tokens))
+        values = levels.mul_(step.transpose(2, 3)[..., None]).add_(minimum.transpose(2, 3)[..., None])
+        parts.append(values.flatten(3))
+        first_byte, first_range = first_byte + num_bytes, first_range + count
+    stored = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    if layout.order is not None:
+        stored = stored.index_select(2, layout.order.to(stored.device))
+    return stored.transpose(2, 3).flatten(1, 2)
+
+
+def straight_through(latents: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """The latents as they come back from storage, with the gradient of the identity (Bengio et al. 2013): quantisation
+    in training is the quantisation of inference."""
+    values = latents.detach()
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return latents + (dequantize(*quantize(wide, layout), layout, wide.dtype).to(values.dtype) - values)
+
+
+def channel_bits(runs: Sequence[Sequence[Sequence[int]]]) -> tuple[int, ...]:
+    """Bits of every channel from runs of (bits, channels) per key group, as adapters store them."""
+    return tuple(bits for group in runs for bits, count in group for _ in range(count))
+
+
+def bit_runs(bits: Sequence[int], ranks: Sequence[int]) -> list[list[list[int]]]:
+    """Undo [`channel_bits`], for the given ranks of the key groups."""
+    runs, start = [], 0
+    for rank in ranks:
+        group: list[list[int]] = []
+        for b in bits[start : start + rank]:
+            if group and group[-1][0] == b:
+                group[-1][1] += 1
+            else:
+                group.append([b, 1])
+        runs.append(group)
+        start += rank
+    return runs

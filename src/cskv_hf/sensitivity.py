@@ -1,0 +1,106 @@
+"""How much a model's output cares for the energy lost in each layer's keys and values, measured.
+
+The spectra of a fit say how much of a layer's attention a channel carries, but not what the layer's attention is
+worth, and energies of keys (errors of scores) and of values (errors of outputs) are in different units. So each side
+of each layer is cut alone, on a few calibration tokens, and the divergence of the next-token distribution is divided
+by the energy that the cut lost. The quotient is the exchange rate that makes all channels of the model comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .decompose import Factors
+from .families import attention_layers, key_source
+
+LOST_SHARE = 0.05  # of a side's energy, taken away by a probe: enough to measure, little enough to be linear
+LEAST = 1e-12  # of a divergence, so that a layer nobody reads still gets a price
+
+
+def probe_cut(factors: Factors) -> tuple[torch.Tensor, float]:
+    """The projection that a probe applies, (groups, group_dim, group_dim), and the energy it loses.
+
+    Args:
+        factors: full rank.
+    """
+    order = factors.spectrum.double().argsort(descending=True, stable=True)
+    tail = factors.spectrum.double()[order].flip(0).cumsum(0).flip(0)  # energy of this channel and all after
+    kept = max(1, int((tail > LOST_SHARE * tail[0]).sum()))
+    kept = min(kept, len(order) - 1)
+    keep = torch.zeros(len(order), dtype=torch.float64)
+    keep[order[:kept]] = 1.0
+    maps, start = [], 0
+    for rank in factors.ranks:
+        channels = slice(start, start + rank)
+        maps.append(factors.B[:, channels].double() * keep[channels] @ factors.A[channels].double())
+        start += rank
+    return torch.stack(maps), float(tail[kept])
+
+
+def _replace_by(projection: torch.Tensor):
+    """A forward hook that projects the keys or values a module puts out."""
+
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        maps = projection.to(device=output.device, dtype=torch.promote_types(output.dtype, torch.float32))
+        groups = output.flatten(2).to(maps.dtype).unflatten(2, (maps.shape[0], maps.shape[1]))
+        return torch.einsum("blgi,gji->blgj", groups, maps).reshape(output.shape).to(output.dtype)
+
+    return hook
+
+
+def _divergence(full: torch.Tensor, cut: torch.Tensor) -> float:
+    """KL(full || cut) of log-probabilities (tokens, vocab), summed over tokens."""
+    return float((full.exp() * (full - cut)).sum())
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    model: nn.Module,
+    bases: Sequence[tuple[Factors, Factors]],
+    samples: Sequence[torch.Tensor],
+    progress: bool = True,
+) -> list[list[float]]:
+    """Divergence of the model's output per unit of energy lost, for the keys and values of every layer.
+
+    Args:
+        bases: per layer, the full-rank factors of keys and values.
+        samples: (length,) input_ids to measure on.
+
+    Returns:
+        Per layer ``[keys, values]``, in nats per token and unit of the spectra.
+    """
+    from tqdm.auto import tqdm
+
+    device = model.get_input_embeddings().weight.device
+    device = torch.device(getattr(model, "device", device)) if device.type == "meta" else device
+    batches = [ids[None].to(device) for ids in samples]
+
+    def log_probabilities(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+
+    was_training = model.training
+    model.eval()
+    reference = [log_probabilities(ids) for ids in batches]
+    sensitivity = []
+    try:
+        layers = list(zip(attention_layers(model), bases))
+        for attention, sides in tqdm(layers, desc="Probing", unit="layer", disable=not progress):
+            rates = []
+            for module, factors in zip((key_source(attention), attention.v_proj), sides):
+                projection, lost = probe_cut(factors)
+                handle = module.register_forward_hook(_replace_by(projection))
+                try:
+                    divergence = sum(
+                        _divergence(full, log_probabilities(ids)) for full, ids in zip(reference, batches)
+                    )
+                finally:
+                    handle.remove()
+                tokens = sum(ids.shape[1] for ids in batches)
+                rates.append(max(divergence / tokens, LEAST) / max(lost, torch.finfo(torch.float64).tiny))
+            sensitivity.append(rates)
+    finally:
+        model.train(was_training)
+    return sensitivity

@@ -1,0 +1,107 @@
+"""Allocation: within the budget, nothing left over, and no better choice on the same levels."""
+
+import itertools
+
+import pytest
+import torch
+
+from cskv_hf.allocate import PACKED_LEVELS, Block, allocate, allocate_average, predicted_loss, quantisation_loss
+from cskv_hf.quantize import PackedLayout, dequantize, quantize
+
+
+def spectra(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for groups, channels, scale in shapes:
+        energies = torch.rand(groups, channels, generator=generator, dtype=torch.float64) ** 6 * scale
+        blocks.append(Block(tuple(energies.sort(descending=True)[0])))
+    return blocks
+
+
+BLOCKS = spectra((2, 16, 1.0), (1, 32, 30.0), (2, 16, 0.01), (1, 32, 0.2))
+
+
+def spent(blocks, bits):
+    total = 0.0
+    for block, groups in zip(blocks, bits):
+        flat = list(itertools.chain(*groups))
+        total += block.bytes_per_token({n: flat.count(n) for n in set(flat)})
+    return total
+
+
+@pytest.mark.parametrize("levels", [(0, 16), (0, 4), (0, *PACKED_LEVELS)])
+@pytest.mark.parametrize("budget", [20.0, 40.0, 90.0])
+def test_within_the_budget_and_hardly_below(levels, budget):
+    bits = allocate(BLOCKS, budget, levels)
+    everything = [[[max(levels)] * len(e) for e in block.energies] for block in BLOCKS]
+    assert min(budget, spent(BLOCKS, everything)) - 2.2 <= spent(BLOCKS, bits) <= budget
+
+
+def test_bytes_are_those_of_the_packed_layout():
+    for group in ((32, 1), (1, 5), (16, 3)):
+        block = Block((torch.ones(11),), *group)
+        bits = (8, 8, 4, 4, 4, 4, 3, 3, 2, 2, 2)
+        layout = PackedLayout(bits, 32, *group)
+        assert block.bytes_per_token({b: bits.count(b) for b in set(bits)}) == layout.bytes_per_token
+
+
+def test_no_choice_of_the_same_cost_loses_less():
+    """A minimum of loss + price * rate for one price is optimal among all allocations of at most its own cost
+    (Everett 1963): against every one of the 3^6 others."""
+    energies = (torch.tensor([5.0, 1.0, 0.3]), torch.tensor([2.0, 0.5, 0.01]))
+    block, levels = Block(energies), (0, 2, 4)
+    chosen = allocate([block], 2.5, levels)
+    cost, loss = spent([block], chosen), predicted_loss([block], chosen)
+    for other in itertools.product(levels, repeat=6):
+        candidate = [[list(other[:3]), list(other[3:])]]
+        if other[0] and other[3] and spent([block], candidate) <= cost:
+            assert predicted_loss([block], candidate) >= loss - 1e-12
+
+
+def test_channels_of_more_energy_get_at_least_as_many_bits():
+    bits = allocate(BLOCKS, 60.0, (0, *PACKED_LEVELS))
+    flat = [
+        (float(e), b)
+        for block, groups in zip(BLOCKS, bits)
+        for es, bs in zip(block.energies, groups)
+        for e, b in zip(es, bs)
+    ]
+    flat.sort(reverse=True)
+    firsts = {float(es[0]) for block in BLOCKS for es in block.energies}  # kept whatever they carry
+    ordered = [b for e, b in flat if e not in firsts]
+    assert ordered == sorted(ordered, reverse=True)
+
+
+def test_every_group_keeps_a_channel():
+    bits = allocate(spectra((4, 8, 1.0), (1, 8, 1e-9)), 8.0, (0, 4))
+    assert all(group[0] > 0 for groups in bits for group in groups)
+
+
+def test_a_smaller_budget_keeps_a_subset():
+    """Nested: what is kept at a small budget is kept at a larger one, with no fewer bits, so adapters can be cut."""
+    large, small = allocate(BLOCKS, 80.0, (0, *PACKED_LEVELS)), allocate(BLOCKS, 30.0, (0, *PACKED_LEVELS))
+    assert all(a >= b for x, y in zip(large, small) for g, h in zip(x, y) for a, b in zip(g, h))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_average_bits(bits):
+    chosen = allocate_average(BLOCKS, 50.0, bits)
+    kept = [b for groups in chosen for group in groups for b in group if b]
+    assert 48.0 <= spent(BLOCKS, chosen) <= 50.0
+    assert abs(sum(kept) / len(kept) - bits) < 0.35
+    assert predicted_loss(BLOCKS, chosen) <= predicted_loss(BLOCKS, allocate(BLOCKS, 50.0, (0, bits))) + 1e-12
+
+
+def test_budget_too_small():
+    with pytest.raises(ValueError, match=r"budget of 2\.0 bytes per token does not hold one channel per key group"):
+        allocate(BLOCKS, 2.0, (0, 16))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("group", [(32, 1), (32, 4), (1, 32)])
+def test_predicted_loss_is_what_normal_values_lose(bits, group):
+    torch.manual_seed(0)
+    latents = torch.randn(4, 320, 32, dtype=torch.float64)
+    layout = PackedLayout((bits,) * 32, 32, *group)
+    measured = (dequantize(*quantize(latents, layout), layout, torch.float64) - latents).square().mean()
+    assert float(measured) == pytest.approx(quantisation_loss(bits, group[0] * group[1]), rel=0.12)

@@ -1,0 +1,121 @@
+"""Packing: exact, and quantisation error within half a step, for every number of bits and shape of groups."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import quantised_by_definition
+
+from cskv_hf.quantize import (
+    PackedLayout,
+    bit_runs,
+    channel_bits,
+    dequantize,
+    pack,
+    quantize,
+    straight_through,
+    unpack,
+)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_and_unpack_are_inverse_and_small(bits):
+    codes = torch.randint(0, 2**bits, (3, 5, 40), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, 5, 5 * bits)
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+@pytest.mark.parametrize("group", [(32, 1), (32, 4), (1, 3), (8, 2), (16, 100)])
+def test_equals_the_definition(group):
+    layout = PackedLayout((8, 4, 4, 3, 2, 4, 5, 2, 2, 7), 32, *group)
+    latents = torch.randn(2, 64, 10, dtype=torch.float64) * torch.logspace(0, -2, 10) + torch.linspace(-3, 9, 10)
+    codes, ranges = quantize(latents, layout)
+    assert codes.shape == (2, 2, layout.code_bytes) and codes.dtype == torch.uint8
+    assert ranges.shape == (2, 2, layout.num_ranges, 2) and ranges.dtype == torch.float16
+    assert layout.bytes_per_token * 64 * 2 == codes.nbytes + ranges.nbytes
+    torch.testing.assert_close(
+        dequantize(codes, ranges, layout, torch.float64), quantised_by_definition(latents, layout), atol=1e-12, rtol=0
+    )
+
+
+@given(
+    bits=st.lists(st.integers(1, 8), min_size=1, max_size=12),
+    tokens=st.sampled_from([0, 16, 48]),
+    group_tokens=st.sampled_from([1, 4, 16]),
+    group_channels=st.integers(1, 5),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    offset=st.sampled_from([0.0, -7.0, 500.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_error_is_at_most_half_a_step(bits, tokens, group_tokens, group_channels, scale, offset):
+    """Wherever the values lie: the minimum is a float. The step is the group's range over the levels, and the two
+    16-bit floats are rounded outwards by at most one of their own steps (2^-10 of their size)."""
+    layout = PackedLayout(tuple(bits), 16, group_tokens, group_channels)
+    latents = torch.randn(2, tokens, len(bits), dtype=torch.float64) * scale + offset
+    restored = dequantize(*quantize(latents, layout), layout, torch.float64)
+    assert restored.shape == latents.shape
+    if tokens == 0:
+        return
+    for b in set(bits):
+        channels = [i for i, x in enumerate(bits) if x == b]
+        spread = latents[..., channels].amax() - latents[..., channels].amin()
+        slack = 2**-9 * (abs(offset) + 8 * scale) + 1e-7
+        step = (spread + slack) / (2**b - 1) * (1 + 2**-9)
+        assert (restored - latents)[..., channels].abs().max() <= step / 2 + slack / (2**b - 1) + 1e-12
+
+
+def test_what_a_clamped_zero_point_does():
+    """The paper's code stores an integer zero point clamped to [0, 15]: latents that lie far from zero on one side
+    are clipped to nonsense, at a spread of one. A float minimum does not care where they lie."""
+    torch.manual_seed(0)
+    for mean, clamped_at_least, ours_at_most in ((0.0, 0.0, 0.1), (5.0, 0.2, 0.02), (10.0, 0.5, 0.02)):
+        latents = torch.randn(1, 32, 64, dtype=torch.float64) + mean
+        low, high = latents.amin(1, keepdim=True), latents.amax(1, keepdim=True)
+        scale = (high - low) / 15
+        zero = (-low / scale).round().clamp(0, 15)
+        clamped = ((latents / scale + zero).round().clamp(0, 15) - zero) * scale
+        layout = PackedLayout((4,) * 64)
+        ours = dequantize(*quantize(latents, layout), layout, torch.float64)
+        error = [float((x - latents).norm() / latents.norm()) for x in (clamped, ours)]
+        assert error[0] >= clamped_at_least and error[1] <= ours_at_most, (mean, error)
+
+
+def test_straight_through():
+    """Forward: exactly what comes back from storage. Backward: the identity."""
+    layout = PackedLayout((4, 2, 3), 8, 8)
+    latents = torch.randn(2, 16, 3, requires_grad=True)
+    out = straight_through(latents, layout)
+    torch.testing.assert_close(out, dequantize(*quantize(latents.detach(), layout), layout, torch.float32))
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    assert torch.equal(latents.grad, weight)
+
+
+def test_extreme_values_stay_finite():
+    layout = PackedLayout((4, 8), 8, 8)
+    latents = torch.tensor([1e6, -1e6, 0.0, 1e-30] * 4, dtype=torch.float32).view(1, 8, 2)
+    assert torch.isfinite(dequantize(*quantize(latents, layout), layout, torch.float32)).all()
+    constant = torch.full((1, 8, 2), 3.0)
+    assert torch.equal(dequantize(*quantize(constant, layout), layout, torch.float32), constant)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"bits": (9,)}, "1 to 8, got 9"),
+        ({"bits": (4,), "block_size": 12}, "multiple of 8 for packed latents, got 12"),
+        ({"bits": (4,), "group_tokens": 5}, "divisor of block_size=32, got 5"),
+        ({"bits": (4,), "group_channels": 0}, "at least 1, got 0"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PackedLayout(**settings)
+
+
+def test_runs_of_bits_and_back():
+    bits, ranks = (8, 8, 4, 2, 8, 4, 4), (4, 3)
+    runs = bit_runs(bits, ranks)
+    assert runs == [[[8, 2], [4, 1], [2, 1]], [[8, 1], [4, 2]]]
+    assert channel_bits(runs) == bits
