@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import make_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -45,6 +46,38 @@ def test_fit_inspect_load(folder):
     code, text, raw = cskv("inspect", folder / "out")
     assert code == 0 and "init attention, keys head" in text
     assert max(map(len, raw.split("\n"))) <= 80
+
+
+def test_train_and_plot(folder):
+    """Fit, train from the shell, inspect with a picture; an interrupted training continues."""
+    text, adapter = folder / "text.txt", folder / "adapter"
+    code, output, _ = cskv("fit", folder / "model", "--data", text, "--out", adapter, "--length", 100, "--bits", 4)
+    assert code == 0, output
+    arguments = [
+        "train",
+        adapter,
+        "--data",
+        text,
+        "--out",
+        folder / "trained",
+        "--length",
+        64,
+        "--learning-rate",
+        0.001,
+    ]
+    code, output, _ = cskv(*arguments)
+    assert code == 0 and "trained on 9 rows of 64 tokens" in output, output
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter", "model", "text.txt", "trained"]
+    before, after = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "trained"))
+    assert all((not torch.equal(after[name], before[name])) == ("spectrum" not in name) for name in before)
+    code, output, raw = cskv("inspect", folder / "trained", "--plot", folder / "plot.png")
+    assert code == 0 and "4.0" in output and max(map(len, raw.split("\n"))) <= 80
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    (folder / "empty.txt").write_text(" ")
+    code, output, _ = cskv("train", adapter, "--data", folder / "empty.txt", "--out", folder / "nothing")
+    assert code == 2 and "is empty" in output
+    code, output, _ = cskv(*arguments[:-2], "--objective", "kl")
+    assert code == 2 and "`objective` must be one of" in output
 
 
 def test_json_lines(folder):

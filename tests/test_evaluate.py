@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
-from conftest import lossless, make_model, prompt
+from conftest import lossless, lossy, make_model, prompt
 from transformers import DynamicCache
 
 from cskv_hf import CSKVCache
 from cskv_hf.evaluate.baselines import WindowOnlyCache
+from cskv_hf.evaluate.divergence import compare_with_full_cache
 from cskv_hf.evaluate.lines import Accuracy, is_correct, line_record
 from cskv_hf.evaluate.memory import cache_nbytes
 from cskv_hf.evaluate.perplexity import Perplexity, compressed_perplexity
@@ -101,3 +102,17 @@ def test_window_only_sees_sinks_and_window_and_nothing_else():
 def test_bytes_of_caches():
     model = make_model(dtype=torch.float32)
     assert cache_nbytes(model, DynamicCache, prompt(2, 50)) == 2 * 50 * 2 * 2 * 32 * 4
+
+
+def test_comparison_with_the_full_cache():
+    """Against itself nothing differs; lossless nothing but rounding; and perplexities are those of the other way."""
+    model, ids = lossy(make_model()), prompt(5, 90)
+    same = compare_with_full_cache(model, ids, DynamicCache, stride=7, skip=20, batch_size=2)
+    assert (same.kl, same.agreement, same.ratio) == (0.0, 1.0, 1.0)
+    compressed = compare_with_full_cache(model, ids, CSKVCache, stride=7, skip=20, batch_size=2)
+    assert compressed.kl > 1e-4 and compressed.agreement < 1.0
+    expected = compressed_perplexity(model, ids, CSKVCache, stride=7, skip=20)
+    torch.testing.assert_close(compressed.compressed.losses, expected.losses)
+    torch.testing.assert_close(compressed.full.losses, compressed_perplexity(model, ids, DynamicCache, skip=20).losses)
+    with pytest.raises(ValueError, match="leave nothing to score"):
+        compare_with_full_cache(model, ids, CSKVCache, skip=90)

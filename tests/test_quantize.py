@@ -13,7 +13,6 @@ from cskv_hf.quantize import (
     dequantize,
     pack,
     quantize,
-    straight_through,
     unpack,
 )
 
@@ -79,17 +78,6 @@ def test_what_a_clamped_zero_point_does():
         ours = dequantize(*quantize(latents, layout), layout, torch.float64)
         error = [float((x - latents).norm() / latents.norm()) for x in (clamped, ours)]
         assert error[0] >= clamped_at_least and error[1] <= ours_at_most, (mean, error)
-
-
-def test_straight_through():
-    """Forward: exactly what comes back from storage. Backward: the identity."""
-    layout = PackedLayout((4, 2, 3), 8, 8)
-    latents = torch.randn(2, 16, 3, requires_grad=True)
-    out = straight_through(latents, layout)
-    torch.testing.assert_close(out, dequantize(*quantize(latents.detach(), layout), layout, torch.float32))
-    weight = torch.randn_like(out)
-    (out * weight).sum().backward()
-    assert torch.equal(latents.grad, weight)
 
 
 def test_extreme_values_stay_finite():

@@ -40,6 +40,10 @@ def fit(
     compression: Annotated[float, typer.Option(help="Fraction of the KV bytes of old tokens to remove.")] = 0.8,
     key_layout: Annotated[str, typer.Option(help="'head', 'joint' or 'group:N'.")] = "head",
     init: Annotated[str, typer.Option(help="'attention', 'mse', 'asvd', 'svd' or 'random'.")] = "attention",
+    bits: Annotated[
+        int | None, typer.Option(help="Bits per latent, on average: 16, 8, 4, 3 or 2. Default: what each is worth.")
+    ] = None,
+    allocation: Annotated[str | None, typer.Option(help="'auto' or 'uniform' over the layers.")] = None,
     window: Annotated[int, typer.Option(help="Most recent tokens kept exactly.")] = 32,
     sinks: Annotated[int, typer.Option(help="First tokens kept exactly.")] = 4,
     max_tokens: Annotated[int, typer.Option(help="Calibration tokens at most.")] = 65536,
@@ -62,7 +66,15 @@ def fit(
     from .fitting import format_report
 
     try:
-        config = CSKVConfig(compression=compression, key_layout=key_layout, init=init, window=window, sinks=sinks)
+        config = CSKVConfig(
+            compression=compression,
+            key_layout=key_layout,
+            init=init,
+            bits=bits,
+            allocation=allocation,
+            window=window,
+            sinks=sinks,
+        )
         tokenizer = AutoTokenizer.from_pretrained(model)
         samples = calibration_samples(data, tokenizer, length)
         source = f"{data.name}, sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:16]}, {length} tokens a sample"
@@ -79,14 +91,76 @@ def fit(
 
 
 @app.command()
-def inspect(adapter: Annotated[Path, typer.Argument(help="Directory of an adapter.")]) -> None:
+def train(
+    adapter: Annotated[Path, typer.Argument(help="Directory of a fitted adapter.")],
+    data: Annotated[Path, typer.Option(help="Text file, or JSON lines with a 'text' field, to train on.")],
+    out: Annotated[Path, typer.Option(help="Directory for the trained adapter.")],
+    model: Annotated[str | None, typer.Option(help="Base model, if not the one the adapter names.")] = None,
+    objective: Annotated[str, typer.Option(help="'mse' (the paper's) or 'attention'.")] = "mse",
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(help="Training tokens at most.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
+    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+) -> None:
+    """Fine-tune an adapter layer by layer; with packed latents, quantisation-aware.
+
+    An interrupted run continues from its last checkpoint when started again with the same --out; an adapter already
+    in --out stays until the new one is complete.
+    """
+    import shutil
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .config import CSKVConfig
+    from .files import documents, replace_directory
+    from .train import CSKVTrainer, last_checkpoint, training_arguments, training_rows
+    from .tuner import check_adapter_files, load
+
+    try:
+        check_adapter_files(adapter)
+        name = model or CSKVConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        if name is None:
+            raise ValueError(f"'{adapter}' does not name its base model; give it with --model.")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        rows = training_rows(documents(data), tokenizer, length, max_tokens)
+        base = AutoModelForCausalLM.from_pretrained(name, device_map=device_map, dtype=dtype)
+        fitted = load(base, adapter)
+        checkpoints = out.with_name(out.name + ".checkpoints")
+        arguments = training_arguments(
+            checkpoints,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=batch_size,
+        )
+        trainer = CSKVTrainer(fitted, arguments, rows, objective=objective)
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    typer.echo(f"trained on {len(rows)} rows of {length} tokens; saved the adapter in {out}")
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Directory of an adapter.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw what each layer keeps, as a PNG.")] = None,
+) -> None:
     """Show what an adapter keeps, layer by layer."""
     from .config import CSKVConfig
     from .fitting import format_report
+    from .plots import plot_allocation
     from .tuner import check_adapter_files
 
     try:
         check_adapter_files(adapter)
-    except ValueError as error:
+        config = CSKVConfig.from_pretrained(str(adapter))
+        typer.echo(format_report(config))
+        if plot is not None:
+            plot_allocation(plot, config)
+            typer.echo(f"\nsaved {plot}")
+    except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(format_report(CSKVConfig.from_pretrained(str(adapter))))

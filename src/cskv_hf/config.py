@@ -96,7 +96,7 @@ class CSKVConfig(PeftConfig):
             model's output gains most by it; ``"uniform"`` (the paper's) keeps the same rank and bits everywhere. By
             default "auto" where there are energies to go by: a `compression`, and `init` "attention" or "mse".
         key_group, value_group: ``[tokens, channels]`` of packed latents that share a minimum and a step, by default
-            ``[block_size, 1]``, which is the paper's layout of keys; ``[1, 32]`` are 32 channels of one token.
+            ``[block_size, 4]``; ``[block_size, 1]`` is the paper's layout of keys, ``[1, rank]`` that of values.
         key_ranks, value_ranks, key_bits, value_bits, sensitivity, model_shape, fit_report: Written by [`fit`]: the
             ranks and bits found, per layer (and key group), how much the output cares for each layer, the model they
             belong to, and what was measured. Leave empty.
@@ -244,7 +244,7 @@ class CSKVConfig(PeftConfig):
 
     def group_of(self, side: str) -> list[int]:
         """`key_group` or `value_group` with its default decided."""
-        return (self.key_group if side == "key" else self.value_group) or [self.block_size, 1]
+        return (self.key_group if side == "key" else self.value_group) or [self.block_size, 4]
 
     def format_of(self, side: str, bits: Sequence[int], rank: int) -> LatentFormat:
         """How the latents of the ``"key"`` or ``"value"`` side of a layer are stored; no `bits` is plain storage."""

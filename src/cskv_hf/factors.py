@@ -118,6 +118,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         "cskv_value_spectrum",
     )
     other_param_names = ("key_ranks", "formats")
+    TRAINED = ("cskv_key_A", "cskv_key_B", "cskv_value_A", "cskv_value_B")
 
     def __init__(self, layer_idx: int, num_key_value_heads: int, head_dim: int) -> None:
         super().__init__()

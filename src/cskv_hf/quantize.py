@@ -214,14 +214,6 @@ def dequantize(codes: torch.Tensor, ranges: torch.Tensor, layout: PackedLayout, 
     return stored.transpose(2, 3).flatten(1, 2)
 
 
-def straight_through(latents: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """The latents as they come back from storage, with the gradient of the identity (Bengio et al. 2013): quantisation
-    in training is the quantisation of inference."""
-    values = latents.detach()
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return latents + (dequantize(*quantize(wide, layout), layout, wide.dtype).to(values.dtype) - values)
-
-
 def channel_bits(runs: Sequence[Sequence[Sequence[int]]]) -> tuple[int, ...]:
     """Bits of every channel from runs of (bits, channels) per key group, as adapters store them."""
     return tuple(bits for group in runs for bits, count in group for _ in range(count))

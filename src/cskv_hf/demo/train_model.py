@@ -33,7 +33,7 @@ MAX_ROWS = 64
 RAISE_AT = 0.8
 TEXT_AT = 42
 TEXT_LENGTH = 512
-TEXT_WEIGHT = 0.5
+TEXT_WEIGHT = 1.0
 MUON_LR, ADAM_LR = 0.006, 2e-3
 LOOK_BACK, MATCH, COPY = 0.18, 5.0, 1.0  # gains of the circuit that training starts from
 # words, numbers in threes, punctuation, spaces: the split of Llama 3

@@ -1,0 +1,81 @@
+"""How far next-token predictions over a compressed past are from those over the full cache: perplexity, KL, agreement.
+
+Both caches read the same text side by side, in steps of `stride` tokens; see perplexity.py for why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from .perplexity import Perplexity
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a cache changes.
+
+    Attributes:
+        full, compressed: perplexity over the full cache and over the one measured.
+        kl: KL(full || compressed) of the next-token distribution, in nats per token.
+        agreement: share of tokens at which both predict the same.
+    """
+
+    full: Perplexity
+    compressed: Perplexity
+    kl: float
+    agreement: float
+
+    @property
+    def ratio(self) -> float:
+        return self.compressed.value / self.full.value
+
+
+@torch.no_grad()
+def compare_with_full_cache(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    make_cache: Callable[[], Cache],
+    *,
+    stride: int = 32,
+    skip: int = 64,
+    batch_size: int = 16,
+) -> Comparison:
+    """Compare a cache with the full one on `input_ids` (rows, length), no padding.
+
+    Args:
+        stride, skip: as in [`compressed_perplexity`].
+        batch_size: rows at a time.
+
+    Raises:
+        ValueError: if the rows are not longer than `skip`.
+    """
+    rows, length = input_ids.shape
+    if length <= skip + 1:
+        raise ValueError(f"Rows of {length} tokens leave nothing to score after `skip`={skip}.")
+    losses, divergence, same = torch.zeros(2, rows, dtype=torch.float64), 0.0, 0
+    for first in range(0, rows, batch_size):
+        batch = input_ids[first : first + batch_size].to(model.device)
+        caches = DynamicCache(), make_cache()
+        for start in range(0, length - 1, stride):
+            piece = batch[:, start : min(start + stride, length - 1)]
+            scored = slice(max(0, skip - start - 1), None)
+            full, other = (
+                model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, scored].float().log_softmax(-1)
+                for cache in caches
+            )
+            targets = batch[:, start + 1 : start + 1 + piece.shape[1]][:, scored, None]
+            for side, likelihood in enumerate((full, other)):
+                losses[side, first : first + len(batch)] -= (
+                    likelihood.gather(-1, targets)[..., 0].sum(1).double().cpu()
+                )
+            divergence += float((full.exp() * (full - other)).sum())
+            same += int((full.argmax(-1) == other.argmax(-1)).sum())
+    tokens = rows * (length - skip)
+    full, compressed = (Perplexity(loss / (length - skip), tokens) for loss in losses)
+    return Comparison(full, compressed, divergence / tokens, same / tokens)

@@ -1,0 +1,311 @@
+"""Layer-wise reconstruction fine-tuning of CSKV factors (paper section 2.2), with or without quantisation, on the
+transformers `Trainer`.
+
+Per layer, with keys `k` before RoPE and values `v` of the frozen base, the loss is ``MSE(k, B_k Q(A_k k)) +
+MSE(v, B_v Q(A_v v))``. `Q` is the adapter's own storage: nothing for plain latents, and for packed ones the quantiser
+of inference with a straight-through gradient (quantisation-aware training). The base runs without autograd, so it
+may be quantised, and every layer's graph is a few matmuls. Without quantisation there is nothing to gain for factors
+fitted with ``init="mse"``: they are the optimum of this loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .decompose import sqrt_and_inverse
+from .factors import CSKVFactors, LayerFactors
+from .families import attention_layers, decoder_of, key_source
+from .fitting import error_weights
+from .latents import LatentFormat, PlainFormat
+from .statistics import KVStatistics, collect_statistics, samples
+from .tuner import adapter_config, sidecars
+
+OBJECTIVES = ("mse", "attention")
+SAME_TO_RESUME = ("compression", "key_layout", "init", "bits", "key_ranks", "value_ranks", "key_bits", "value_bits")
+
+
+def training_arguments(output_dir: str | Path, **overrides: Any) -> TrainingArguments:
+    """The paper's recipe as `TrainingArguments`: AdamW at 5e-5, constant, one epoch, batches of 1; any of it can be
+    overridden.
+
+    Raises:
+        TypeError: for an argument that `TrainingArguments` does not know.
+    """
+    paper = dict(
+        learning_rate=5e-5,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        logging_steps=20,
+        save_steps=200,
+        save_total_limit=2,
+        report_to="none",
+    )
+    return TrainingArguments(output_dir=str(output_dir), **(paper | overrides))
+
+
+def training_rows(
+    data: Iterable[Any], tokenizer: Any = None, length: int = 1024, max_tokens: int | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Calibration data of any kind that [`collect_statistics`] takes, packed into rows of `length` tokens.
+
+    The last row may be shorter, and is dropped if there are others.
+
+    Raises:
+        ValueError: if there is no token.
+    """
+    rows, rest = [], torch.zeros(0, dtype=torch.long)
+    for input_ids, mask in samples(data, tokenizer, max_length=2**30):
+        for i, ids in enumerate(input_ids):
+            rest = torch.cat([rest, ids if mask is None else ids[mask[i].bool()]])
+        while len(rest) >= length and (max_tokens is None or length * len(rows) < max_tokens):
+            rows.append({"input_ids": rest[:length]})
+            rest = rest[length:]
+        if max_tokens is not None and length * len(rows) >= max_tokens:
+            break
+    if not rows and len(rest):
+        rows.append({"input_ids": rest})
+    if not rows:
+        raise ValueError("`data` is empty: there is nothing to train on.")
+    return rows
+
+
+class CSKVTrainer(Trainer):
+    """Trains the factors of the CSKV adapter in use; a `Trainer` in everything else.
+
+    Checkpoints hold the adapter alone, `train(resume_from_checkpoint=True)` continues, and `accelerate launch` runs
+    it on several GPUs (data parallel). After `train` the factors are in the model's dtype again and frozen.
+
+    Args:
+        model: with a fitted CSKV adapter in use.
+        args: see [`training_arguments`] for the paper's.
+        train_dataset: rows with `input_ids` (and `attention_mask`); [`training_rows`] makes them. Not the text you
+            evaluate on.
+        objective: ``"mse"`` (the paper's) or ``"attention"``, which weighs errors as the closed-form fit of that name
+            does.
+        statistics: for ``"attention"``: what the fit collected; by default collected anew from `train_dataset`.
+
+    Raises:
+        ValueError: without data, without a fitted adapter, for an unknown objective, or under FSDP and DeepSpeed,
+            which shard factors away from where they are used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train_dataset: Any,
+        *,
+        objective: str = "mse",
+        statistics: KVStatistics | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}.")
+        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise ValueError(
+                "CSKVTrainer does not run under FSDP or DeepSpeed: their sharding takes the factors away from the "
+                "loss, which then silently learns nothing. Factors are small; use data parallel (`accelerate launch "
+                "--multi_gpu`), or `device_map` for a large base."
+            )
+        if train_dataset is None or (hasattr(train_dataset, "__len__") and len(train_dataset) == 0):
+            raise ValueError("`train_dataset` is empty: there is nothing to train on.")
+        config = adapter_config(model)
+        if not config.is_fitted:
+            raise ValueError("The CSKV adapter has no factors yet. Fit it with `cskv_hf.fit` before training.")
+        self.adapter_name, self.objective = sidecars(model)[0].adapter_in_use, objective
+        if objective == "attention" and statistics is None:
+            statistics = collect_statistics(model, train_dataset, max_tokens=65536)
+        self.loss_function = ReconstructionLoss(model, self.adapter_name, statistics)
+        self.errors: list[torch.Tensor] = []
+        args.remove_unused_columns = False
+        args.label_names = []
+        self.factor_dtype = _unfreeze(model, self.adapter_name)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean already
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. An interrupted run leaves its last checkpoint and the factors as they are."""
+        model = self.model
+        model.forward = self.loss_function  # of this instance; data parallel calls it, and so synchronises gradients
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            del model.forward
+            _freeze(model, self.adapter_name, self.factor_dtype)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, errors = model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
+        self.errors.append(errors)
+        return (loss, {"errors": errors}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the share of each layer's keys and values that is lost, averaged since the last log."""
+        if self.errors:
+            keys, values = torch.stack(self.errors).mean(0).unbind(1)
+            logs |= {"key_error": float(keys.mean()), "value_error": float(values.mean())}
+            for i, (key, value) in enumerate(zip(keys.tolist(), values.tolist())):
+                logs |= {f"layers/{i}/key_error": key, f"layers/{i}/value_error": value}
+            self.errors = []
+        super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _check_same_adapter(Path(resume_from_checkpoint), adapter_config(self.model, self.adapter_name))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class ReconstructionLoss:
+    """The loss of a batch, standing in for the model's forward.
+
+    Called with `input_ids` and `attention_mask` (batch, length); returns the loss, summed over layers and averaged
+    over tokens, and the share of energy lost (layers, 2), keys and values.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, statistics: KVStatistics | None) -> None:
+        self.model, self.adapter_name = model, adapter_name
+        self.roots: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # M^½ of keys and values, per layer
+        if statistics is not None:
+            self.roots = [
+                tuple(sqrt_and_inverse(M / M.diagonal().mean())[0].float() for M in error_weights(a, statistics, i))
+                for i, a in enumerate(attention_layers(model))
+            ]
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        states = keys_and_values(self.model, input_ids, attention_mask)
+        loss, errors = torch.zeros((), device=input_ids.device), []
+        for layer_idx, (sidecar, (keys, values)) in enumerate(zip(sidecars(self.model), states)):
+            factors = sidecar(self.adapter_name)
+            with torch.autocast(keys.device.type, enabled=False):
+                rebuilt = reconstruct(factors, keys.float(), values.float())
+                for side, (exact, approximate) in enumerate(zip((keys.float(), values.float()), rebuilt)):
+                    wrong, energy = self._energies(exact, approximate, attention_mask, layer_idx, side)
+                    loss = loss + wrong.to(loss.device)
+                    errors.append((wrong / energy.clamp_min(1e-20)).detach().to(loss.device))
+        return loss, torch.stack(errors).view(-1, 2)
+
+    def _energies(self, exact, approximate, attention_mask, layer_idx, side):
+        """Mean square of the error and of the exact states, over the tokens that whole blocks cover."""
+        exact = exact[:, :, : approximate.shape[2]].transpose(1, 2).flatten(2)
+        error = exact - approximate.transpose(1, 2).flatten(2)
+        if self.roots is not None:
+            root = self.roots[layer_idx][side].to(error.device)
+            error, exact = error @ root, exact @ root
+        if attention_mask is not None:
+            real = attention_mask[:, : exact.shape[1]].bool().to(exact.device)
+            error, exact = error[real], exact[real]
+        return error.square().mean(), exact.square().mean()
+
+
+@torch.no_grad()
+def keys_and_values(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every layer's keys before RoPE and values, (batch, num_key_value_heads, length, head_dim), without autograd."""
+    decoder, states, handles = decoder_of(model), [], []
+    for attention in attention_layers(model):
+        held: dict[str, torch.Tensor] = {}
+        states.append(held)
+        for name, module in (("keys", key_source(attention)), ("values", attention.v_proj)):
+            handles.append(module.register_forward_hook(_keep(held, name, attention.head_dim)))
+    try:
+        decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(held["keys"], held["values"]) for held in states]
+
+
+def _keep(held: dict[str, torch.Tensor], name: str, head_dim: int):
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        held[name] = output.detach().flatten(2).unflatten(2, (-1, head_dim)).transpose(1, 2)
+
+    return hook
+
+
+def reconstruct(
+    factors: LayerFactors, key_states: torch.Tensor, value_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (before RoPE) and values as they come back from the cache, with a gradient to the factors.
+
+    Args:
+        key_states, value_states: (batch, num_key_value_heads, tokens, head_dim).
+
+    Returns:
+        The same shapes; with packed latents only the tokens of whole blocks.
+    """
+    key_latents = straight_through(factors.encode_keys(key_states), factors.key_format)
+    value_latents = straight_through(factors.encode_values(value_states), factors.value_format)
+    return factors.decode_keys(key_latents), factors.decode_values(value_latents)
+
+
+def straight_through(latents: torch.Tensor, format: LatentFormat) -> torch.Tensor:
+    """Latents (batch, tokens, rank) as they come back from storage, with the gradient of the identity (Bengio et al.
+    2013): training quantises as inference does.
+
+    Plain latents are returned as they are, packed ones without the tokens behind the last whole block.
+
+    Raises:
+        ValueError: if there is no whole block.
+    """
+    if isinstance(format, PlainFormat):
+        return latents
+    whole = latents.shape[1] // format.block_size * format.block_size
+    if whole == 0:
+        raise ValueError(
+            f"Rows of {latents.shape[1]} tokens hold no block of {format.block_size}; train on longer ones."
+        )
+    latents = latents[:, :whole]
+    values = latents.detach()
+    return latents + (format.read(format.store(values, values.dtype), values.dtype) - values)
+
+
+def _unfreeze(model: nn.Module, adapter_name: str) -> torch.dtype:
+    """Make the factors float32 and trainable, and nothing else; returns the dtype they had."""
+    model.requires_grad_(False)
+    dtype = sidecars(model)[0].cskv_key_A[adapter_name].weight.dtype
+    for sidecar in sidecars(model):
+        for name in CSKVFactors.TRAINED:
+            factor = getattr(sidecar, name)[adapter_name]
+            factor.weight = nn.Parameter(factor.weight.detach().float(), requires_grad=True)
+    return dtype
+
+
+def _freeze(model: nn.Module, adapter_name: str, dtype: torch.dtype) -> None:
+    for sidecar in sidecars(model):
+        for name in CSKVFactors.TRAINED:
+            factor = getattr(sidecar, name)[adapter_name]
+            factor.weight = nn.Parameter(factor.weight.detach().to(dtype), requires_grad=False)
+
+
+def _check_same_adapter(checkpoint: Path, config: Any) -> None:
+    """Refuse to continue from a checkpoint of another adapter.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    file = checkpoint / "adapter_config.json"
+    if not file.is_file():
+        raise ValueError(f"'{checkpoint}' is no checkpoint of a CSKV adapter: it has no adapter_config.json.")
+    saved = json.loads(file.read_text())
+    different = [name for name in SAME_TO_RESUME if saved.get(name) != getattr(config, name)]
+    if different:
+        raise ValueError(
+            f"The checkpoint '{checkpoint}' belongs to an adapter with other settings ({', '.join(different)}). "
+            "Continue with the adapter it was started from, or train from the beginning in another folder."
+        )
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint in a folder, None if there is none."""
+    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None

@@ -1,0 +1,261 @@
+"""Fine-tuning: the loss is what the cache loses, only factors move, and a run can be interrupted, resumed, shared."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import calibration_data, lossy, make_model, prompt
+
+import cskv_hf
+from cskv_hf import CSKVCache, CSKVConfig
+from cskv_hf.latents import PackedFormat
+from cskv_hf.quantize import PackedLayout
+from cskv_hf.train import (
+    CSKVTrainer,
+    ReconstructionLoss,
+    keys_and_values,
+    reconstruct,
+    straight_through,
+    training_arguments,
+    training_rows,
+)
+from cskv_hf.tuner import sidecars
+
+PACKED = dict(bits=4, allocation=None, block_size=8)
+
+
+def rows(count=24, length=48, seed=3):
+    return training_rows(list(prompt(count, length, seed)), length=length)
+
+
+def factors_of(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".cskv." in n}
+
+
+def trainer(model, folder, data=None, **settings):
+    objective = settings.pop("objective", "mse")
+    defaults = dict(disable_tqdm=True, use_cpu=True, save_strategy="no")
+    return CSKVTrainer(model, training_arguments(folder, **(defaults | settings)), data or rows(), objective=objective)
+
+
+@pytest.mark.parametrize("settings", [{}, PACKED], ids=["plain", "packed"])
+def test_the_loss_reads_what_the_cache_holds(settings):
+    """Keys and values of the loss, whole blocks of them, are those that attention would read from a cache."""
+    model = lossy(make_model(), 0.6, sinks=0, **settings)
+    ids, cache = prompt(2, 40), CSKVCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+    old = cache.tokens.num_old
+    for sidecar, layer, (keys, values) in zip(sidecars(model), cache.layers, keys_and_values(model, ids)):
+        factors = sidecar()
+        rebuilt_keys, rebuilt_values = reconstruct(factors, keys, values)
+        latents = [x.read(0, x.num_blocks, torch.float64) for x in (layer.key_latents, layer.value_latents)]
+        torch.testing.assert_close(rebuilt_keys[:, :, :old], factors.decode_keys(latents[0]))
+        torch.testing.assert_close(rebuilt_values[:, :, :old], factors.decode_values(latents[1]))
+
+
+def test_straight_through():
+    """Forward: exactly what comes back from storage. Backward: the identity."""
+    format = PackedFormat(PackedLayout((4, 2, 3), 8, 8))
+    latents = torch.randn(2, 19, 3, requires_grad=True)
+    out, whole = straight_through(latents, format), latents.detach()[:, :16]
+    torch.testing.assert_close(out, format.read(format.store(whole, torch.float32), torch.float32))
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    assert torch.equal(latents.grad[:, :16], weight)
+
+
+def test_closed_form_is_the_optimum_of_the_loss(tmp_path):
+    """Training unquantised `mse` factors on their own calibration data gains nothing beyond 0.1 %."""
+    model = make_model(dtype=torch.float32)
+    data = rows(16, 64)
+    config = CSKVConfig(compression=0.6, init="mse", bits=16, allocation="uniform", key_layout="joint")
+    model = cskv_hf.fit(model, data, config, progress=False)
+    loss = ReconstructionLoss(model, "default", None)
+
+    def total():
+        with torch.no_grad():
+            return sum(float(loss(row["input_ids"][None])[0]) for row in data)
+
+    before, factors = total(), factors_of(model)
+    trainer(model, tmp_path, data, num_train_epochs=15, learning_rate=1e-4).train()
+    assert before * 0.999 <= total() <= before * 1.05
+    assert any(not torch.equal(p, factors[n]) for n, p in factors_of(model).items())  # it did move
+
+
+@pytest.mark.parametrize("init", ["asvd", "svd", "random"])
+def test_training_repairs_the_paper_initialisations(init, tmp_path):
+    """...and does not pass the closed form, on the data of both."""
+    data = rows(16, 64)
+    losses = {}
+    for name in (init, "mse"):
+        config = CSKVConfig(compression=0.6, init=name, bits=16, allocation="uniform", key_layout="joint")
+        model = cskv_hf.fit(make_model(dtype=torch.float32), data, config, progress=False)
+        loss = ReconstructionLoss(model, "default", None)
+        if name == init:
+            losses["before"] = sum(float(loss(r["input_ids"][None])[0]) for r in data)
+            trainer(model, tmp_path, data, num_train_epochs=20, learning_rate=3e-3).train()
+        losses[name] = sum(float(loss(r["input_ids"][None])[0]) for r in data)
+    assert losses["mse"] * 0.999 < losses[init] < losses["before"]
+    assert losses[init] - losses["mse"] < 0.35 * (losses["before"] - losses["mse"])
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("objective", ["mse", "attention"])
+def test_quantisation_aware_training_lowers_the_quantised_loss(bits, objective, tmp_path):
+    model = lossy(make_model(dtype=torch.float32), 0.8, bits=bits, allocation=None, block_size=8)
+    data, ids = rows(16, 64), prompt(1, 60)
+    run = trainer(model, tmp_path, data, objective=objective, num_train_epochs=6, learning_rate=1e-3)
+    losses = []
+    for _ in range(2):
+        with torch.no_grad():
+            losses.append(sum(float(run.loss_function(r["input_ids"][None])[0]) for r in data))
+        if len(losses) == 1:
+            run.train()
+    assert losses[1] < (1.0 if bits == 4 else 0.99) * losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = cskv_hf.load(make_model(dtype=torch.float32), tmp_path / "adapter")
+    greedy = dict(max_new_tokens=12, do_sample=False)
+    assert torch.equal(again.generate(ids, **greedy), model.generate(ids, **greedy))
+
+
+def test_only_factors_change_and_the_model_is_as_before(tmp_path):
+    model = lossy(make_model(dtype=torch.float32))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    forward = model.forward
+    trainer(model, tmp_path, num_train_epochs=1).train()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all(".cskv.cskv_" in n and "spectrum" not in n for n in changed)
+    assert model.forward == forward and not any(p.requires_grad for p in model.parameters())
+    half = lossy(make_model(dtype=torch.float32)).to(torch.bfloat16)
+    trainer(half, tmp_path, num_train_epochs=1).train()
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_logs_every_layer(tmp_path):
+    run = trainer(lossy(make_model(dtype=torch.float32)), tmp_path, logging_steps=6)
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(logs) == 4
+    for name in ("key_error", "value_error", "layers/0/key_error", "layers/1/value_error"):
+        assert 0 < logs[0][name] < 1
+
+
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
+    results = []
+    for batch, steps in ((4, 1), (1, 4)):
+        model = lossy(make_model(dtype=torch.float32), **PACKED)
+        settings = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps, learning_rate=1e-3)
+        trainer(model, tmp_path, optim="sgd", **settings).train()
+        results.append(factors_of(model))
+    for name, factor in results[0].items():
+        torch.testing.assert_close(results[1][name], factor, atol=1e-6, rtol=1e-5)
+
+
+def test_interrupted_training_resumes_to_the_same(tmp_path):
+    """Killed after 12 of 24 steps; the second start continues from the checkpoint and ends where one run ends."""
+    settings = dict(save_strategy="steps", save_steps=6, learning_rate=1e-3, logging_steps=6)
+    straight = lossy(make_model(dtype=torch.float32), **PACKED)
+    trainer(straight, tmp_path / "straight", **settings).train()
+    interrupted = lossy(make_model(dtype=torch.float32), **PACKED)
+    run = trainer(interrupted, tmp_path / "resumed", **settings)
+    original = run.compute_loss
+
+    def dies(*args, **kwargs):
+        if run.state.global_step == 14:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    run.compute_loss = dies
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    resumed = lossy(make_model(dtype=torch.float32), **PACKED)
+    run = trainer(resumed, tmp_path / "resumed", **settings)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 24
+    for name, factor in factors_of(straight).items():
+        torch.testing.assert_close(factors_of(resumed)[name], factor, atol=1e-6, rtol=1e-5)
+    other = lossy(make_model(dtype=torch.float32), **PACKED | {"bits": 3})
+    with pytest.raises(ValueError, match=r"belongs to an adapter with other settings \(.*bits.*\)"):
+        trainer(other, tmp_path / "resumed", **settings).train(resume_from_checkpoint=True)
+
+
+DISTRIBUTED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from conftest import lossy, make_model
+from test_train import PACKED, factors_of, trainer
+model = lossy(make_model(dtype=torch.float32), **PACKED)
+run = trainer(model, sys.argv[2], per_device_train_batch_size=int(sys.argv[3]), optim="sgd", learning_rate=1e-3)
+run.train()
+if run.args.process_index == 0:
+    torch.save(factors_of(model), sys.argv[2] + "/factors.pt")
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Data parallel over gloo: two processes with batches of 2 take the steps of one with batches of 4."""
+    script, here = tmp_path / "run.py", os.path.dirname(__file__)
+    script.write_text(DISTRIBUTED)
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        launch = [sys.executable]
+        if processes == 2:
+            launch += ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [*launch, str(script), here, str(out), str(4 // processes)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(out / "factors.pt"))
+    start = factors_of(lossy(make_model(dtype=torch.float32), **PACKED))
+    moved = 0.0
+    for name, factor in results[0].items():
+        torch.testing.assert_close(results[1][name], factor, atol=1e-6, rtol=1e-4)
+        moved = max(moved, float((factor - start[name]).abs().max()))
+    assert moved > 1e-5
+
+
+def test_padding_does_not_count():
+    model = lossy(make_model())
+    loss, ids = ReconstructionLoss(model, "default", None), prompt(1, 30)
+    padded = torch.cat([ids, torch.zeros(1, 9, dtype=torch.long)], dim=1)
+    mask = (torch.arange(39) < 30).long()[None]
+    torch.testing.assert_close(loss(padded, mask), loss(ids), atol=1e-6, rtol=1e-6)
+
+
+def test_refuses(tmp_path):
+    from peft import get_peft_model
+
+    model = lossy(make_model(dtype=torch.float32))
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        CSKVTrainer(model, training_arguments(tmp_path), [])
+    with pytest.raises(ValueError, match="`data` is empty: there is nothing to train on"):
+        training_rows([])
+    with pytest.raises(ValueError, match="`objective` must be one of 'mse', 'attention', got 'kl'"):
+        trainer(model, tmp_path, objective="kl")
+    with pytest.raises(ValueError, match=r"no factors yet.*cskv_hf\.fit"):
+        trainer(get_peft_model(make_model(), CSKVConfig()), tmp_path)
+    arguments = training_arguments(tmp_path)
+    arguments.fsdp = ["full_shard"]
+    with pytest.raises(ValueError, match=r"does not run under FSDP or DeepSpeed.*accelerate launch"):
+        CSKVTrainer(model, arguments, rows())
+    with pytest.raises(ValueError, match="hold no block of 8; train on longer ones"):
+        packed = lossy(make_model(dtype=torch.float32), **PACKED)
+        ReconstructionLoss(packed, "default", None)(prompt(1, 5))
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="is no checkpoint of a CSKV adapter"):
+        trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_rows_are_packed():
+    data = training_rows(
+        [torch.arange(5), {"input_ids": torch.arange(7), "attention_mask": torch.tensor([0] + [1] * 6)}], length=4
+    )
+    assert [row["input_ids"].tolist() for row in data] == [[0, 1, 2, 3], [4, 1, 2, 3]]
+    assert len(training_rows(calibration_data(make_model()), length=50, max_tokens=200)) == 4
