@@ -70,7 +70,9 @@ def test_loads_everywhere(saved):
 def test_bfloat16_base_gets_bfloat16_factors(saved):
     folder, _ = saved
     model = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.bfloat16)
-    assert {p.dtype for n, p in model.named_parameters() if "cskv_" in n} == {torch.bfloat16}
+    factors = {n: p.dtype for n, p in model.named_parameters() if "cskv_" in n}
+    assert {dtype for n, dtype in factors.items() if "spectrum" not in n} == {torch.bfloat16}
+    assert {dtype for n, dtype in factors.items() if "spectrum" in n} == {torch.float32}
 
 
 def test_get_peft_model_trains_only_the_factors():

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .quantize import MAX_BITS, RANGE_BYTES
+from .quantize import RANGE_BYTES
 
 PLAIN_BITS = 16
-PACKED_LEVELS = tuple(range(2, MAX_BITS + 1))  # one bit between minimum and maximum loses more than it keeps
+PACKED_LEVELS = (2, 3, 4, 6, 8)  # one bit between minimum and maximum loses more than it keeps; 5 and 7 gain nothing
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,16 @@ def allocate(blocks: Sequence[Block], budget: float, levels: Sequence[int]) -> B
         levels: bits a channel may have; 0 drops it.
 
     Returns:
-        Per block and group, the bits of its channels; every group keeps at least one channel.
+        Per block and group, the bits of its channels; every block keeps at least its first channel.
 
     Raises:
-        ValueError: if not even one channel per group fits.
+        ValueError: if not even one channel per block fits.
     """
     levels = sorted(levels)
     sizes = [len(e) for block in blocks for e in block.energies]
     owner = torch.tensor([i for i, block in enumerate(blocks) for e in block.energies for _ in range(len(e))])
-    firsts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     energies = torch.cat([e.double() for block in blocks for e in block.energies]).clamp_min(0.0)
+    firsts = torch.stack([torch.where(owner == i, energies, -1.0).argmax() for i in range(len(blocks))])
     energies = energies / energies.max().clamp_min(torch.finfo(torch.float64).tiny)
     losses, rates = _loss_and_rate(blocks, levels)
     losses, rates = energies[:, None] * losses[owner], rates[owner]  # (channels, levels)
@@ -112,8 +112,8 @@ def allocate(blocks: Sequence[Block], budget: float, levels: Sequence[int]) -> B
     best = at_price(high)
     if total(best) > budget:
         raise ValueError(
-            f"A budget of {budget:.1f} bytes per token does not hold one channel per key group and layer, which takes "
-            f"{total(best):.1f}; use a lower `compression`, fewer `bits`, or `key_layout='joint'`."
+            f"A budget of {budget:.1f} bytes per token does not hold one channel of keys and of values per layer, "
+            f"which takes {total(best):.1f}; use a lower `compression` or fewer `bits`."
         )
     for _ in range(60):
         middle = (low + high) / 2

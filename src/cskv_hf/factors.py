@@ -118,6 +118,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         "cskv_value_spectrum",
     )
     other_param_names = ("key_ranks", "formats")
+    SPECTRA = ("cskv_key_spectrum", "cskv_value_spectrum")  # in float32: they span more than float16 does
     TRAINED = ("cskv_key_A", "cskv_key_B", "cskv_value_A", "cskv_value_B")
 
     def __init__(self, layer_idx: int, num_key_value_heads: int, head_dim: int) -> None:
@@ -168,7 +169,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
             ("cskv_key_spectrum", keys.spectrum[None]),
             ("cskv_value_spectrum", values.spectrum[None]),
         ):
-            weight = tensor.to(device=device, dtype=dtype).contiguous().clone()
+            kind = torch.float32 if name in self.SPECTRA else dtype
+            weight = tensor.to(device=device, dtype=kind).contiguous().clone()
             getattr(self, name)[adapter_name].weight = nn.Parameter(weight, requires_grad=False)
 
     @property
@@ -220,7 +222,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             factor = getattr(self, name)[adapter_name]
             if factor.weight.device.type != "meta":
-                factor.to(device=device or self.placement[0], dtype=self.placement[1])
+                dtype = factor.weight.dtype if name in self.SPECTRA else self.placement[1]
+                factor.to(device=device or self.placement[0], dtype=dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.configs.pop(adapter_name, None)

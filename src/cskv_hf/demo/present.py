@@ -9,7 +9,16 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-COLOURS = {"random": "#9a9a9a", "svd": "#c98b3c", "asvd": "#b5533c", "mse": "#4c86b0", "attention": "#1f5f3f"}
+NUM_LINES = 100
+COLOURS = {
+    "random": "#9a9a9a",
+    "svd": "#c98b3c",
+    "asvd": "#b5533c",
+    "mse": "#4c86b0",
+    "attention": "#1f5f3f",
+    "packed": "#7a3e9d",
+    "packed+QAT": "#b58ad0",
+}
 
 
 @dataclass(frozen=True)
@@ -18,8 +27,8 @@ class Row:
 
     Attributes:
         compression: what was asked for; 0 is the full cache, 1 is no latents at all.
-        bytes_per_token: that one more old token costs.
-        cache_bytes: of one row of text of 1,024 tokens, everything counted.
+        bytes_per_token: that one more old token costs, in a 16-bit model.
+        cache_bytes: of one row of text of 1,024 tokens in a 16-bit model, everything counted.
         ratio: perplexity with a compressed past over that of the full cache; `ratio_low` and `ratio_high` its 95 %
             interval.
         accuracy, margin: line retrieval, and half its 95 % interval.
@@ -79,41 +88,29 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The plot needs matplotlib: `pip install 'cskv-hf[plot]'`.") from error
-    full, window = rows[0], rows[1]
-    compressions = sorted({r.compression for r in rows[2:]})
-    names = list(dict.fromkeys(r.name for r in rows[2:]))
-    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        picked = [next(r for r in rows[2:] if r.name == name and r.compression == c) for c in compressions]
-        x = [j + (i - (len(names) - 1) / 2) * width for j in range(len(picked))]
-        colour = COLOURS.get(name, "#555555")
-        left.bar(
-            x,
-            [r.accuracy for r in picked],
-            width * 0.92,
-            color=colour,
-            label=name,
-            yerr=[r.margin for r in picked],
-            ecolor="#333333",
-            capsize=2,
-        )
-        right.bar(x, [r.ratio - 1 for r in picked], width * 0.92, color=colour, bottom=1)
-        for position, row in zip(x, picked):
-            right.annotate(f"{row.ratio:.2f}", (position, row.ratio), ha="center", va="bottom", fontsize=7.5)
-    for axis in (left, right):
-        axis.set_xticks(range(len(compressions)), [f"{100 * c:.0f} % of the KV bytes removed" for c in compressions])
-        axis.spines[["top", "right"]].set_visible(False)
-    left.axhline(full.accuracy, color="#111111", linewidth=1, linestyle="--")
-    left.annotate("full cache", (len(compressions) - 0.5, full.accuracy), ha="right", va="bottom", fontsize=8)
-    left.axhline(window.accuracy, color="#888888", linewidth=1, linestyle=":")
-    left.annotate(
-        "window + sinks only", (-0.5, window.accuracy + 0.01), ha="left", va="bottom", fontsize=8, color="#666666"
-    )
-    left.set_title("Line retrieval, 100 lines: share of right answers", fontsize=10)
-    left.set_ylim(0, 1.09)
-    left.legend(fontsize=8, frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(1.05, -0.1))
+    full, window, measured = rows[0], rows[1], rows[2:]
+    places, labels, place = [], [], 0.0
+    for last, row in zip([None, *measured], measured):
+        place += 1.0 if last is None or last.compression == row.compression else 1.7
+        places.append(place)
+        labels.append(f"{100 * row.compression:.0f} %  {row.name}")
+    colours = [COLOURS.get(row.name, "#555555") for row in measured]
+    figure = Figure(figsize=(9.5, 0.27 * place + 1.1), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    margins = [row.margin for row in measured]
+    left.barh(places, [row.accuracy for row in measured], color=colours, xerr=margins, ecolor="#333333", capsize=2)
+    left.axvline(full.accuracy, color="#111111", linewidth=1, linestyle="--", label="full cache")
+    left.axvline(window.accuracy, color="#888888", linewidth=1.2, linestyle=":", label="window + sinks only")
+    left.set_title(f"Line retrieval, {NUM_LINES} lines: share of right answers", fontsize=10)
+    left.set_xlim(0, 1.05)
+    left.set_yticks(places, labels, fontsize=8.5)
+    left.invert_yaxis()
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=2)
+    right.barh(places, [row.ratio - 1 for row in measured], left=1, color=colours)
+    for position, row in zip(places, measured):
+        right.annotate(f" {row.ratio:.3f}", (row.ratio, position), va="center", fontsize=7.5)
     right.set_title("Perplexity with a compressed past, times the full cache's", fontsize=10)
-    right.set_ylim(1, None)
+    right.set_xlim(1, 1 + 1.15 * max(row.ratio - 1 for row in measured) + 1e-3)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)

@@ -4,7 +4,9 @@ initialisation."""
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache
+from transformers.trainer_callback import PrinterCallback
 
 from ..cache import CSKVCache
 from ..config import CSKVConfig
@@ -21,15 +24,16 @@ from ..evaluate.lines import LineRecord, line_record, line_retrieval
 from ..evaluate.memory import cache_nbytes
 from ..evaluate.perplexity import Perplexity, compressed_perplexity
 from ..fitting import fit
-from ..statistics import collect_statistics
+from ..statistics import KVStatistics, collect_statistics
+from ..train import CSKVTrainer, training_arguments
 from . import MODEL_PATH
 from .corpus import reference_topics
-from .present import Row, format_table, save_results
+from .present import NUM_LINES, Row, format_table, save_results
 
-NUM_LINES = 100
 TEXT_LENGTH = 1024
 COMPRESSIONS = (0.5, 0.8)
 INITS = ("random", "svd", "asvd", "mse", "attention")
+TRAIN_EPOCHS, TRAIN_LR = 2, 3e-4
 
 
 def load_bundled() -> tuple[nn.Module, Any]:
@@ -81,7 +85,7 @@ def measure(
     perplexity = compressed_perplexity(model, text, make_cache)
     accuracy = line_retrieval(model, tokenizer, records, make_cache)
     low, high = perplexity.ratio_interval(full or perplexity)
-    short, long = (cache_nbytes(model, make_cache, text[:1, :length]) for length in (512, 1024))
+    short, long = (cache_nbytes(model, make_cache, text[:1, :length], torch.bfloat16) for length in (512, 1024))
     row = Row(
         name=name,
         compression=compression,
@@ -113,6 +117,45 @@ def side_by_side(model: nn.Module, tokenizer: Any, record: LineRecord, caches: d
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way of compressing that the demo measures.
+
+    Attributes:
+        name: in the table.
+        config: of the fit.
+        train: whether the factors are fine-tuned afterwards.
+    """
+
+    name: str
+    config: CSKVConfig
+    train: bool = False
+
+
+def ways() -> list[Way]:
+    """The initialisations at equal ranks and 16 bits, then ours: packed, one budget for ranks and bits."""
+    plain = [
+        Way(init, CSKVConfig(compression=compression, init=init, bits=16, allocation="uniform"))
+        for compression in COMPRESSIONS
+        for init in INITS
+    ]
+    packed = [Way("packed", CSKVConfig(compression=compression)) for compression in (0.8, 0.95)]
+    return [*plain, *packed, Way("packed+QAT", CSKVConfig(compression=0.95), train=True)]
+
+
+def train_in_place(model: nn.Module, data: list[torch.Tensor], statistics: KVStatistics) -> None:
+    """A short quantisation-aware training on the calibration data."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(
+            folder, num_train_epochs=TRAIN_EPOCHS, learning_rate=TRAIN_LR, lr_scheduler_type="linear",
+            disable_tqdm=True, save_strategy="no", logging_strategy="no", use_cpu=True,
+        )  # fmt: skip
+        rows = [{"input_ids": row} for row in data]
+        trainer = CSKVTrainer(model, arguments, rows, objective="attention", statistics=statistics)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
 def run_demo(out: Path, num_records: int = 30, say: Callable[[str], None] = print) -> list[Row]:
     """Fit, generate, measure, print; saves ``demo.json`` and ``demo.png`` in `out`.
 
@@ -129,20 +172,23 @@ def run_demo(out: Path, num_records: int = 30, say: Callable[[str], None] = prin
         f"Measured on {text.numel():,} tokens of Python's language reference it has not seen,\n"
         f"and on {8 * num_records} questions about records of {NUM_LINES} lines.\n"
     )
-    statistics = collect_statistics(model, calibration_data(tokenizer))
-    with tqdm(total=2 + len(COMPRESSIONS) * len(INITS), desc="Measuring", unit="cache") as bar:
+    data = calibration_data(tokenizer)
+    statistics = collect_statistics(model, data)
+    todo = ways()
+    with tqdm(total=2 + len(todo), desc="Measuring", unit="cache") as bar:
         row, full = measure("full cache", 0.0, model, tokenizer, DynamicCache, text, records, None)
         rows = [row]
         bar.update()
         rows.append(measure("window", 1.0, model, tokenizer, WindowOnlyCache, text, records, full)[0])
         bar.update()
-        for compression in COMPRESSIONS:
-            for init in INITS:
-                config = CSKVConfig(compression=compression, init=init)
-                model = fit(model, statistics, config, adapter_name=f"{init}{100 * compression:.0f}", progress=False)
-                rows.append(measure(init, compression, model, tokenizer, CSKVCache, text, records, full)[0])
-                bar.update()
-    say(side_by_side(model, tokenizer, records[0], {"full cache": DynamicCache, "80 % removed": CSKVCache}))
+        for i, way in enumerate(todo):
+            model = fit(model, statistics, way.config, adapter_name=f"way{i}", progress=False)
+            if way.train:
+                train_in_place(model, data, statistics)
+            compression = way.config.compression
+            rows.append(measure(way.name, compression, model, tokenizer, CSKVCache, text, records, full)[0])
+            bar.update()
+    say(side_by_side(model, tokenizer, records[0], {"full cache": DynamicCache, "95 % removed": CSKVCache}))
     say("\n" + format_table(rows))
     save_results(out, rows)
     say(f"\nSaved {out / 'demo.json'} and {out / 'demo.png'}.")

@@ -9,17 +9,29 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 
-def held_nbytes(cache: Cache) -> int:
-    """Bytes of the storages behind a cache's tensors: `nbytes` where the cache counts itself, else its layers' keys
-    and values."""
+def held_nbytes(cache: Cache, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the tensors of a cache.
+
+    Args:
+        dtype: count keys, values and plain latents as a model of this dtype holds them, whatever it computes in here;
+            codes, ranges and positions count as they are.
+    """
     if hasattr(cache, "nbytes"):
-        return cache.nbytes
-    return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+        groups = [tensors for layer in cache.layers for tensors in layer.tensors().values()]
+        held, rest = [t for tensors in groups for t in tensors], cache.tokens.nbytes
+    else:
+        held, rest = [t for layer in cache.layers for t in (layer.keys, layer.values)], 0
+    if dtype is None:
+        return rest + sum(t.untyped_storage().nbytes() for t in held)
+    model_dtype = cache.layers[0].keys.dtype
+    return rest + sum(t.numel() * (dtype.itemsize if t.dtype == model_dtype else t.itemsize) for t in held)
 
 
 @torch.no_grad()
-def cache_nbytes(model: nn.Module, make_cache: Callable[[], Cache], input_ids: torch.Tensor) -> int:
-    """Bytes that a new cache holds after the prompt `input_ids` (batch, length)."""
+def cache_nbytes(
+    model: nn.Module, make_cache: Callable[[], Cache], input_ids: torch.Tensor, dtype: torch.dtype | None = None
+) -> int:
+    """Bytes that a new cache holds after the prompt `input_ids` (batch, length); `dtype` as in [`held_nbytes`]."""
     cache = make_cache()
     model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return held_nbytes(cache)
+    return held_nbytes(cache, dtype)

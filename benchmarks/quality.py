@@ -1,0 +1,276 @@
+"""What a smaller cache costs in quality: python benchmarks/quality.py MODEL TEXT [--out FILE.json]
+
+For the full cache, the paper's recipe and ours, at 50 to 95 % removed: bytes per old token (counted on the tensors),
+perplexity with a compressed past, and KL divergence and next-token agreement against the full cache. A second table
+shows what each step of ours gains, a third what quantisation alone costs. MODEL is a directory or id, TEXT a file of
+documents separated by ``<|endoftext|>`` or blank lines, or JSON lines; ``bundled bundled`` runs the bundled model on
+the text of the demo, with line retrieval on top. Calibration, training and evaluation use different documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import cskv_hf
+from cskv_hf import CSKVCache, CSKVConfig, ModelShape, collect_statistics
+from cskv_hf.demo import run as demo
+from cskv_hf.evaluate.divergence import compare_with_full_cache
+from cskv_hf.evaluate.lines import line_retrieval
+from cskv_hf.evaluate.memory import cache_nbytes
+from cskv_hf.files import documents
+from cskv_hf.latents import PackedFormat, PlainFormat
+from cskv_hf.train import CSKVTrainer, training_arguments
+from cskv_hf.tuner import sidecars
+
+PLAIN = dict(bits=16, allocation="uniform")
+PAPER_4 = dict(bits=4, allocation="uniform", init="asvd", key_group=[32, 1])  # keys per channel; values below
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedFormat:
+    """The paper's published quantiser, simulated as it is there: an integer zero point clamped to [0, 15].
+
+    A baseline only. Stores what it would read back, in the model's dtype; bytes are those of its real counterpart.
+    """
+
+    packed: PackedFormat
+    per_token: bool
+
+    @property
+    def rank(self) -> int:
+        return self.packed.rank
+
+    @property
+    def block_size(self) -> int:
+        return self.packed.block_size
+
+    def store(self, latents: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        blocks = latents.unflatten(1, (latents.shape[1] // self.block_size, self.block_size))
+        dim = 3 if self.per_token else 2
+        low, high = blocks.amin(dim, keepdim=True), blocks.amax(dim, keepdim=True)
+        scale = ((high - low) / 15).clamp_min(1e-8)
+        zero = (-low / scale).round().clamp(0, 15)
+        levels = (blocks / scale + zero).round().clamp(0, 15)
+        return (((levels - zero) * scale).to(dtype),)
+
+    def read(self, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+        return tensors[0].to(dtype).flatten(1, 2)
+
+    def bytes_per_token(self, dtype: torch.dtype) -> float:
+        return self.packed.bytes_per_token(dtype)
+
+
+class Bench:
+    """One model with its data; `run` measures one way of compressing."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.bundled = args.model == "bundled"
+        self.records = []
+        if self.bundled:
+            self.model, self.tokenizer = demo.load_bundled()
+            self.text = demo.evaluation_text(self.tokenizer)
+            self.calibration = demo.calibration_data(self.tokenizer)
+            self.records = demo.evaluation_records(args.records)
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+            rows = self._rows(Path(args.text), args.length, args.rows + args.calibration_rows)
+            self.text, self.calibration = torch.stack(rows[: args.rows]), rows[args.rows :]
+        self.args = args
+        self.shape = ModelShape.from_model_config(self.model.config)
+        self.statistics = collect_statistics(self.model, self.calibration, progress=False)
+        self.full_bytes = 2 * self.shape.num_hidden_layers * 2 * self.shape.kv_dim
+        self.results: list[dict] = []
+
+    def _rows(self, path: Path, length: int, count: int) -> list[torch.Tensor]:
+        """The first `length` tokens of the documents that are long enough."""
+        texts = list(documents(path))
+        if len(texts) == 1:
+            separator = "<|endoftext|>" if "<|endoftext|>" in texts[0] else "\n\n"
+            texts = texts[0].split(separator)
+            if separator == "\n\n":  # paragraphs are short: several make a row
+                texts = ["\n\n".join(texts[i : i + 12]) for i in range(0, len(texts), 12)]
+        rows = []
+        for text in texts:
+            ids = self.tokenizer(text.strip())["input_ids"]
+            if len(ids) >= length:
+                rows.append(torch.tensor(ids[:length]))
+            if len(rows) == count:
+                return rows
+        raise SystemExit(f"'{path}' has {len(rows)} documents of {length} tokens, {count} are needed.")
+
+    def run(
+        self, table: str, name: str, *, train: bool = False, clamped: bool = False, plain: bool = False, **settings
+    ):
+        """Fit, perhaps train, measure, print.
+
+        Args:
+            clamped: store latents with the paper's quantiser.
+            plain: store the latents of a packed adapter unquantised.
+        """
+        started = time.perf_counter()
+        config = CSKVConfig(**settings)
+        try:
+            model = cskv_hf.fit(self.model, self.statistics, config, progress=False)
+        except ValueError as error:
+            print(f"{name:<38} not possible: {error}", flush=True)
+            return
+        if clamped or plain:
+            for sidecar in sidecars(model):
+                formats = sidecar.formats["default"]
+                if clamped:
+                    formats = (ClampedFormat(formats[0], False), ClampedFormat(formats[1], True))
+                else:
+                    formats = tuple(PlainFormat(f.rank, f.block_size) for f in formats)
+                sidecar.formats["default"] = formats
+        if train:
+            self._train(model, config)
+        self._measure(table, name, model, CSKVCache, config, started)
+        self.model = model.unload()
+
+    def _train(self, model, config: CSKVConfig) -> None:
+        rows = [{"input_ids": row} for row in self.calibration]
+        arguments = training_arguments(
+            "/tmp/cskv-quality",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+            use_cpu=True,
+            num_train_epochs=self.args.epochs,
+            learning_rate=self.args.learning_rate,
+            lr_scheduler_type="linear",
+        )
+        objective = "mse" if config.init == "asvd" else "attention"
+        trainer = CSKVTrainer(model, arguments, rows, objective=objective, statistics=self.statistics)
+        trainer.train()
+
+    def _measure(self, table, name, model, make_cache, config, started) -> None:
+        result = compare_with_full_cache(model, self.text, make_cache)
+        low, high = result.compressed.ratio_interval(result.full)
+        short, long = (
+            cache_nbytes(model, make_cache, self.text[:1, :length], torch.bfloat16) for length in (128, 256)
+        )
+        if isinstance(next(iter(sidecars(model))).formats["default"][0], ClampedFormat) if config else False:
+            per_token = (
+                sum(f.bytes_per_token(torch.bfloat16) for s in sidecars(model) for f in s.formats["default"]) + 4
+            )
+        else:
+            per_token = (long - short) / 128
+        row = {
+            "table": table,
+            "name": name,
+            "bytes_per_token": per_token,
+            "share": per_token / self.full_bytes,
+            "perplexity": result.compressed.value,
+            "ratio": result.ratio,
+            "ratio_low": low,
+            "ratio_high": high,
+            "kl": result.kl,
+            "agreement": result.agreement,
+            "seconds": time.perf_counter() - started,
+        }
+        if self.records:
+            accuracy = line_retrieval(model, self.tokenizer, self.records, make_cache)
+            row |= {"accuracy": accuracy.value, "margin": accuracy.margin}
+        self.results.append(row)
+        retrieval = f"  {row['accuracy']:.3f} ±{row['margin']:.3f}" if self.records else ""
+        print(
+            f"{name:<38}{per_token:>8.1f}{100 * row['share']:>7.2f} %{row['ratio']:>9.4f} ±{(high - low) / 2:.4f}"
+            f"{row['kl']:>9.5f}{100 * row['agreement']:>8.2f} %{retrieval}",
+            flush=True,
+        )
+
+    def header(self, title: str) -> None:
+        retrieval = "   retrieval" if self.records else ""
+        print(f"\n{title}")
+        print(f"{'':<38}{'bytes':>8}{'kept':>9}{'perplexity':>10}{'':>8}{'KL':>9}{'same token':>10}{retrieval}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="directory or id, or 'bundled'")
+    parser.add_argument("text", help="file, or 'bundled'")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--length", type=int, default=320, help="tokens per row")
+    parser.add_argument("--rows", type=int, default=64, help="rows to evaluate on")
+    parser.add_argument("--calibration-rows", type=int, default=128)
+    parser.add_argument("--records", type=int, default=30, help="of line retrieval, 8 questions each (bundled model)")
+    parser.add_argument("--epochs", type=float, default=8.0, help="of training, on the calibration rows")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of training; the paper's 5e-5 is for 7B")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tables", default="methods,steps,quantisation")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    bench = Bench(args)
+    print(
+        f"{args.model}: {bench.shape.num_hidden_layers} layers, kv_dim {bench.shape.kv_dim}; evaluated on "
+        f"{bench.text.numel():,} tokens, calibrated on {bench.statistics.num_tokens:,}"
+    )
+    tables = args.tables.split(",")
+    value_group = [1, bench.shape.kv_dim]  # one range per token, the paper's layout
+    if "methods" in tables:
+        bench.header("Methods (training: epochs over the calibration rows; perplexity is relative to the full cache)")
+        bench._measure("methods", "full cache", bench.model, DynamicCache, None, time.perf_counter())
+        for compression in (0.5, 0.8, 0.9):
+            label = f"{100 * compression:.0f} %"
+            bench.run("methods", f"{label} paper: asvd", compression=compression, init="asvd", **PLAIN)
+            bench.run(
+                "methods", f"{label} paper: asvd + training", train=True, compression=compression, init="asvd", **PLAIN
+            )
+            bench.run("methods", f"{label} ours, no training", compression=compression)
+            bench.run("methods", f"{label} ours + training", train=True, compression=compression)
+        paper = PAPER_4 | dict(compression=0.95, value_group=value_group)
+        for quantiser, clamped in (("its quantiser", True), ("our quantiser", False)):
+            bench.run("methods", f"95 % paper: asvd, {quantiser}, PTQ", clamped=clamped, **paper)
+            bench.run("methods", f"95 % paper: asvd, {quantiser}, QAT", clamped=clamped, train=True, **paper)
+        bench.run("methods", "95 % ours, no training", compression=0.95)
+        bench.run("methods", "95 % ours + QAT", train=True, compression=0.95)
+    if "steps" in tables:
+        for compression in (0.8, 0.9, 0.95):
+            bench.header(f"What each step gains, {100 * compression:.0f} % removed")
+            for name, settings in (
+                ("asvd, uniform, 16 bits", dict(init="asvd", **PLAIN)),
+                ("mse", dict(init="mse", **PLAIN)),
+                ("attention", dict(**PLAIN)),
+                ("ranks by one budget, 16 bits", dict(bits=16)),
+                ("4 bits, uniform", dict(bits=4, allocation="uniform", key_group=[32, 1], value_group=value_group)),
+                (
+                    "4 bits, values per channel as well",
+                    dict(bits=4, allocation="uniform", key_group=[32, 1], value_group=[32, 1]),
+                ),
+                ("4 bits on average, by one budget", dict(bits=4, key_group=[32, 1], value_group=[32, 1])),
+                ("each channel its bits", dict(key_group=[32, 1], value_group=[32, 1])),
+                ("ranges shared by 4 channels", dict()),
+                ("ranges shared by 16 channels", dict(key_group=[32, 16], value_group=[32, 16])),
+            ):
+                bench.run(f"steps {compression}", name, compression=compression, **settings)
+    if "quantisation" in tables:
+        bench.header("What quantisation costs: the same factors, packed and not")
+        for compression in (0.8, 0.9, 0.95):
+            label = f"{100 * compression:.0f} %"
+            for name, settings in (("4 bits on average", dict(bits=4)), ("each channel its bits", dict())):
+                bench.run("quantisation", f"{label} {name}", compression=compression, **settings)
+                bench.run(
+                    "quantisation", f"{label} {name}, unquantised", plain=True, compression=compression, **settings
+                )
+    if args.out:
+        machine = {"cpu": platform.machine(), "threads": args.threads, "torch": torch.__version__}
+        machine |= {"transformers": transformers.__version__, "python": platform.python_version()}
+        settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "model", "text")}
+        settings |= {"model": Path(args.model).name, "text": Path(args.text).name}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": machine, "settings": settings, "rows": bench.results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
