@@ -46,7 +46,7 @@ def test_retrieval_tells_caches_apart(bundled):
     assert line_retrieval(model, tokenizer, records, WindowOnlyCache).value <= 0.1
     ours = cskv_hf.fit(model, statistics, CSKVConfig(compression=0.8), progress=False)
     assert line_retrieval(ours, tokenizer, records, CSKVCache).value >= full - 0.1
-    ours = cskv_hf.fit(ours, statistics, CSKVConfig(compression=0.8, init="random"), progress=False)
+    ours = cskv_hf.fit(ours, statistics, CSKVConfig(compression=0.8, init="random", bits=16), progress=False)
     assert line_retrieval(ours, tokenizer, records, CSKVCache).value <= 0.2
     assert ours.unload() is model
 
@@ -56,7 +56,9 @@ def test_attention_loses_less_perplexity_than_asvd(bundled):
     text = demo.evaluation_text(tokenizer)[:8]
     values = {}
     for init in ("attention", "asvd"):
-        fitted = cskv_hf.fit(model, statistics, CSKVConfig(compression=0.8, init=init), progress=False)
+        fitted = cskv_hf.fit(
+            model, statistics, CSKVConfig(compression=0.8, init=init, bits=16, allocation="uniform"), progress=False
+        )
         values[init] = compressed_perplexity(fitted, text, CSKVCache).value
         model = fitted.unload()
     assert values["attention"] < values["asvd"]

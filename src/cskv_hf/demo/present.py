@@ -16,6 +16,7 @@ COLOURS = {
     "asvd": "#b5533c",
     "mse": "#4c86b0",
     "attention": "#1f5f3f",
+    "allocated": "#3d9a70",
     "packed": "#7a3e9d",
     "packed+QAT": "#b58ad0",
 }

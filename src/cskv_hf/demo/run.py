@@ -33,7 +33,7 @@ from .present import NUM_LINES, Row, format_table, save_results
 TEXT_LENGTH = 1024
 COMPRESSIONS = (0.5, 0.8)
 INITS = ("random", "svd", "asvd", "mse", "attention")
-TRAIN_EPOCHS, TRAIN_LR = 2, 3e-4
+TRAIN_EPOCHS, TRAIN_LR = 1, 1e-4
 
 
 def load_bundled() -> tuple[nn.Module, Any]:
@@ -133,14 +133,19 @@ class Way:
 
 
 def ways() -> list[Way]:
-    """The initialisations at equal ranks and 16 bits, then ours: packed, one budget for ranks and bits."""
+    """The initialisations at equal ranks and 16 bits; ranks by one budget; and ranks and bits by one budget, packed."""
     plain = [
         Way(init, CSKVConfig(compression=compression, init=init, bits=16, allocation="uniform"))
         for compression in COMPRESSIONS
         for init in INITS
     ]
-    packed = [Way("packed", CSKVConfig(compression=compression)) for compression in (0.8, 0.95)]
-    return [*plain, *packed, Way("packed+QAT", CSKVConfig(compression=0.95), train=True)]
+    ours = [
+        Way("allocated", CSKVConfig(compression=0.8, bits=16)),
+        Way("packed", CSKVConfig(compression=0.8)),
+        Way("packed", CSKVConfig(compression=0.95)),
+        Way("packed+QAT", CSKVConfig(compression=0.95), train=True),
+    ]
+    return [*plain, *ours]
 
 
 def train_in_place(model: nn.Module, data: list[torch.Tensor], statistics: KVStatistics) -> None:
