@@ -133,7 +133,7 @@ class Way:
 
 
 def ways() -> list[Way]:
-    """The initialisations at equal ranks and 16 bits; ranks by one budget; and ranks and bits by one budget, packed."""
+    """The initialisations at equal ranks and 16 bits; ranks by one budget; ranks and bits by one budget, packed."""
     plain = [
         Way(init, CSKVConfig(compression=compression, init=init, bits=16, allocation="uniform"))
         for compression in COMPRESSIONS
