@@ -104,7 +104,9 @@ def test_a_packed_token_costs_what_was_promised(compression, bits, allocation):
         model(prompt(1, length), past_key_values=cache, use_cache=True, logits_to_keep=1)
         sizes.append(cache.nbytes)
     per_token, full = (sizes[1] - sizes[0]) / 256, 4 * 2 * 4 * 32 * 2
-    assert (1 - compression) * full * 0.9 < per_token <= (1 - compression) * full
+    assert per_token <= (1 - compression) * full
+    everything_kept = min(model.peft_config["default"].value_ranks) == 4 * 32  # then few bits cannot use it up
+    assert everything_kept or per_token > (1 - compression) * full * 0.9
     assert per_token == model.peft_config["default"].bytes_per_token(model.config)
 
 
