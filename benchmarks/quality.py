@@ -28,7 +28,6 @@ from cskv_hf.evaluate.lines import line_retrieval
 from cskv_hf.evaluate.memory import cache_nbytes
 from cskv_hf.files import documents
 from cskv_hf.latents import PackedFormat, PlainFormat
-from cskv_hf.train import CSKVTrainer, training_arguments
 from cskv_hf.tuner import sidecars
 
 PLAIN = dict(bits=16, allocation="uniform")
@@ -133,27 +132,13 @@ class Bench:
                     formats = tuple(PlainFormat(f.rank, f.block_size) for f in formats)
                 sidecar.formats["default"] = formats
         if train:
-            self._train(model, config)
-        self._measure(table, name, model, CSKVCache, config, started)
+            objective = "mse" if config.init == "asvd" else "attention"
+            epochs, rate = self.args.epochs, self.args.learning_rate
+            demo.train_in_place(model, self.calibration, self.statistics, objective, epochs, rate)
+        self.measure(table, name, model, CSKVCache, config, started)
         self.model = model.unload()
 
-    def _train(self, model, config: CSKVConfig) -> None:
-        rows = [{"input_ids": row} for row in self.calibration]
-        arguments = training_arguments(
-            "/tmp/cskv-quality",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            use_cpu=True,
-            num_train_epochs=self.args.epochs,
-            learning_rate=self.args.learning_rate,
-            lr_scheduler_type="linear",
-        )
-        objective = "mse" if config.init == "asvd" else "attention"
-        trainer = CSKVTrainer(model, arguments, rows, objective=objective, statistics=self.statistics)
-        trainer.train()
-
-    def _measure(self, table, name, model, make_cache, config, started) -> None:
+    def measure(self, table, name, model, make_cache, config, started) -> None:
         result = compare_with_full_cache(model, self.text, make_cache)
         low, high = result.compressed.ratio_interval(result.full)
         short, long = (
@@ -220,7 +205,7 @@ def main() -> None:
     value_group = [1, bench.shape.kv_dim]  # one range per token, the paper's layout
     if "methods" in tables:
         bench.header("Methods (training: epochs over the calibration rows; perplexity is relative to the full cache)")
-        bench._measure("methods", "full cache", bench.model, DynamicCache, None, time.perf_counter())
+        bench.measure("methods", "full cache", bench.model, DynamicCache, None, time.perf_counter())
         for compression in (0.5, 0.8, 0.9):
             label = f"{100 * compression:.0f} %"
             bench.run("methods", f"{label} paper: asvd", compression=compression, init="asvd", **PLAIN)

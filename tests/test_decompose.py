@@ -12,7 +12,6 @@ from cskv_hf.decompose import (
     pooled_ranks,
     random_factors,
     relative_error,
-    truncation_order,
     value_weight,
     weight_moment,
 )
@@ -137,12 +136,10 @@ def test_nested_ranks(data, groups):
     """Cutting a fit to a smaller rank is fitting at that rank."""
     C = data[3]
     large, small = optimal_factors(C, 14, groups, weights()), optimal_factors(C, 6, groups, weights())
-    kept, ranks = truncation_order(large.spectrum, large.ranks, 6)
-    assert ranks == small.ranks
-    torch.testing.assert_close(large.A[kept], small.A)
-    torch.testing.assert_close(large.B[:, kept], small.B)
-    with pytest.raises(ValueError, match="Cannot cut factors of rank 14 to rank 15"):
-        truncation_order(large.spectrum, large.ranks, 15)
+    cut = large.cut(small.ranks)
+    assert cut.ranks == small.ranks
+    for name in ("A", "B", "spectrum"):
+        torch.testing.assert_close(getattr(cut, name), getattr(small, name))
 
 
 def test_pooled_ranks_keep_the_largest():

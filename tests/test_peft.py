@@ -101,11 +101,12 @@ def test_several_adapters_switched_and_deleted():
     assert torch.equal(model.generate(ids, **GREEDY), expected["strong"])
 
 
+@pytest.mark.parametrize("storage", [{}, dict(bits=None, allocation=None, block_size=8)], ids=["plain", "packed"])
 @pytest.mark.parametrize("layout", ["head", "joint"])
-def test_cutting_a_fit_equals_fitting_smaller(layout, tmp_path):
+def test_cutting_a_fit_equals_fitting_smaller(layout, storage, tmp_path):
     """Nested ranks, in memory and at load time."""
     ids = prompt(1, 60)
-    large, small = lossy(make_model(), 0.4, key_layout=layout), lossy(make_model(), 0.75, key_layout=layout)
+    large, small = (lossy(make_model(), c, key_layout=layout, **storage) for c in (0.5, 0.75))
     large.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = small(ids[:, 40:], past_key_values=prefilled(small, ids), use_cache=True).logits
@@ -114,9 +115,13 @@ def test_cutting_a_fit_equals_fitting_smaller(layout, tmp_path):
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
     loaded.save_pretrained(tmp_path / "small")
     again = cskv_hf.load(make_model(), tmp_path / "small")
-    assert again.peft_config["default"].key_ranks == small.peft_config["default"].key_ranks
+    for field in ("key_ranks", "value_ranks", "key_bits", "value_bits"):
+        assert getattr(again.peft_config["default"], field) == getattr(small.peft_config["default"], field)
     with pytest.raises(ValueError, match="loads at its own or a smaller rank"):
         cskv_hf.shrink(again, 0.1)
+    cskv_hf.shrink(again, key_rank=2, value_rank=2)
+    again.save_pretrained(tmp_path / "ranks")
+    assert cskv_hf.load(make_model(), tmp_path / "ranks").peft_config["default"].value_ranks == [2, 2]
 
 
 @torch.no_grad()

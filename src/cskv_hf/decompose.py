@@ -176,34 +176,6 @@ def _groups(factors: Factors, second_moment: torch.Tensor):
         start += rank
 
 
-def truncation_order(spectrum: torch.Tensor, ranks: Sequence[int], rank: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Which channels of fitted factors to keep at a smaller total rank (nested ranks).
-
-    Args:
-        spectrum: (sum(ranks),) as stored with the factors.
-        ranks: channels per group.
-        rank: the smaller total.
-
-    Returns:
-        The indices of the channels kept, in their old order, and the new ranks per group.
-
-    Raises:
-        ValueError: if `rank` is above what the factors hold.
-    """
-    if not 1 <= rank <= sum(ranks):
-        raise ValueError(
-            f"Cannot cut factors of rank {sum(ranks)} to rank {rank}: a fitted adapter loads at its own or a smaller "
-            f"rank. "
-            "Fit again for a larger one."
-        )
-    padded = torch.full((len(ranks), max(ranks)), -1.0, dtype=torch.float64)
-    for g, channels in enumerate(spectrum.double().split(list(ranks))):
-        padded[g, : len(channels)] = channels
-    kept = pooled_ranks(padded, rank)
-    starts = torch.tensor([0, *ranks]).cumsum(0)[:-1].tolist()
-    return torch.cat([torch.arange(start, start + r) for start, r in zip(starts, kept)]), kept
-
-
 def weight_moment(weight: torch.Tensor, input_scale: torch.Tensor | None = None) -> torch.Tensor:
     """``W Wᵀ`` (svd), or ``W S² Wᵀ`` with the scale of every input channel (asvd: mean absolute activation to the
     power alpha).

@@ -72,16 +72,16 @@ class Latents:
     Attributes:
         format: how latents become tensors.
         tensors: each (batch, blocks, ...).
-        dtype: of the model.
     """
 
-    def __init__(self, format: LatentFormat, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> None:
-        self.format, self.tensors, self.dtype = format, tensors, dtype
+    def __init__(self, format: LatentFormat, tensors: tuple[torch.Tensor, ...]) -> None:
+        self.format, self.tensors = format, tensors
 
     @classmethod
     def of(cls, format: LatentFormat, latents: torch.Tensor, dtype: torch.dtype) -> Latents:
-        """Store latents (batch, tokens, rank); tokens is a multiple of the block size, and may be 0."""
-        return cls(format, format.store(latents, dtype), dtype)
+        """Store latents (batch, tokens, rank); tokens is a multiple of the block size, and may be 0; `dtype` is
+        the model's."""
+        return cls(format, format.store(latents, dtype))
 
     @property
     def num_blocks(self) -> int:
@@ -96,7 +96,7 @@ class Latents:
         return self.format.read(tuple(t[:, first_block:last_block] for t in self.tensors), dtype)
 
     def _with(self, tensors: Any) -> Latents:
-        return Latents(self.format, tuple(tensors), self.dtype)
+        return Latents(self.format, tuple(tensors))
 
     def append(self, others: Latents) -> Latents:
         return self._with(torch.cat([mine, more], dim=1) for mine, more in zip(self.tensors, others.tensors))

@@ -69,11 +69,19 @@ def measure_sensitivity(
         bases: per layer, the full-rank factors of keys and values.
         samples: (length,) input_ids to measure on.
 
+    Raises:
+        ValueError: if there is no sample of two tokens or more.
+
     Returns:
         Per layer ``[keys, values]``, in nats per token and unit of the spectra.
     """
     from tqdm.auto import tqdm
 
+    if not samples:
+        raise ValueError(
+            "`allocation`='auto' measures the model on calibration samples of at least 2 tokens, and there is none; "
+            "give longer ones, or use `allocation`='uniform'."
+        )
     device = model.get_input_embeddings().weight.device
     device = torch.device(getattr(model, "device", device)) if device.type == "meta" else device
     batches = [ids[None].to(device) for ids in samples]

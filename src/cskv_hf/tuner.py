@@ -224,7 +224,17 @@ def shrink(
             module[name].weight = nn.Parameter(weight.index_select(dim, index.to(weight.device)), weight.requires_grad)
         sidecar.key_ranks[name] = layer.key_ranks
         sidecar.formats[name] = wanted.formats(sidecar.layer_idx)
-    for field in ("compression", "key_rank", "value_rank", "key_ranks", "value_ranks", "key_bits", "value_bits"):
+    changed = (
+        "compression",
+        "key_rank",
+        "value_rank",
+        "allocation",
+        "key_ranks",
+        "value_ranks",
+        "key_bits",
+        "value_bits",
+    )
+    for field in changed:
         setattr(config, field, getattr(wanted, field))
     return model
 

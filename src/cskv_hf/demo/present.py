@@ -109,7 +109,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     right.barh(places, [row.ratio - 1 for row in measured], left=1, color=colours)
     for position, row in zip(places, measured):
-        right.annotate(f" {row.ratio:.3f}", (row.ratio, position), va="center", fontsize=7.5)
+        right.annotate(f" {row.ratio:.3f}", (max(1.0, row.ratio), position), va="center", fontsize=7.5)
     right.set_title("Perplexity with a compressed past, times the full cache's", fontsize=10)
     right.set_xlim(1, 1 + 1.15 * max(row.ratio - 1 for row in measured) + 1e-3)
     for axis in (left, right):

@@ -148,15 +148,22 @@ def ways() -> list[Way]:
     return [*plain, *ours]
 
 
-def train_in_place(model: nn.Module, data: list[torch.Tensor], statistics: KVStatistics) -> None:
-    """A short quantisation-aware training on the calibration data."""
+def train_in_place(
+    model: nn.Module,
+    data: list[torch.Tensor],
+    statistics: KVStatistics,
+    objective: str = "attention",
+    epochs: float = TRAIN_EPOCHS,
+    learning_rate: float = TRAIN_LR,
+) -> None:
+    """A short training on the calibration data, quantisation-aware for packed latents; leaves no files."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(
-            folder, num_train_epochs=TRAIN_EPOCHS, learning_rate=TRAIN_LR, lr_scheduler_type="linear",
-            disable_tqdm=True, save_strategy="no", logging_strategy="no", use_cpu=True,
+            folder, num_train_epochs=epochs, learning_rate=learning_rate, lr_scheduler_type="linear",
+            disable_tqdm=True, save_strategy="no", logging_strategy="no",
         )  # fmt: skip
         rows = [{"input_ids": row} for row in data]
-        trainer = CSKVTrainer(model, arguments, rows, objective="attention", statistics=statistics)
+        trainer = CSKVTrainer(model, arguments, rows, objective=objective, statistics=statistics)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
