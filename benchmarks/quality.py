@@ -2,9 +2,10 @@
 
 For the full cache, the paper's recipe and ours, at 50 to 95 % removed: bytes per old token (counted on the tensors),
 perplexity with a compressed past, and KL divergence and next-token agreement against the full cache. A second table
-shows what each step of ours gains, a third what quantisation alone costs. MODEL is a directory or id, TEXT a file of
-documents separated by ``<|endoftext|>`` or blank lines, or JSON lines; ``bundled bundled`` runs the bundled model on
-the text of the demo, with line retrieval on top. Calibration, training and evaluation use different documents.
+shows what each step of ours gains, a third compares the key layouts, a fourth what quantisation alone costs. MODEL is
+a directory or id, TEXT a file of documents separated by ``<|endoftext|>`` or blank lines, or JSON lines; ``bundled
+bundled`` runs the bundled model on the text of the demo, with line retrieval on top. Calibration, training and
+evaluation use different documents.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=8.0, help="of training, on the calibration rows")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of training; the paper's 5e-5 is for 7B")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tables", default="methods,steps,quantisation")
+    parser.add_argument("--tables", default="methods,steps,layouts,quantisation")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
@@ -239,6 +240,18 @@ def main() -> None:
                 ("ranges shared by 16 channels", dict(key_group=[32, 16], value_group=[32, 16])),
             ):
                 bench.run(f"steps {compression}", name, compression=compression, **settings)
+    if "layouts" in tables:
+        bench.header("Keys per head and jointly over the heads of a layer, no training")
+        for compression in (0.8, 0.9, 0.95):
+            for bits, label in ((16, "ranks by one budget, 16 bits"), (None, "each channel its bits")):
+                for layout in ("head", "joint"):
+                    bench.run(
+                        "layouts",
+                        f"{100 * compression:.0f} % {label}: {layout}",
+                        compression=compression,
+                        bits=bits,
+                        key_layout=layout,
+                    )
     if "quantisation" in tables:
         bench.header("What quantisation costs: the same factors, packed and not")
         for compression in (0.8, 0.9, 0.95):
