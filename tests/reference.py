@@ -2,8 +2,8 @@
 the package's code.
 
 Every token's exact key (before RoPE) and value are kept for ever; what a query sees of an old token is
-``RoPE(B A k)`` and ``B A v`` (CSKV section 2.1), with the latents ``A k`` and ``A v`` of each block quantised first if
-the adapter packs them. Works in the model's dtype; use float64.
+``RoPE(B A (k - μ) + μ)`` and ``B A (v - μ) + μ`` (CSKV section 2.1, about the means μ of the adapter), with the
+latents of each block quantised first if the adapter packs them. Works in the model's dtype; use float64.
 """
 
 import torch
@@ -30,7 +30,7 @@ class Reference:
         self.window, self.sinks, self.block = window, sinks, block
         self.inv_freq = self.decoder.rotary_emb.inv_freq
         self.scaling = self.decoder.rotary_emb.attention_scaling
-        self.factors = []  # per layer: A and B of keys, A and B of values, over all heads; how each is packed
+        self.factors = []  # per layer, keys and values: A, B and mean over all heads; how they are packed
         for index, layer in enumerate(self.decoder.layers):
             cskv = layer.self_attn.cskv
             A, B = cskv.cskv_key_A[adapter].weight, cskv.cskv_key_B[adapter].weight
@@ -40,6 +40,8 @@ class Reference:
                 start += rank
             keys = torch.block_diag(*(a for a, _ in parts)), torch.block_diag(*(b for _, b in parts))
             values = cskv.cskv_value_A[adapter].weight, cskv.cskv_value_B[adapter].weight
+            keys = *keys, cskv.cskv_key_mean[adapter].weight[0]
+            values = *values, cskv.cskv_value_mean[adapter].weight[0]
             layouts = [getattr(f, "layout", None) for f in cskv.configs[adapter].formats(index)]
             self.factors.append((*zip((keys, values), layouts),))
         self.seen_old = [[[], []] for _ in self.decoder.layers]  # per layer: keys and values of old tokens as seen
@@ -66,11 +68,11 @@ class Reference:
     def compress_block(self):
         first = self.sinks + self.num_old
         for index, sides in enumerate(self.factors):
-            for exact, seen, ((A, B), layout) in zip((self.keys, self.values), self.seen_old[index], sides):
-                latents = torch.stack([A @ state for state in exact[index][first : first + self.block]])
+            for exact, seen, ((A, B, mean), layout) in zip((self.keys, self.values), self.seen_old[index], sides):
+                latents = torch.stack([A @ (state - mean) for state in exact[index][first : first + self.block]])
                 if layout is not None:
                     latents = quantised_by_definition(latents[None], layout)[0]
-                seen.extend(B @ c for c in latents)
+                seen.extend(B @ c + mean for c in latents)
         self.num_old += self.block
 
     def attend(self, index, attn, x, t, start):

@@ -71,7 +71,7 @@ def test_packed_latents(settings, materialize):
 
 @torch.no_grad()
 def test_heads_without_any_key_channel():
-    """At a tiny budget the allocation leaves whole KV heads without keys; their old keys are zero."""
+    """At a tiny budget the allocation leaves whole KV heads without keys; their old keys are the mean."""
     model = lossy(make_model(), 0.93, bits=16, allocation=None)
     assert min(min(ranks) for ranks in model.peft_config["default"].key_ranks) == 0
     ids = prompt(1, sum(TURNS))

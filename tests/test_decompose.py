@@ -75,6 +75,25 @@ def test_pooled_eckart_young(data):
     assert sum(factors.ranks) == 10 and len(set(factors.ranks)) > 1
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_centred_factors_are_the_affine_optimum(data, groups):
+    """The error about the mean is the sum of the dropped eigenvalues of the covariance: never more than of C, since
+    C is the covariance plus a positive semi-definite matrix."""
+    _, _, k, C = data
+    mean = k.mean(0)
+    covariance = (k - mean).mT @ (k - mean) / len(k)
+    eigenvalues, size = torch.linalg.eigvalsh(blocks(covariance, groups)), KV_DIM // groups
+    for rank in (4, 9, 15):
+        plain, factors = optimal_factors(C, rank, groups), optimal_factors(C, rank, groups, mean=mean)
+        error = (k - mean - reconstruct(factors, k - mean)).square().sum(1).mean()
+        dropped = sum(eigenvalues[g, : size - r].sum() for g, r in enumerate(factors.ranks))
+        torch.testing.assert_close(error, dropped)
+        assert relative_error(factors, C) == pytest.approx(float(error / k.square().sum(1).mean()))
+        assert relative_error(factors, C) <= relative_error(plain, C)
+        latents = (k - mean)[:, :size] @ factors.A[: factors.ranks[0]].mT
+        torch.testing.assert_close(latent_energy(factors, C)[: factors.ranks[0]], latents.square().mean(0))
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("rank", [4, 9, 15])
 def test_mse_is_never_worse_on_its_own_data(data, groups, rank):

@@ -43,6 +43,8 @@ def test_moments_are_those_of_the_definition(family):
     k, v = k.flatten(1), attn.v_proj(x)
     torch.testing.assert_close(statistics.key_moment[1], k.mT @ k)
     torch.testing.assert_close(statistics.value_moment[1], v.mT @ v)
+    torch.testing.assert_close(statistics.key_sum[1], k.sum(0))
+    torch.testing.assert_close(statistics.value_sum[1], v.sum(0))
     for g in range(kv_heads):
         of_group = q[:, g * heads // kv_heads : (g + 1) * heads // kv_heads].flatten(0, 1)
         torch.testing.assert_close(statistics.query_moment[1, g], of_group.mT @ of_group)
@@ -177,6 +179,26 @@ def test_optimum_beats_the_baselines_on_the_calibration_data():
         layers = config.fit_report["layers"]
         errors[init] = sum(layer["key_error"] + layer["value_error"] for layer in layers)
     assert min(errors, key=errors.get) == "mse", errors
+
+
+def test_centred_by_default_where_the_moments_decide():
+    """The adapter holds the data's means, and loses less by them; the paper's initialisations stay linear."""
+    data, errors = calibration_data(make_model()), {}
+    for center in (None, False):
+        config = CSKVConfig(compression=0.8, bits=16, allocation="uniform", center=center)
+        model = cskv_hf.fit(make_model(), data, config, progress=False)
+        layers = config.fit_report["layers"]
+        errors[center] = sum(layer["key_attention_error"] + layer["value_attention_error"] for layer in layers)
+        factors = model.base_model.model.model.layers[1].self_attn.cskv()
+        if center is None:
+            statistics = collect_statistics(make_model(), data, progress=False)
+            for mean, total in ((factors.key_mean, statistics.key_sum), (factors.value_mean, statistics.value_sum)):
+                torch.testing.assert_close(mean[0], total[1] / statistics.num_tokens)
+        else:
+            assert not factors.key_mean.any() and not factors.value_mean.any()
+    assert errors[None] < errors[False]
+    model = cskv_hf.fit(make_model(), data, CSKVConfig(compression=0.8, init="asvd"), progress=False)
+    assert not model.base_model.model.model.layers[0].self_attn.cskv().key_mean.any()
 
 
 def test_fitting_again_replaces_the_adapter():

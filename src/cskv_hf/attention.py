@@ -1,8 +1,8 @@
 """Attention over a compressed past in plain torch, and the attention function that transformers calls.
 
 Keys of the past are rebuilt in tiles and thrown away; values never are: the attention weights aggregate latents, and
-``value_B`` is applied once at the end (``P (c_v B_vᵀ) = (P c_v) B_vᵀ``). Exact and compressed parts meet in one
-online softmax, so that neither all scores nor a layer's rebuilt keys or values exist at any time.
+``value_B`` is applied once at the end (``P (c_v B_vᵀ + μ) = (P c_v) B_vᵀ + (P 1) μ``). Exact and compressed parts
+meet in one online softmax, so that neither all scores nor a layer's rebuilt keys or values exist at any time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
 
     scores = _masked(q @ kv.exact_keys.to(dtype).mT, exact_mask, shared)
     softmax = OnlineSoftmax(scores)
-    exact = softmax.weights @ kv.exact_values.to(dtype)
+    exact, exact_sum = softmax.weights @ kv.exact_values.to(dtype), softmax.sum
     latent = q.new_zeros(batch, kv_heads * shared * num_queries, kv.value_latents.format.rank)
 
     cos, sin = (t[:, None].to(dtype) for t in kv.step.old_cos_sin(query.device, kv.exact_keys.dtype))
@@ -79,12 +79,14 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
         scores = _masked(scores, None if old_mask is None else old_mask[..., columns], shared)
         decay = softmax.add(scores)
         exact.mul_(decay)
+        exact_sum = exact_sum * decay
         latent.mul_(decay.view(batch, -1, 1))
         latent.baddbmm_(softmax.weights.flatten(1, 2), kv.value_latents.read(first, last, dtype))
 
     # value_B has the rows of all KV heads; each query head needs those of its own
     up = factors.value_B.to(dtype).view(kv_heads, head_dim, -1)
-    old = latent.view(batch, kv_heads, shared * num_queries, -1) @ up.mT
+    mean = factors.value_mean.to(dtype).view(kv_heads, 1, head_dim)
+    old = latent.view(batch, kv_heads, shared * num_queries, -1) @ up.mT + (softmax.sum - exact_sum) * mean
     return ((exact + old) / softmax.total).view(batch, num_heads, num_queries, head_dim).to(query.dtype)
 
 

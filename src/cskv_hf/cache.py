@@ -243,8 +243,10 @@ def encode(
     unrotated = rotate_back(key_states.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype))
     matmul_dtype = compute_dtype(key_states)
     return (
-        Latents.of(factors.key_format, factors.encode_keys(unrotated.to(matmul_dtype)), key_states.dtype),
-        Latents.of(factors.value_format, factors.encode_values(value_states.to(matmul_dtype)), key_states.dtype),
+        Latents.of(factors.key_format, factors.encode_keys(unrotated, matmul_dtype), key_states.dtype),
+        Latents.of(
+            factors.value_format, factors.encode_values(value_states.to(dtype), matmul_dtype), key_states.dtype
+        ),
     )
 
 

@@ -88,6 +88,9 @@ class CSKVConfig(PeftConfig):
         init: How the factors are found by [`fit`]: ``"attention"`` (default; optimal for attention scores and
             outputs), ``"mse"`` (optimum of the paper's loss), ``"asvd"``, ``"svd"`` (the paper's initialisations),
             ``"random"``.
+        center: Whether the mean of keys and values is left to a constant, so that latents hold deviations from it
+            only; costs nothing per token. By default where the factors come from the data's moments: `init`
+            "attention" and "mse".
         asvd_alpha: Exponent of ASVD's activation scale (the paper's 0.5).
         bits: Storage of the latents. 8, 4, 3 or 2 packs them in that many bits, the average over the channels kept;
             16 leaves them in the model's dtype, as the paper does without quantisation. By default every channel
@@ -115,6 +118,7 @@ class CSKVConfig(PeftConfig):
     sinks: int = field(default=4, metadata={"help": "first tokens kept exactly"})
     block_size: int = field(default=32, metadata={"help": "tokens leave the window in blocks of this many"})
     init: str = field(default="attention", metadata={"help": f"one of {', '.join(INITS)}"})
+    center: bool | None = field(default=None, metadata={"help": "latents of deviations from the mean"})
     asvd_alpha: float = field(default=0.5, metadata={"help": "exponent of ASVD's activation scale"})
     bits: int | None = field(default=None, metadata={"help": "bits per latent, on average; 16 is the model's dtype"})
     allocation: str | None = field(default=None, metadata={"help": "'auto' or 'uniform'"})
@@ -162,6 +166,11 @@ class CSKVConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be an integer of at least {least}, in tokens, got {value!r}.")
         if self.init not in INITS:
             raise ValueError(f"`init` must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
+        if self.center and not self.uses_moments:
+            raise ValueError(
+                f"`center`=True needs `init` 'attention' or 'mse', whose factors are of the data's moments; got "
+                f"`init`='{self.init}'."
+            )
         if not 0.0 <= self.asvd_alpha <= 1.0:
             raise ValueError(f"`asvd_alpha` must be in [0, 1], got {self.asvd_alpha}.")
         self._check_storage()
@@ -171,7 +180,7 @@ class CSKVConfig(PeftConfig):
             raise ValueError(f"`bits` must be one of {', '.join(map(str, BITS))}, or None, got {self.bits!r}.")
         if self.allocation not in (None, *ALLOCATIONS):
             raise ValueError(f"`allocation` must be 'auto' or 'uniform', got {self.allocation!r}.")
-        if self.allocation == "auto" and (self.compression is None or self.init not in ("attention", "mse")):
+        if self.allocation == "auto" and (self.compression is None or not self.uses_moments):
             raise ValueError(
                 "`allocation`='auto' needs a `compression` to spend and energies to go by: "
                 f"`init` 'attention' or 'mse', got `compression`={self.compression} and `init`='{self.init}'."
@@ -206,7 +215,17 @@ class CSKVConfig(PeftConfig):
         if self.allocation is not None:
             return self.allocation == "auto"
         overrides = self.key_rank_per_layer or self.value_rank_per_layer
-        return self.compression is not None and self.init in ("attention", "mse") and not overrides
+        return self.compression is not None and self.uses_moments and not overrides
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether `init` takes the factors from the moments of the data, rather than from weights or chance."""
+        return self.init in ("attention", "mse")
+
+    @property
+    def centers(self) -> bool:
+        """`center` with its default decided."""
+        return self.uses_moments if self.center is None else self.center
 
     def _check_budget(self) -> None:
         ranks = (self.key_rank, self.value_rank)

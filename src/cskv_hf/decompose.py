@@ -7,6 +7,10 @@ and ``x̂ = B c``, and they minimise ``E[(x - x̂)ᵀ M (x - x̂)]``: with U the
 ``A = Uᵀ M^½`` and ``B = M^-½ U`` (Eckart-Young after the change of variable ``M^½ x``; CSKV eq. 1 is the case M =
 I). The paper's SVD and ASVD initialisations have the same form with ``C`` replaced by ``W Wᵀ`` and ``W S² Wᵀ``:
 ``U_r U_rᵀ W`` is the truncated SVD of W, and ASVD's scaling S cancels on the right.
+
+Centred factors leave the mean ``μ = E[x]`` to a constant: ``c = A (x - μ)`` and ``x̂ = B c + μ``, the same with the
+covariance ``C - μ μᵀ`` in the place of C. Keys lie so far from zero that this takes most of their energy out of the
+latents, and it costs no byte per token.
 """
 
 from __future__ import annotations
@@ -28,18 +32,21 @@ class Factors:
         B: (group_dim, rank); column i writes that same group.
         ranks: channels per group; they sum to ``rank``. Channels are sorted by group, then by falling importance.
         spectrum: (rank,) share of the objective that each channel carries; comparable across the groups of a layer.
+        mean: (kv_dim,) what is taken off before encoding and put back after decoding; zeros for plain linear factors,
+            else the data's mean.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     ranks: tuple[int, ...]
     spectrum: torch.Tensor
+    mean: torch.Tensor
 
     def cut(self, ranks: Sequence[int]) -> Factors:
         """The first `ranks[g]` channels of every group."""
         starts = torch.tensor([0, *self.ranks]).cumsum(0)[:-1].tolist()
         kept = torch.cat([torch.arange(start, start + r) for start, r in zip(starts, ranks)])
-        return Factors(self.A[kept], self.B[:, kept], tuple(ranks), self.spectrum[kept])
+        return Factors(self.A[kept], self.B[:, kept], tuple(ranks), self.spectrum[kept], self.mean)
 
     def spectra(self) -> tuple[torch.Tensor, ...]:
         """The spectrum of each group."""
@@ -80,18 +87,25 @@ def pooled_ranks(spectra: torch.Tensor, rank: int) -> tuple[int, ...]:
     return tuple(torch.bincount(chosen, minlength=num_groups).tolist())
 
 
-def assemble(A: torch.Tensor, B: torch.Tensor, spectra: torch.Tensor, ranks: Sequence[int]) -> Factors:
+def assemble(
+    A: torch.Tensor, B: torch.Tensor, spectra: torch.Tensor, ranks: Sequence[int], mean: torch.Tensor | None = None
+) -> Factors:
     """Cut full bases A (G, n, n), B (G, n, n), spectra (G, n) to the given ranks and lay the groups side by side."""
     return Factors(
         A=torch.cat([A[g, :r] for g, r in enumerate(ranks)]),
         B=torch.cat([B[g, :, :r] for g, r in enumerate(ranks)], dim=1),
         ranks=tuple(ranks),
         spectrum=torch.cat([spectra[g, :r] for g, r in enumerate(ranks)]),
+        mean=torch.zeros(spectra.numel(), dtype=spectra.dtype) if mean is None else mean,
     )
 
 
 def optimal_factors(
-    second_moment: torch.Tensor, rank: int, num_groups: int = 1, weight: torch.Tensor | None = None
+    second_moment: torch.Tensor,
+    rank: int,
+    num_groups: int = 1,
+    weight: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
 ) -> Factors:
     """The factors of total rank `rank` with the least weighted error, ranks pooled over the groups.
 
@@ -100,6 +114,7 @@ def optimal_factors(
         rank: channels kept over all groups.
         num_groups: 1 factors all heads jointly.
         weight: M, (kv_dim, kv_dim), block-diagonal over groups; None is the identity.
+        mean: (kv_dim,), E[x] of the data that `second_moment` is of, for centred factors.
 
     Raises:
         ValueError: if `second_moment` has NaN or infinite entries, or `rank` does not fit.
@@ -108,7 +123,8 @@ def optimal_factors(
         raise ValueError(
             "`second_moment` has NaN or infinite entries; check the calibration data and the model's dtype."
         )
-    moments = blocks(second_moment.double(), num_groups)
+    mean = torch.zeros(len(second_moment), dtype=torch.float64) if mean is None else mean.double()
+    moments = blocks(centred(second_moment, mean), num_groups)
     if weight is None:
         values, vectors = torch.linalg.eigh(moments)
         A, B = vectors.flip(-1).mT, vectors.flip(-1)
@@ -117,7 +133,12 @@ def optimal_factors(
         values, vectors = torch.linalg.eigh(root @ moments @ root)
         A, B = vectors.flip(-1).mT @ root, inverse @ vectors.flip(-1)
     spectra = values.flip(-1).clamp_min(0.0)
-    return assemble(A, B, spectra, pooled_ranks(spectra, rank))
+    return assemble(A, B, spectra, pooled_ranks(spectra, rank), mean)
+
+
+def centred(second_moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """``E[(x - μ)(x - μ)ᵀ] = C - μ μᵀ``, for μ the data's mean (or zero)."""
+    return second_moment.double() - torch.outer(mean, mean)
 
 
 def random_factors(kv_dim: int, rank: int, num_groups: int = 1, seed: int = 0) -> Factors:
@@ -145,13 +166,13 @@ def normalized(factors: Factors, second_moment: torch.Tensor) -> Factors:
     """
     energy = latent_energy(factors, second_moment)
     scale = energy.clamp_min(1e-10 * energy.max().clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
-    return Factors(factors.A / scale[:, None], factors.B * scale, factors.ranks, factors.spectrum)
+    return Factors(factors.A / scale[:, None], factors.B * scale, factors.ranks, factors.spectrum, factors.mean)
 
 
 def latent_energy(factors: Factors, second_moment: torch.Tensor) -> torch.Tensor:
     """E[c_i²] of every channel, (rank,)."""
     energies = []
-    for A, _, moment in _groups(factors, second_moment.double()):
+    for A, _, moment in _groups(factors, centred(second_moment, factors.mean)):
         energies.append(torch.einsum("ri,ij,rj->r", A, moment, A))
     return torch.cat(energies)
 
@@ -159,12 +180,11 @@ def latent_energy(factors: Factors, second_moment: torch.Tensor) -> torch.Tensor
 def relative_error(factors: Factors, second_moment: torch.Tensor, weight: torch.Tensor | None = None) -> float:
     """``E[(x - x̂)ᵀ M (x - x̂)] / E[xᵀ M x]`` on the data that `second_moment` was taken from."""
     weight = torch.eye(second_moment.shape[0], dtype=torch.float64) if weight is None else weight.double()
-    lost = total = 0.0
+    total, lost = float((weight * second_moment.double()).sum()), 0.0
     M = blocks(weight, len(factors.ranks))
-    for g, (A, B, moment) in enumerate(_groups(factors, second_moment.double())):
+    for g, (A, B, moment) in enumerate(_groups(factors, centred(second_moment, factors.mean))):
         residual = torch.eye(moment.shape[0], dtype=torch.float64) - B @ A
         lost += float(torch.trace(residual.mT @ M[g] @ residual @ moment))
-        total += float(torch.trace(M[g] @ moment))
     return lost / total if total > 0 else 0.0
 
 

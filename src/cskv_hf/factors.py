@@ -35,6 +35,7 @@ class LayerFactors:
     Attributes:
         key_A, key_B: (key_rank, group_dim), (group_dim, key_rank): keys before RoPE, per group of KV heads.
         value_A, value_B: (value_rank, kv_dim), (kv_dim, value_rank).
+        key_mean, value_mean: (1, kv_dim), what encoding takes off and decoding puts back.
         key_ranks: channels per key group.
         key_format, value_format: how their latents are stored.
         num_key_value_heads, head_dim: of the layer.
@@ -44,6 +45,8 @@ class LayerFactors:
     key_B: torch.Tensor
     value_A: torch.Tensor
     value_B: torch.Tensor
+    key_mean: torch.Tensor
+    value_mean: torch.Tensor
     key_ranks: tuple[int, ...]
     key_format: LatentFormat
     value_format: LatentFormat
@@ -54,22 +57,35 @@ class LayerFactors:
     def heads_per_group(self) -> int:
         return self.num_key_value_heads // len(self.key_ranks)
 
-    def encode_keys(self, key_states: torch.Tensor) -> torch.Tensor:
-        """(batch, num_key_value_heads, tokens, head_dim) before RoPE -> latents (batch, tokens, key_rank)."""
-        groups = key_states.transpose(1, 2).unflatten(2, (len(self.key_ranks), self.heads_per_group)).flatten(3)
+    def encode_keys(self, key_states: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """(batch, num_key_value_heads, tokens, head_dim) before RoPE -> latents (batch, tokens, key_rank).
+
+        The mean is taken off in the dtype of `key_states`, what is left is multiplied in `dtype` (the same by
+        default).
+        """
+        keys = key_states - self._by_head(self.key_mean, key_states.dtype)
+        keys = keys if dtype is None else keys.to(dtype)
+        groups = keys.transpose(1, 2).unflatten(2, (len(self.key_ranks), self.heads_per_group)).flatten(3)
         parts = [groups[:, :, g] @ A.mT for g, A in enumerate(self.key_A.to(groups.dtype).split(self.key_ranks))]
         return torch.cat(parts, dim=-1)
 
-    def encode_values(self, value_states: torch.Tensor) -> torch.Tensor:
-        """(batch, num_key_value_heads, tokens, head_dim) -> latents (batch, tokens, value_rank)."""
-        return value_states.transpose(1, 2).flatten(2) @ self.value_A.to(value_states.dtype).mT
+    def encode_values(self, value_states: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """(batch, num_key_value_heads, tokens, head_dim) -> latents (batch, tokens, value_rank); dtypes as in
+        [`encode_keys`]."""
+        values = value_states - self._by_head(self.value_mean, value_states.dtype)
+        values = values if dtype is None else values.to(dtype)
+        return values.transpose(1, 2).flatten(2) @ self.value_A.to(values.dtype).mT
+
+    def _by_head(self, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return mean.to(dtype).view(self.num_key_value_heads, 1, self.head_dim)
 
     def decode_key_group(self, latents: torch.Tensor, group: int) -> torch.Tensor:
         """The keys before RoPE of one group: latents of that group alone (batch, tokens, rank of the group) ->
         (batch, heads_per_group, tokens, head_dim)."""
-        start = sum(self.key_ranks[:group])
+        start, group_dim = sum(self.key_ranks[:group]), len(self.key_B)
         B = self.key_B[:, start : start + self.key_ranks[group]].to(latents.dtype)
-        return (latents @ B.mT).unflatten(-1, (self.heads_per_group, self.head_dim)).transpose(1, 2)
+        mean = self.key_mean[0, group * group_dim : (group + 1) * group_dim].to(latents.dtype)
+        return (latents @ B.mT + mean).unflatten(-1, (self.heads_per_group, self.head_dim)).transpose(1, 2)
 
     def decode_keys(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, tokens, key_rank) -> keys before RoPE (batch, num_key_value_heads, tokens, head_dim)."""
@@ -78,7 +94,7 @@ class LayerFactors:
 
     def decode_values(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, tokens, value_rank) -> values (batch, num_key_value_heads, tokens, head_dim)."""
-        values = latents @ self.value_B.to(latents.dtype).mT
+        values = latents @ self.value_B.to(latents.dtype).mT + self.value_mean.to(latents.dtype)
         return values.unflatten(-1, (self.num_key_value_heads, self.head_dim)).transpose(1, 2)
 
 
@@ -104,9 +120,9 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
     """The sidecar ``self_attn.cskv``: the factors of every CSKV adapter of one attention layer.
 
     Keys on disk: ``….self_attn.cskv.cskv_key_A.weight`` (key_rank, group_dim), ``cskv_key_B`` (group_dim, key_rank),
-    ``cskv_value_A`` (value_rank, kv_dim), ``cskv_value_B`` (kv_dim, value_rank), and the spectra
-    ``cskv_key_spectrum`` (1, key_rank) and ``cskv_value_spectrum`` (1, value_rank), which order the channels when an
-    adapter is cut to a smaller rank.
+    ``cskv_value_A`` (value_rank, kv_dim), ``cskv_value_B`` (kv_dim, value_rank), the means ``cskv_key_mean`` and
+    ``cskv_value_mean`` (1, kv_dim), and the spectra ``cskv_key_spectrum`` (1, key_rank) and ``cskv_value_spectrum``
+    (1, value_rank), which order the channels when an adapter is cut to a smaller rank.
     """
 
     adapter_layer_names = (
@@ -114,6 +130,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         "cskv_key_B",
         "cskv_value_A",
         "cskv_value_B",
+        "cskv_key_mean",
+        "cskv_value_mean",
         "cskv_key_spectrum",
         "cskv_value_spectrum",
     )
@@ -146,6 +164,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         self.cskv_key_B[adapter_name] = Factor(group_dim, key_rank)
         self.cskv_value_A[adapter_name] = Factor(value_rank, kv_dim)
         self.cskv_value_B[adapter_name] = Factor(kv_dim, value_rank)
+        self.cskv_key_mean[adapter_name] = Factor(1, kv_dim)
+        self.cskv_value_mean[adapter_name] = Factor(1, kv_dim)
         self.cskv_key_spectrum[adapter_name] = Factor(1, key_rank)
         self.cskv_value_spectrum[adapter_name] = Factor(1, value_rank)
         for (
@@ -166,6 +186,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
             ("cskv_key_B", keys.B),
             ("cskv_value_A", values.A),
             ("cskv_value_B", values.B),
+            ("cskv_key_mean", keys.mean[None]),
+            ("cskv_value_mean", values.mean[None]),
             ("cskv_key_spectrum", keys.spectrum[None]),
             ("cskv_value_spectrum", values.spectrum[None]),
         ):
@@ -188,6 +210,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
             key_B=self.cskv_key_B[name](),
             value_A=self.cskv_value_A[name](),
             value_B=self.cskv_value_B[name](),
+            key_mean=self.cskv_key_mean[name](),
+            value_mean=self.cskv_value_mean[name](),
             key_ranks=self.key_ranks[name],
             key_format=self.formats[name][0],
             value_format=self.formats[name][1],
@@ -205,15 +229,15 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         if names and not owned:
             return
         super().set_adapter(owned, inference_mode=inference_mode)
-        self._freeze_spectra()
+        self._freeze_all_but_factors()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
-        self._freeze_spectra()
+        self._freeze_all_but_factors()
 
-    def _freeze_spectra(self) -> None:
-        self.cskv_key_spectrum.requires_grad_(False)
-        self.cskv_value_spectrum.requires_grad_(False)
+    def _freeze_all_but_factors(self) -> None:
+        for name in set(self.adapter_layer_names) - set(self.TRAINED):
+            getattr(self, name).requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """There is no base layer: go where the projections are, in the model's dtype."""

@@ -181,8 +181,11 @@ def layer_bases(
         key_M, value_M = (
             error_weights(attention, statistics, layer_idx) if config.init == "attention" else (None, None)
         )
-        keys = optimal_factors(key_moment, shape.kv_dim, num_groups, key_M)
-        values = optimal_factors(value_moment, shape.kv_dim, 1, value_M)
+        key_mean = value_mean = None
+        if config.centers:
+            key_mean, value_mean = statistics.key_sum[layer_idx] / tokens, statistics.value_sum[layer_idx] / tokens
+        keys = optimal_factors(key_moment, shape.kv_dim, num_groups, key_M, key_mean)
+        values = optimal_factors(value_moment, shape.kv_dim, 1, value_M, value_mean)
     return normalized(keys, key_moment), normalized(values, value_moment)
 
 

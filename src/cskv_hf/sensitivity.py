@@ -21,7 +21,7 @@ LEAST = 1e-12  # of a divergence, so that a layer nobody reads still gets a pric
 
 
 def probe_cut(factors: Factors) -> tuple[torch.Tensor, float]:
-    """The projection that a probe applies, (groups, group_dim, group_dim), and the energy it loses.
+    """The projection that a probe applies about the mean, (groups, group_dim, group_dim), and the energy it loses.
 
     Args:
         factors: full rank.
@@ -40,13 +40,15 @@ def probe_cut(factors: Factors) -> tuple[torch.Tensor, float]:
     return torch.stack(maps), float(tail[kept])
 
 
-def _replace_by(projection: torch.Tensor):
-    """A forward hook that projects the keys or values a module puts out."""
+def _replace_by(projection: torch.Tensor, mean: torch.Tensor):
+    """A forward hook that projects the keys or values a module puts out, about their mean (kv_dim,)."""
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         maps = projection.to(device=output.device, dtype=torch.promote_types(output.dtype, torch.float32))
-        groups = output.flatten(2).to(maps.dtype).unflatten(2, (maps.shape[0], maps.shape[1]))
-        return torch.einsum("blgi,gji->blgj", groups, maps).reshape(output.shape).to(output.dtype)
+        offset = mean.to(maps)
+        groups = (output.flatten(2).to(maps.dtype) - offset).unflatten(2, (maps.shape[0], maps.shape[1]))
+        projected = torch.einsum("blgi,gji->blgj", groups, maps).flatten(2) + offset
+        return projected.reshape(output.shape).to(output.dtype)
 
     return hook
 
@@ -99,7 +101,7 @@ def measure_sensitivity(
             rates = []
             for module, factors in zip((key_source(attention), attention.v_proj), sides):
                 projection, lost = probe_cut(factors)
-                handle = module.register_forward_hook(_replace_by(projection))
+                handle = module.register_forward_hook(_replace_by(projection, factors.mean))
                 try:
                     divergence = sum(
                         _divergence(full, log_probabilities(ids)) for full, ids in zip(reference, batches)

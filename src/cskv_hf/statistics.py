@@ -1,5 +1,5 @@
-"""Streaming second moments of a model's keys, values, queries and attention inputs: all that the closed-form fit
-needs to know of the data.
+"""Streaming moments of a model's keys, values, queries and attention inputs: all that the closed-form fit needs to
+know of the data.
 
 One pass over the calibration data with forward hooks on the projections, accumulated in float64. The statistics can
 be saved and continued, and one set of them serves every compression, layout and initialisation.
@@ -26,7 +26,16 @@ from .families import attention_layers, decoder_of, key_source, shape_of
 
 logger = logging.get_logger(__name__)
 
-TENSORS = ("key_moment", "value_moment", "query_moment", "input_scale", "probe_ids", "probe_lengths")
+TENSORS = (
+    "key_moment",
+    "value_moment",
+    "key_sum",
+    "value_sum",
+    "query_moment",
+    "input_scale",
+    "probe_ids",
+    "probe_lengths",
+)
 PROBE_TOKENS, PROBE_LENGTH = 1024, 512  # kept to measure the model's sensitivity on
 SAVE_EVERY_SECONDS = 60.0
 
@@ -38,6 +47,7 @@ class KVStatistics:
     Attributes:
         key_moment: (layers, kv_dim, kv_dim) sum of k kᵀ, keys before RoPE, after bias and key norm.
         value_moment: (layers, kv_dim, kv_dim) sum of v vᵀ.
+        key_sum, value_sum: (layers, kv_dim) sums of k and v.
         query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of q qᵀ before RoPE, over the query heads
             of a KV head.
         input_scale: (layers, hidden_size) sum of |x| at the input of the projections (ASVD).
@@ -50,6 +60,8 @@ class KVStatistics:
 
     key_moment: torch.Tensor
     value_moment: torch.Tensor
+    key_sum: torch.Tensor
+    value_sum: torch.Tensor
     query_moment: torch.Tensor
     input_scale: torch.Tensor
     probe_ids: torch.Tensor
@@ -65,6 +77,8 @@ class KVStatistics:
         return cls(
             torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
             torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
+            torch.zeros(layers, kv_dim, dtype=torch.float64),
+            torch.zeros(layers, kv_dim, dtype=torch.float64),
             torch.zeros(layers, shape.num_key_value_heads, shape.head_dim, shape.head_dim, dtype=torch.float64),
             torch.zeros(layers, hidden_size, dtype=torch.float64),
             torch.zeros(0, dtype=torch.long),
@@ -130,8 +144,10 @@ class _Collector:
         for layer_idx, attention in enumerate(attention_layers(model)):
             heads = ModelShape(**statistics.model_shape).num_key_value_heads
             query_source = getattr(attention, "q_norm", attention.q_proj)
-            self._hook(key_source(attention), self._add_moment(statistics.key_moment[layer_idx]))
-            self._hook(attention.v_proj, self._add_moment(statistics.value_moment[layer_idx]))
+            keys = statistics.key_moment[layer_idx], statistics.key_sum[layer_idx]
+            values = statistics.value_moment[layer_idx], statistics.value_sum[layer_idx]
+            self._hook(key_source(attention), self._add_moments(*keys))
+            self._hook(attention.v_proj, self._add_moments(*values))
             self._hook(query_source, self._add_queries(statistics.query_moment[layer_idx], heads))
             self._hook(attention.k_proj, self._add_inputs(statistics.input_scale[layer_idx]))
 
@@ -145,10 +161,11 @@ class _Collector:
             rows = rows.cpu()
         return rows.double()
 
-    def _add_moment(self, total: torch.Tensor):
+    def _add_moments(self, second: torch.Tensor, first: torch.Tensor):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            rows = self._rows(output, total.shape[-1])
-            total.add_((rows.mT @ rows).to(total.device))
+            rows = self._rows(output, len(first))
+            second.add_((rows.mT @ rows).to(second.device))
+            first.add_(rows.sum(0).to(first.device))
 
         return hook
 
