@@ -226,8 +226,9 @@ def main() -> None:
             bench.header(f"What each step gains, {100 * compression:.0f} % removed")
             for name, settings in (
                 ("asvd, uniform, 16 bits", dict(init="asvd", **PLAIN)),
-                ("mse", dict(init="mse", **PLAIN)),
-                ("attention", dict(**PLAIN)),
+                ("mse", dict(init="mse", center=False, **PLAIN)),
+                ("attention", dict(center=False, **PLAIN)),
+                ("about the mean", dict(**PLAIN)),
                 ("ranks by one budget, 16 bits", dict(bits=16)),
                 ("4 bits, uniform", dict(bits=4, allocation="uniform", key_group=[32, 1], value_group=value_group)),
                 (
@@ -238,6 +239,7 @@ def main() -> None:
                 ("each channel its bits", dict(key_group=[32, 1], value_group=[32, 1])),
                 ("ranges shared by 4 channels", dict()),
                 ("ranges shared by 16 channels", dict(key_group=[32, 16], value_group=[32, 16])),
+                ("the same 4, not about the mean", dict(center=False)),
             ):
                 bench.run(f"steps {compression}", name, compression=compression, **settings)
     if "layouts" in tables:

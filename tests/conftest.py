@@ -1,8 +1,28 @@
-"""Tiny models of every supported family, float64, and adapters fitted to them."""
+"""Tiny models of every supported family, float64, and adapters fitted to them; a Hub on localhost, which everything
+that would go to the real one goes to."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from local_hub import LocalHub
+
+OWNER, STRANGER = "hf_owner", "hf_stranger"  # tokens
+HUB = LocalHub({OWNER: "ada", STRANGER: "eve"}).start()
+HF_HOME = tempfile.mkdtemp(prefix="cskv-hf-home-")
+atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))]:
+    del os.environ[name]
+os.environ |= {
+    "HF_ENDPOINT": HUB.url,
+    "HF_TOKEN": OWNER,
+    "HF_HOME": HF_HOME,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "no_proxy": "127.0.0.1",
+}
 
 import pytest
 import torch

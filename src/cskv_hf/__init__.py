@@ -3,12 +3,14 @@
 Importing this package registers the PEFT method "CSKV" and the attention functions "cskv_*"; it changes no model.
 """
 
+from . import _versions  # noqa: F401  (first: refuses versions that lack what the rest imports)
 from .cache import CSKVCache
 from .config import CSKVConfig, ModelShape
 from .fitting import fit
+from .hub import load, push_to_hub
 from .patch import attach, detach
 from .statistics import KVStatistics, collect_statistics
-from .tuner import CSKVModel, load, register, shrink
+from .tuner import CSKVModel, register, shrink
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,7 @@ __all__ = [
     "detach",
     "fit",
     "load",
+    "push_to_hub",
     "shrink",
 ]
 

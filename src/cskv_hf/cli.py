@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+EVALUATION_LENGTH, EVALUATION_ROWS = 512, 64  # of `cskv fit --evaluate`
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Shrink the KV cache of a Hugging Face language model."
 )
@@ -52,18 +54,26 @@ def fit(
         str | None, typer.Option(help="As in from_pretrained; 'auto' fits models larger than the GPU.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out text: measure perplexity, KL and agreement on it, and record them in the adapter."
+        ),
+    ] = None,
 ) -> None:
     """Fit an adapter to MODEL in closed form and save it.
 
     An interrupted fit continues where it was when started again with the same --out; an adapter already in --out
     stays until the new one is complete.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .config import CSKVConfig
-    from .files import calibration_samples, replace_directory
+    from .evaluate.divergence import evaluation_record
+    from .files import calibration_samples, full_rows, replace_directory
     from .fitting import fit as fit_model
-    from .fitting import format_report
+    from .fitting import format_evaluation, format_report
 
     try:
         config = CSKVConfig(
@@ -81,10 +91,15 @@ def fit(
         base = AutoModelForCausalLM.from_pretrained(model, device_map=device_map, dtype=dtype)
         out.parent.mkdir(parents=True, exist_ok=True)
         state_file = out.with_name(out.name + ".statistics.safetensors")
+        held_out = None if evaluate is None else torch.stack(full_rows(evaluate, tokenizer, EVALUATION_LENGTH))
         fitted = fit_model(base, samples, config, max_tokens=max_tokens, state_file=state_file, source=source)
+        if held_out is not None:
+            config.fit_report["evaluation"] = evaluation_record(fitted, held_out[:EVALUATION_ROWS], evaluate.name)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(format_report(config))
+    if evaluate is not None:
+        typer.echo(format_evaluation(config.fit_report["evaluation"]))
     replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
     os.remove(state_file)
     typer.echo(f"\nsaved the adapter in {out}")
@@ -92,7 +107,7 @@ def fit(
 
 @app.command()
 def train(
-    adapter: Annotated[Path, typer.Argument(help="Directory of a fitted adapter.")],
+    adapter: Annotated[str, typer.Argument(help="Directory or Hub id of a fitted adapter.")],
     data: Annotated[Path, typer.Option(help="Text file, or JSON lines with a 'text' field, to train on.")],
     out: Annotated[Path, typer.Option(help="Directory for the trained adapter.")],
     model: Annotated[str | None, typer.Option(help="Base model, if not the one the adapter names.")] = None,
@@ -116,12 +131,13 @@ def train(
 
     from .config import CSKVConfig
     from .files import documents, replace_directory
+    from .hub import check_adapter_files, load, local_adapter
     from .train import CSKVTrainer, last_checkpoint, training_arguments, training_rows
-    from .tuner import check_adapter_files, load
 
     try:
-        check_adapter_files(adapter)
-        name = model or CSKVConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        folder = local_adapter(adapter)
+        check_adapter_files(folder)
+        name = model or CSKVConfig.from_pretrained(str(folder)).base_model_name_or_path
         if name is None:
             raise ValueError(f"'{adapter}' does not name its base model; give it with --model.")
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -146,21 +162,61 @@ def train(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Directory of an adapter.")],
+    adapter: Annotated[str, typer.Argument(help="Directory or Hub id of an adapter.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw what each layer keeps, as a PNG.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
 ) -> None:
     """Show what an adapter keeps, layer by layer."""
     from .config import CSKVConfig
-    from .fitting import format_report
+    from .fitting import format_evaluation, format_report
+    from .hub import check_adapter_files, local_adapter
     from .plots import plot_allocation
-    from .tuner import check_adapter_files
 
     try:
-        check_adapter_files(adapter)
-        config = CSKVConfig.from_pretrained(str(adapter))
+        folder = local_adapter(adapter, revision=revision)
+        check_adapter_files(folder)
+        config = CSKVConfig.from_pretrained(str(folder))
         typer.echo(format_report(config))
+        if "evaluation" in (config.fit_report or {}):
+            typer.echo(format_evaluation(config.fit_report["evaluation"]))
         if plot is not None:
             plot_allocation(plot, config)
             typer.echo(f"\nsaved {plot}")
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def push(
+    adapter: Annotated[
+        Path, typer.Argument(help="Directory of an adapter, as `cskv fit` or save_pretrained left it.")
+    ],
+    repo_id: Annotated[str, typer.Argument(help="user/name on the Hub; created if it is not there.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base, if the adapter names a directory.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="For the card; by default the base model's.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload CSKV adapter",
+    private: Annotated[bool | None, typer.Option(help="Make a new repository private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead of pushing.")] = False,
+    tag: Annotated[list[str] | None, typer.Option(help="For the card; may be given several times.")] = None,
+) -> None:
+    """Upload an adapter to the Hub, with a model card of what it keeps and what was measured."""
+    from .hub import push_folder
+
+    try:
+        commit = push_folder(
+            adapter,
+            repo_id,
+            base_model=base_model,
+            license=license,
+            commit_message=message,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            tags=tag,
+        )
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"pushed to {commit.pr_url or commit.commit_url}")

@@ -45,6 +45,18 @@ def calibration_samples(path: Path, tokenizer: Any, length: int) -> list[torch.T
     return [torch.tensor(ids[start : start + length]) for start in range(0, len(ids), length)]
 
 
+def full_rows(path: Path, tokenizer: Any, length: int) -> list[torch.Tensor]:
+    """The samples of [`calibration_samples`] that have all of their `length` tokens.
+
+    Raises:
+        ValueError: if there is none, or see [`documents`].
+    """
+    rows = [row for row in calibration_samples(path, tokenizer, length) if len(row) == length]
+    if not rows:
+        raise ValueError(f"'{path}' holds less than {length} tokens, too few to measure on.")
+    return rows
+
+
 def replace_directory(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new directory beside `path`, then put it in the place of `path`, which is kept until then."""
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from .config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape, num_key_groups
@@ -22,6 +23,7 @@ from .decompose import (
     weight_moment,
 )
 from .families import attention_layers, decoder_of, dense_weight, shape_of
+from .hub import give_push
 from .latents import LatentFormat, PlainFormat
 from .plan import plan, store_plan
 from .sensitivity import measure_sensitivity
@@ -131,7 +133,7 @@ def fit(
     for sidecar, attention, (keys, values) in zip(sidecars(model), attention_layers(model), fitted):
         sidecar.install(adapter_name, keys, values, *placement(attention, model))
         sidecar.set_adapter(adapter_name, inference_mode=True)
-    return model
+    return give_push(model) if isinstance(model, PeftModel) else model
 
 
 def _progress(layers: list[nn.Module], progress: bool) -> Iterable[nn.Module]:
@@ -266,3 +268,12 @@ def format_report(config: CSKVConfig) -> str:
         f"an old token takes {total:,.1f} of {full:,} bytes at 16 bits: {100 * total / full:.1f} % (position included)"
     )
     return "\n".join(lines)
+
+
+def format_evaluation(evaluation: dict[str, Any]) -> str:
+    """What was recorded in ``fit_report["evaluation"]``, as two lines of at most 80 columns."""
+    return (
+        f"on {evaluation['tokens']:,} tokens of {evaluation['source']}: perplexity x {evaluation['ratio']:.4f} "
+        f"({evaluation['ratio_low']:.4f} to {evaluation['ratio_high']:.4f}),\n"
+        f"KL {evaluation['kl']:.5f} nats per token, same next token {100 * evaluation['agreement']:.2f} %"
+    )

@@ -1,5 +1,5 @@
-"""CSKV as a PEFT method: registration, injection of the sidecars, loading and cutting adapters. The only file that
-touches PEFT internals.
+"""CSKV as a PEFT method: registration, injection of the sidecars, cutting adapters. The only file that touches PEFT
+internals.
 
 Private API relied on (checked with peft 0.20.0 and 0.21.2): `BaseTuner.inject_adapter` and the methods overridden
 below, and, in _peft_type.py, the members of the `PeftType` enum.
@@ -8,25 +8,23 @@ below, and, in _peft_type.py, the members of the `PeftType` enum.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, register_peft_method
-from safetensors import SafetensorError, safe_open
+from peft.utils import PeftType, register_peft_method
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .config import CSKVConfig, ModelShape
 from .factors import CSKVFactors
 from .families import attention_layers, decoder_of, shape_of
 from .patch import attach, detach
 from .plan import plan, store_plan
+
+logger = logging.get_logger(__name__)
 
 TARGET = "self_attn"
 
@@ -49,6 +47,7 @@ class CSKVModel(BaseTuner):
         decoder_of(model)  # refuses families that are not supported
         shape = shape_of(model)
         config.check_model(shape)
+        _warn_of_another_base(config, model)
         if not config.is_fitted:
             config.layer_ranks(shape)  # refuses ranks that do not fit
         config.target_modules = [TARGET]
@@ -116,6 +115,16 @@ def placement(attention: nn.Module, model: nn.Module) -> tuple[torch.device, tor
     return torch.device(device), model.dtype if isinstance(
         getattr(model, "dtype", None), torch.dtype
     ) else torch.float32
+
+
+def _warn_of_another_base(config: CSKVConfig, model: nn.Module) -> None:
+    """An adapter may serve another model of the same sizes, a fine-tuned one say, but was not measured there."""
+    fitted, given = config.base_model_name_or_path, getattr(model.config, "_name_or_path", None)
+    if fitted and given and fitted.rstrip("/").rpartition("/")[2] != given.rstrip("/").rpartition("/")[2]:
+        logger.warning(
+            f"This CSKV adapter was fitted to '{fitted}', the model is '{given}'. Sizes agree, so it loads; what was "
+            "measured for it does not hold here. Fit an adapter to this model with `cskv_hf.fit`."
+        )
 
 
 def register() -> None:
@@ -237,62 +246,3 @@ def shrink(
     for field in changed:
         setattr(config, field, getattr(wanted, field))
     return model
-
-
-def load(
-    model: PreTrainedModel,
-    adapter: str | os.PathLike,
-    *,
-    adapter_name: str = "default",
-    compression: float | None = None,
-    **kwargs: Any,
-) -> PeftModel:
-    """Load a CSKV adapter onto a model: `PeftModel.from_pretrained`, with the file checked first.
-
-    Args:
-        model: the base model the adapter was fitted to.
-        adapter: directory or Hub id.
-        adapter_name: the name it gets.
-        compression: cut the adapter to this compression, which must be above the one it was fitted at; see [`shrink`].
-        kwargs: for `PeftModel.from_pretrained`, such as `revision`, `subfolder`, `token`.
-
-    Raises:
-        ValueError: if a local file is truncated or corrupt, is no CSKV adapter, or belongs to another model.
-    """
-    folder = Path(adapter) / kwargs.get("subfolder", "")
-    if folder.is_dir():
-        check_adapter_files(folder)
-    peft_model = PeftModel.from_pretrained(model, adapter, adapter_name=adapter_name, **kwargs)
-    if compression is not None:
-        shrink(peft_model, compression, adapter_name=adapter_name)
-    return peft_model
-
-
-def check_adapter_files(folder: Path) -> None:
-    """Refuse an adapter directory that cannot be loaded, saying which file is at fault and what to do.
-
-    Raises:
-        ValueError: as described.
-    """
-    config_file, weights_file = folder / "adapter_config.json", folder / SAFETENSORS_WEIGHTS_NAME
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ValueError(
-                f"'{folder}' is no complete CSKV adapter: {file.name} is missing. Save it again with "
-                f"`save_pretrained`."
-            )
-    try:
-        peft_type = json.loads(config_file.read_text()).get("peft_type")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"'{config_file}' is not valid JSON ({error}). Save or download the adapter again."
-        ) from error
-    if peft_type != "CSKV":
-        raise ValueError(f"'{folder}' is a {peft_type} adapter, not a CSKV one.")
-    try:
-        with safe_open(weights_file, "pt") as weights:
-            weights.keys()
-    except SafetensorError as error:
-        raise ValueError(
-            f"'{weights_file}' is truncated or corrupt ({error}). Save or download the adapter again."
-        ) from error

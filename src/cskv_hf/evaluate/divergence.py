@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from ..cache import CSKVCache
 from .perplexity import Perplexity
 
 
@@ -79,3 +81,25 @@ def compare_with_full_cache(
     tokens = rows * (length - skip)
     full, compressed = (Perplexity(loss / (length - skip), tokens) for loss in losses)
     return Comparison(full, compressed, divergence / tokens, same / tokens)
+
+
+def evaluation_record(model: nn.Module, input_ids: torch.Tensor, source: str) -> dict[str, Any]:
+    """[`compare_with_full_cache`] of a model's CSKV adapter, as ``fit_report["evaluation"]`` holds it.
+
+    Args:
+        input_ids: (rows, length), text that was not calibrated on.
+        source: what it is, for the model card.
+    """
+    result = compare_with_full_cache(model, input_ids, CSKVCache)
+    low, high = result.compressed.ratio_interval(result.full)
+    return {
+        "source": source,
+        "tokens": result.full.num_tokens,
+        "perplexity_full": result.full.value,
+        "perplexity": result.compressed.value,
+        "ratio": result.ratio,
+        "ratio_low": low,
+        "ratio_high": high,
+        "kl": result.kl,
+        "agreement": result.agreement,
+    }

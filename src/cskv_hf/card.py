@@ -1,0 +1,111 @@
+"""The text of an adapter's model card: how to use it, what it keeps, what was measured. Nothing that was not. Pure
+functions of a config."""
+
+from __future__ import annotations
+
+from .config import PLAIN_BYTES, CSKVConfig, ModelShape
+from .latents import PlainFormat
+
+USE = """```python
+import cskv_hf  # registers the adapter type; without it PEFT does not know "CSKV"
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base_model}")
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", device_map="auto")
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```"""
+
+CITATION = """```bibtex
+@article{wang2024cskv,
+  title={{CSKV}: Training-Efficient Channel Shrinking for {KV} Cache in Long-Context Scenarios},
+  author={Wang, Luning and Li, Shiyao and Ning, Xuefei and Yuan, Zhihang and Yan, Shengen and Dai, Guohao and
+    Wang, Yu},
+  journal={arXiv preprint arXiv:2409.10593},
+  year={2024}
+}
+```"""
+
+
+def card_text(config: CSKVConfig, base_model: str, repo_id: str) -> str:
+    """The card below its metadata."""
+    shape = ModelShape(**config.model_shape)
+    kept = config.bytes_per_token(shape)
+    full = 2 * shape.kv_dim * PLAIN_BYTES * shape.num_hidden_layers
+    name = repo_id.rpartition("/")[2]
+    sections = [
+        f"# {name}",
+        f"A [CSKV](https://arxiv.org/abs/2409.10593) adapter for [{base_model}](https://huggingface.co/{base_model}): "
+        f"`generate()` keeps **{100 * kept / full:.1f} %** of the KV cache bytes of every token outside the last "
+        f"{config.window} and the first {config.sinks}.",
+        "## Use",
+        "```bash\npip install cskv-hf\n```",
+        USE.format(base_model=base_model, repo_id=repo_id),
+        "## What it keeps",
+        _settings(config, shape, kept, full),
+        "## Measured",
+        _measured(config),
+        "## Citation",
+        CITATION,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _settings(config: CSKVConfig, shape: ModelShape, kept: float, full: int) -> str:
+    key_ranks = [sum(ranks) for ranks in config.key_ranks]
+    rows = [
+        ("bytes of an old token", f"{kept:,.1f} of {full:,} (16-bit cache, position and ranges counted)"),
+        ("channels kept, keys", _spread(key_ranks, shape.kv_dim)),
+        ("channels kept, values", _spread(config.value_ranks, shape.kv_dim)),
+        ("bits of a channel", _bits(config, shape)),
+        ("window, sinks", f"{config.window} and {config.sinks} tokens, exact"),
+        ("key layout", config.key_layout),
+        ("initialisation", config.init + (", about the mean" if config.centers else "")),
+    ]
+    return _table(("", ""), rows)
+
+
+def _spread(ranks: list[int], kv_dim: int) -> str:
+    return f"{min(ranks)} to {max(ranks)} of {kv_dim} per layer, {sum(ranks) / len(ranks):.1f} on average"
+
+
+def _bits(config: CSKVConfig, shape: ModelShape) -> str:
+    codes: list[int] = []
+    for layer_idx in range(shape.num_hidden_layers):
+        for format in config.formats(layer_idx):
+            if isinstance(format, PlainFormat):
+                return "16, unpacked"
+            codes += format.layout.bits
+    return f"{sum(codes) / len(codes):.2f} on average ({min(codes)} to {max(codes)}), packed"
+
+
+def _measured(config: CSKVConfig) -> str:
+    report = config.fit_report or {}
+    lines = []
+    if "num_tokens" in report:
+        source = f" ({report['source']})" if report.get("source") else ""
+        lines.append(f"Fitted on {report['num_tokens']:,} tokens{source}.")
+    if layers := report.get("layers"):
+        worst = [max(layer[name] for layer in layers) for name in ("key_attention_error", "value_attention_error")]
+        lines.append(
+            f"Energy lost to the ranks on the calibration data, as attention weighs it, in the worst layer: "
+            f"{100 * worst[0]:.2f} % of the keys, {100 * worst[1]:.2f} % of the values."
+        )
+    evaluation = report.get("evaluation")
+    if evaluation is None:
+        lines.append("No evaluation was recorded.")
+        return " ".join(lines)
+    rows = [
+        ("perplexity, full cache", f"{evaluation['perplexity_full']:.4f}"),
+        ("perplexity, this adapter", f"{evaluation['perplexity']:.4f}"),
+        ("ratio", f"{evaluation['ratio']:.4f} ({evaluation['ratio_low']:.4f} to {evaluation['ratio_high']:.4f})"),
+        ("KL divergence, nats per token", f"{evaluation['kl']:.5f}"),
+        ("same next token", f"{100 * evaluation['agreement']:.2f} %"),
+    ]
+    lines.append(f"Evaluated with a compressed past on {evaluation['tokens']:,} tokens ({evaluation['source']}):")
+    return " ".join(lines) + "\n\n" + _table(("", ""), rows)
+
+
+def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])

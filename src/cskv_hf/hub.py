@@ -1,0 +1,286 @@
+"""Adapters from and to directories and the Hub. The only file that talks to the network.
+
+A repository is a plain PEFT adapter repository, so that whatever loads adapters loads it. PEFT's own ``push_to_hub``
+uploads the same files but replaces the card by an empty one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .card import card_text
+from .config import CSKVConfig
+from .tuner import adapter_config, shrink, sidecars
+
+logger = logging.get_logger(__name__)
+
+ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load(
+    model: PreTrainedModel,
+    adapter: str | os.PathLike,
+    *,
+    adapter_name: str = "default",
+    compression: float | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> PeftModel:
+    """Load a CSKV adapter onto a model: `PeftModel.from_pretrained`, with the files checked first.
+
+    Args:
+        model: the base model the adapter was fitted to.
+        adapter: directory or Hub id.
+        adapter_name: the name it gets.
+        compression: cut the adapter to this compression, which must be above the one it was fitted at; see [`shrink`].
+        revision, subfolder, token: as everywhere on the Hub.
+        kwargs: for `PeftModel.from_pretrained`; `cache_dir`, `local_files_only` and `force_download` go to the
+            download.
+
+    Raises:
+        ValueError: if a file is missing, truncated or corrupt, is no CSKV adapter, or belongs to another model.
+        huggingface_hub.errors.HfHubHTTPError: if the repository or revision is not there, or not for this token.
+    """
+    download = {
+        name: kwargs.pop(name) for name in ("cache_dir", "local_files_only", "force_download") if name in kwargs
+    }
+    folder = local_adapter(adapter, revision=revision, subfolder=subfolder, token=token, **download)
+    check_adapter_files(folder)
+    peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, **kwargs)
+    if compression is not None:
+        shrink(peft_model, compression, adapter_name=adapter_name)
+    return give_push(peft_model)
+
+
+def local_adapter(adapter: str | os.PathLike, *, subfolder: str | None = None, **download: Any) -> Path:
+    """The directory of an adapter: itself, or the local snapshot of a Hub repository, downloaded as needed.
+
+    Only the configuration and the safetensors file are fetched; no other format is ever read.
+
+    Raises:
+        ValueError: if the repository lacks one of them.
+        huggingface_hub.errors.HfHubHTTPError: as for [`load`].
+    """
+    folder = Path(adapter) / (subfolder or "")
+    if folder.is_dir():
+        return folder
+    if not REPO_ID.fullmatch(str(adapter)):
+        raise ValueError(f"'{adapter}' is neither a directory nor a Hub id like 'user/name'.")
+    try:
+        files = [hf_hub_download(str(adapter), name, subfolder=subfolder, **download) for name in ADAPTER]
+    except LocalEntryNotFoundError:
+        raise  # not on this machine, and offline: says so itself
+    except EntryNotFoundError as error:
+        place = f"'{adapter}'" + (f", folder '{subfolder}'" if subfolder else "")
+        raise ValueError(
+            f"{place} is no complete CSKV adapter: it needs {' and '.join(ADAPTER)}. Files of other formats, pickles "
+            f"among them, are not read. ({str(error).strip().splitlines()[-1]})"
+        ) from error
+    return Path(files[0]).parent
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Refuse an adapter directory that cannot be loaded, saying which file is at fault and what to do.
+
+    Raises:
+        ValueError: as described.
+    """
+    config_file, weights_file = (folder / name for name in ADAPTER)
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise ValueError(
+                f"'{folder}' is no complete CSKV adapter: {file.name} is missing. Save it again with "
+                f"`save_pretrained`."
+            )
+    try:
+        peft_type = json.loads(config_file.read_text()).get("peft_type")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"'{config_file}' is not valid JSON ({error}). Save or download the adapter again."
+        ) from error
+    if peft_type != "CSKV":
+        raise ValueError(f"'{folder}' is a {peft_type} adapter, not a CSKV one.")
+    try:
+        with safe_open(weights_file, "pt") as weights:
+            weights.keys()
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{weights_file}' is truncated or corrupt ({error}). Save or download the adapter again."
+        ) from error
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    adapter_name: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    commit_message: str = "Upload CSKV adapter",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Upload a fitted CSKV adapter of a model, with a model card.
+
+    Also there as ``model.push_to_hub`` on models that [`fit`] and [`load`] return.
+
+    Args:
+        model: with a fitted CSKV adapter.
+        repo_id: ``user/name``; created if it does not exist.
+        adapter_name: which adapter; the one in use by default.
+        base_model: Hub id of the model it was fitted to; needed where the base was loaded from a directory.
+        license: of the adapter, for the card; by default what the base model's card on the Hub says.
+        commit_message, commit_description: of the commit.
+        private: whether a new repository is private.
+        token: of the Hub; by default the one that is logged in.
+        revision: branch to push to, created if it does not exist.
+        create_pr: open a pull request instead of pushing.
+        tags: more tags for the card.
+
+    Returns:
+        The commit. Pushing the same again makes none, and returns the last.
+
+    Raises:
+        ValueError: if the adapter has no factors, or its base model is known by a local path only.
+        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+    """
+    name = adapter_name or sidecars(model)[0].adapter_in_use
+    config = adapter_config(model, name)
+    if not config.is_fitted:
+        raise ValueError(f"The CSKV adapter '{name}' has no factors yet. Fit it with `cskv_hf.fit` before pushing it.")
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder, name)
+        return push_folder(
+            Path(folder),
+            repo_id,
+            base_model=base_model,
+            license=license,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tags=tags,
+        )
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    commit_message: str = "Upload CSKV adapter",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Upload an adapter that was saved to a directory, with a tokenizer if one lies beside it; see [`push_to_hub`].
+
+    Only files of an adapter and of a tokenizer leave the machine, and no path of it.
+    """
+    check_adapter_files(folder)
+    config = CSKVConfig.from_pretrained(str(folder))
+    base_model = base_model or config.base_model_name_or_path
+    if base_model is None or os.path.exists(base_model) or not REPO_ID.fullmatch(base_model):
+        raise ValueError(
+            f"The adapter's base model is known as {base_model!r}, which is no Hub id, so nobody else could load the "
+            "adapter. Name it with `base_model='user/model'`."
+        )
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    license = license or _license_of(base_model, api.token)
+    with tempfile.TemporaryDirectory() as staging:
+        for name in (*ADAPTER, *TOKENIZER):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, staging)
+        _write_config(Path(staging) / CONFIG_NAME, base_model)
+        data = ModelCardData(
+            library_name="peft",
+            base_model=base_model,
+            base_model_relation="adapter",
+            pipeline_tag="text-generation",
+            license=license,
+            tags=sorted({"cskv", "kv-cache-compression", f"base_model:adapter:{base_model}", *(tags or [])}),
+        )
+        text = card_text(config, base_model, repo_id)
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(staging) / "README.md")
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=staging,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str | None = None) -> None:
+    """Save one CSKV adapter to a directory, whatever else the model holds: a `PeftModel`, or a transformers model
+    with adapters inside."""
+    name = adapter_name or sidecars(model)[0].adapter_in_use
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, selected_adapters=[name])
+        if name != "default":  # PEFT saves any other name to a subdirectory
+            for file in list((Path(folder) / name).iterdir()):
+                os.replace(file, Path(folder) / file.name)
+            os.rmdir(Path(folder) / name)
+        return
+    active = model.active_adapters()
+    model.set_adapter(name)  # transformers saves one active adapter
+    try:
+        PreTrainedModel.save_pretrained(model, folder)
+    finally:
+        model.set_adapter(active)
+
+
+def give_push(model: PeftModel) -> PeftModel:
+    """Let ``model.push_to_hub`` of this instance write our card; returns the model."""
+    model.push_to_hub = functools.partial(push_to_hub, model)
+    return model
+
+
+def _license_of(base_model: str, token: str | bool | None) -> str | None:
+    """What the base model's card says, None if there is no card to read."""
+    try:
+        return ModelCard.load(base_model, token=token).data.license
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        logger.warning(f"The licence of '{base_model}' is not known ({type(error).__name__}); pass `license=`.")
+        return None
+
+
+def _write_config(file: Path, base_model: str) -> None:
+    """Name the base model as others know it."""
+    settings = json.loads(file.read_text())
+    settings["base_model_name_or_path"] = base_model
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True))

@@ -1,0 +1,359 @@
+"""Adapters over real HTTP: pushed with a card, pulled through every entry point, and refused where they must be.
+
+One base model and one adapter are pushed to a Hub on localhost (local_hub.py) and generate the same tokens however
+they come back.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HUB, OWNER, STRANGER, calibration_data, lossy, make_model, prompt
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import AutoPeftModelForCausalLM, PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
+
+import cskv_hf
+from cskv_hf import CSKVCache, CSKVConfig
+from cskv_hf.evaluate.divergence import evaluation_record
+from cskv_hf.hub import push_folder
+
+GREEDY = dict(max_new_tokens=16, do_sample=False)
+PACKED = dict(compression=0.75, bits=None, allocation=None, block_size=8)
+BASE, ADAPTER = "ada/tiny-llama", "ada/tiny-llama-cskv"
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+
+
+def tiny_tokenizer():
+    vocabulary = {"<pad>": 0, "<s>": 1} | {f"w{i}": i for i in range(2, 89)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """Base and adapter on the Hub; the tokens that the pair generates, and the adapter's directory."""
+    folder = tmp_path_factory.mktemp("hub")
+    base = make_model(dtype=torch.float32)
+    base.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    (folder / "base" / "README.md").write_text("---\nlicense: llama3.1\n---\n# Tiny\n")
+    api = HfApi()
+    api.create_repo(BASE)
+    api.upload_folder(repo_id=BASE, folder_path=folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(BASE).eval()
+    model = lossy(base, **PACKED)
+    config = model.peft_config["default"]
+    config.fit_report["evaluation"] = evaluation_record(model, prompt(3, 100), "random tokens")
+    tokens = model.generate(prompt(1, 60), **GREEDY)
+    model.save_pretrained(folder / "adapter")
+    commit = model.push_to_hub(ADAPTER, tags=["tiny"])
+    assert commit.oid == HUB.repos[ADAPTER].refs["main"]
+    return tokens, folder / "adapter"
+
+
+def entry_points(adapter):
+    """Every way to get a model with the adapter, by name."""
+
+    def base(**kwargs):
+        return AutoModelForCausalLM.from_pretrained(BASE, **kwargs).eval()
+
+    def with_load_adapter():
+        model = base()
+        model.load_adapter(adapter)
+        return model
+
+    def from_pipeline(**kwargs):
+        return pipeline("text-generation", model=adapter, **kwargs).model
+
+    return {
+        "cskv_hf.load": lambda: cskv_hf.load(base(), adapter),
+        "PeftModel.from_pretrained": lambda: PeftModel.from_pretrained(base(), adapter),
+        "PeftModel.from_pretrained(adapter_name)": lambda: PeftModel.from_pretrained(
+            base(), adapter, adapter_name="memory"
+        ),
+        "PeftModel.from_pretrained(low_cpu_mem_usage)": lambda: PeftModel.from_pretrained(
+            base(), adapter, low_cpu_mem_usage=True
+        ),
+        "AutoPeftModelForCausalLM.from_pretrained": lambda: AutoPeftModelForCausalLM.from_pretrained(adapter),
+        "AutoModelForCausalLM.from_pretrained": lambda: AutoModelForCausalLM.from_pretrained(adapter),
+        "AutoModelForCausalLM.from_pretrained(device_map)": lambda: AutoModelForCausalLM.from_pretrained(
+            adapter, device_map="cpu"
+        ),
+        "AutoModelForCausalLM.from_pretrained(dtype)": lambda: AutoModelForCausalLM.from_pretrained(
+            adapter, dtype=torch.float32
+        ),
+        "model.load_adapter": with_load_adapter,
+        "pipeline(model=adapter)": from_pipeline,
+        "pipeline(model=adapter, device_map)": lambda: from_pipeline(device_map="cpu"),
+    }
+
+
+@pytest.mark.parametrize("where", ["Hub", "directory"])
+@pytest.mark.parametrize("name", list(entry_points("")))
+def test_the_same_tokens_through_every_entry_point(pushed, name, where):
+    tokens, folder = pushed
+    model = entry_points(ADAPTER if where == "Hub" else str(folder))[name]()
+    output = model.generate(prompt(1, 60), return_dict_in_generate=True, **GREEDY)
+    assert isinstance(output.past_key_values, CSKVCache) and output.past_key_values.tokens.num_old > 0
+    assert torch.equal(output.sequences, tokens)
+
+
+def test_files_of_a_push(pushed):
+    """Config, weights, card and nothing else; no path of this machine; the card's numbers are the config's."""
+    assert HUB.paths(ADAPTER) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    card = ModelCard.load(ADAPTER)
+    assert card.data.base_model == BASE and card.data.to_dict()["base_model_relation"] == "adapter"
+    assert card.data.license == "llama3.1"  # the base model's
+    assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
+    assert {"cskv", "kv-cache-compression", f"base_model:adapter:{BASE}", "tiny"} <= set(card.data.tags)
+    config = CSKVConfig.from_pretrained(ADAPTER)
+    evaluation = config.fit_report["evaluation"]
+    for piece in (
+        "import cskv_hf",
+        f'from_pretrained("{ADAPTER}"',
+        f"{config.bytes_per_token(AutoModelForCausalLM.from_pretrained(BASE).config):,.1f} of 256",
+        f"Fitted on {config.fit_report['num_tokens']:,} tokens",
+        f"{evaluation['ratio']:.4f} ({evaluation['ratio_low']:.4f} to {evaluation['ratio_high']:.4f})",
+        "on 108 tokens (random tokens)",
+    ):
+        assert piece in card.text, piece
+    everything = "".join(HUB.file(ADAPTER, path).decode("latin-1") for path in HUB.paths(ADAPTER))
+    for secret in (OWNER, str(pushed[1].parent), os.path.expanduser("~") + "/", "/tmp/"):
+        assert secret not in everything
+
+
+def test_an_identical_push_makes_no_commit(pushed):
+    before = dict(HUB.repos[ADAPTER].refs)
+    commit = push_folder(pushed[1], ADAPTER, tags=["tiny"])
+    assert HUB.repos[ADAPTER].refs == before and commit.oid == before["main"]
+
+
+def test_branch_pull_request_private_and_strangers(pushed):
+    """revision, create_pr and private do what they say; what is private stays so."""
+    folder, repo = pushed[1], "ada/private-cskv"
+    push_folder(folder, repo, private=True, commit_message="first")
+    assert HUB.repos[repo].private
+    main = HUB.repos[repo].refs["main"]
+    push_folder(folder, repo, revision="strong", tags=["branch"], license="mit")
+    assert HUB.repos[repo].refs["main"] == main != HUB.repos[repo].refs["strong"]
+    commit = push_folder(folder, repo, create_pr=True, tags=["pr"])
+    assert commit.pr_revision == "refs/pr/1" and HUB.repos[repo].refs["main"] == main
+    assert "pr" in ModelCard.load(hf_hub_download(repo, "README.md", revision="refs/pr/1")).data.tags
+    with pytest.raises(RepositoryNotFoundError, match="Repository Not Found"):
+        cskv_hf.load(make_model(), repo, token=STRANGER)
+    with pytest.raises(RepositoryNotFoundError, match="Repository Not Found"):
+        cskv_hf.load(make_model(), repo, token=False)
+    with pytest.raises(HfHubHTTPError, match="403"):
+        push_folder(folder, ADAPTER, token=STRANGER, tags=["mine"])
+    with pytest.raises(HfHubHTTPError, match="401"):
+        push_folder(folder, repo, token="hf_unknown")
+    commit = push_folder(folder, ADAPTER, token=STRANGER, create_pr=True, tags=["suggestion"])
+    assert commit.pr_num == 1  # a stranger may propose
+    assert cskv_hf.load(make_model(dtype=torch.float32), repo, token=OWNER, revision="strong") is not None
+
+
+def test_a_revision_is_that_revision(pushed):
+    """Two adapters on two branches of one repository."""
+    other = lossy(make_model(dtype=torch.float32), **PACKED | {"compression": 0.6})
+    other.push_to_hub(ADAPTER, base_model=BASE, revision="r60")
+    for revision, compression in (("main", 0.75), ("r60", 0.6)):
+        model = cskv_hf.load(make_model(dtype=torch.float32), ADAPTER, revision=revision)
+        assert model.peft_config["default"].compression == compression
+        model = AutoModelForCausalLM.from_pretrained(ADAPTER, adapter_kwargs={"revision": revision})
+        assert model.peft_config["default"].compression == compression
+    with pytest.raises(RevisionNotFoundError, match="Revision Not Found"):
+        cskv_hf.load(make_model(), ADAPTER, revision="r99")
+
+
+def test_subfolder_and_smaller_rank(pushed):
+    HfApi().create_repo("ada/many", exist_ok=True)
+    HfApi().upload_folder(repo_id="ada/many", folder_path=pushed[1], path_in_repo="llama/75")
+    model = cskv_hf.load(make_model(dtype=torch.float32), "ada/many", subfolder="llama/75")
+    assert torch.equal(model.generate(prompt(1, 60), **GREEDY), pushed[0])
+    model = cskv_hf.load(make_model(dtype=torch.float32), ADAPTER, compression=0.9)
+    assert model.peft_config["default"].bytes_per_token(model.config) <= 0.1 * 256
+    with pytest.raises(ValueError, match=r"'ada/many', folder 'llama' is no complete CSKV adapter"):
+        cskv_hf.load(make_model(), "ada/many", subfolder="llama")
+
+
+def test_pipeline_drop_in(pushed):
+    """Strings, chats, batches with padding and streaming, through a pipeline that was told the adapter's name only."""
+    generate = pipeline("text-generation", model=ADAPTER)
+    greedy = dict(max_new_tokens=12, do_sample=False, return_full_text=False)
+    short, long = "w7 w8 w9", " ".join(f"w{2 + i * 7 % 80}" for i in range(50))
+    alone = [generate(text, **greedy)[0]["generated_text"] for text in (short, long)]
+    together = generate([short, long], batch_size=2, **greedy)
+    assert [answer[0]["generated_text"] for answer in together] == alone
+    chat = [{"role": "w10", "content": long}]
+    answer = generate(chat, **greedy)[0]["generated_text"]
+    assert len(str(answer).split()) >= 12
+    streamer = TextIteratorStreamer(generate.tokenizer, skip_prompt=True)
+    generate(long, streamer=streamer, **greedy)
+    assert "".join(streamer).split() == alone[1].split()
+    manual = AutoModelForCausalLM.from_pretrained(ADAPTER)
+    ids = generate.tokenizer(long, return_tensors="pt").input_ids
+    output = manual.generate(ids, max_new_tokens=12, do_sample=False)
+    assert generate.tokenizer.decode(output[0, ids.shape[1] :]).split() == alone[1].split()
+
+
+def test_adapters_switched_on_a_transformers_model(pushed):
+    model = AutoModelForCausalLM.from_pretrained(ADAPTER)
+    full = AutoModelForCausalLM.from_pretrained(BASE).generate(prompt(1, 60), **GREEDY)
+    model.load_adapter(ADAPTER, adapter_name="small", adapter_kwargs={"revision": "r60"})
+    model.set_adapter("small")
+    small = model.generate(prompt(1, 60), **GREEDY)
+    model.set_adapter("default")
+    assert torch.equal(model.generate(prompt(1, 60), **GREEDY), pushed[0])
+    model.disable_adapters()
+    assert torch.equal(model.generate(prompt(1, 60), **GREEDY), full)
+    model.enable_adapters()
+    model.delete_adapter("default")
+    model.set_adapter("small")
+    assert torch.equal(model.generate(prompt(1, 60), **GREEDY), small)
+
+
+OFFLINE = """
+import sys, torch
+import cskv_hf
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+base = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+loaded = cskv_hf.load(base, sys.argv[1])
+ids = torch.tensor([eval(sys.argv[3])])
+for m in (model, loaded):
+    print(m.generate(ids, max_new_tokens=16, do_sample=False)[0].tolist())
+"""
+
+
+def test_offline_from_the_cache(pushed):
+    """A second process without a Hub, on what the first one downloaded; then one with an empty cache."""
+    AutoModelForCausalLM.from_pretrained(ADAPTER)
+    command = [sys.executable, "-c", OFFLINE, ADAPTER, BASE, str(prompt(1, 60)[0].tolist())]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines() == [str(pushed[0][0].tolist())] * 2
+
+
+def test_interrupted_download_is_taken_up(pushed, tmp_path):
+    """The connection breaks in the middle of the weights; the client asks for the rest, and the file is whole."""
+    size = len(HUB.file(ADAPTER, "adapter_model.safetensors"))
+    HUB.cut_after["adapter_model.safetensors"] = size // 2
+    model = cskv_hf.load(make_model(dtype=torch.float32), ADAPTER, cache_dir=tmp_path)
+    assert not HUB.cut_after
+    assert torch.equal(model.generate(prompt(1, 60), **GREEDY), pushed[0])
+
+
+def test_bad_repositories(pushed, tmp_path):
+    """What is missing, corrupt, of another kind or of a newer format, each by its name."""
+    api, config = HfApi(), (pushed[1] / "adapter_config.json").read_text()
+    weights = (pushed[1] / "adapter_model.safetensors").read_bytes()
+
+    def repo(name, **files):
+        api.create_repo(f"ada/{name}", exist_ok=True)
+        for path, content in files.items():
+            path = path.replace("__", ".")
+            api.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=f"ada/{name}")
+        return f"ada/{name}"
+
+    whole = dict(adapter_config__json=config.encode(), adapter_model__safetensors=weights)
+    newer = json.loads(config) | {"format_version": 2, "something_new": True}
+    lora = json.loads(config) | {"peft_type": "LORA"}
+    cases = {
+        "no-weights": (
+            dict(adapter_config__json=config.encode()),
+            "needs adapter_config.json and adapter_model.safet",
+        ),
+        "no-config": (dict(adapter_model__safetensors=weights), "is no complete CSKV adapter"),
+        "pickle": (
+            dict(adapter_config__json=config.encode(), adapter_model__bin=b"\x80\x04."),
+            "pickles among them, are not read",
+        ),
+        "corrupt": (whole | dict(adapter_model__safetensors=weights[:-64]), "is truncated or corrupt"),
+        "newer": (
+            whole | dict(adapter_config__json=json.dumps(newer).encode()),
+            r"`format_version`=2, this cskv-hf reads up to 1.*pip install -U cskv-hf",
+        ),
+        "lora": (whole | dict(adapter_config__json=json.dumps(lora).encode()), "is a LORA adapter, not a CSKV one"),
+    }
+    for name, (files, message) in cases.items():
+        model = make_model(dtype=torch.float32)
+        with pytest.raises(ValueError, match=message):
+            cskv_hf.load(model, repo(name, **files))
+        assert not hasattr(model.model.layers[0].self_attn, "cskv"), name
+    with pytest.raises(RepositoryNotFoundError):
+        cskv_hf.load(make_model(), "ada/nothing-here")
+    with pytest.raises(ValueError, match="neither a directory nor a Hub id"):
+        cskv_hf.load(make_model(), tmp_path / "nowhere" / "at all")
+    with pytest.raises(ValueError, match=r"fitted to another model \(num_hidden_layers: adapter 2, model 3\)"):
+        cskv_hf.load(make_model(num_hidden_layers=3), ADAPTER)
+
+
+def test_a_base_of_another_name_is_warned_about(pushed, caplog):
+    import logging
+
+    other = make_model(dtype=torch.float32)
+    other.config._name_or_path = "eve/tiny-llama-finetuned"
+    logging.getLogger("transformers").propagate = True
+    try:
+        cskv_hf.load(other, ADAPTER)
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert f"was fitted to '{BASE}', the model is 'eve/tiny-llama-finetuned'" in caplog.text
+
+
+def test_a_base_known_by_its_path_must_be_named(pushed, tmp_path):
+    base = make_model(dtype=torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    model = lossy(AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), **PACKED)
+    with pytest.raises(ValueError, match=r"no Hub id.*`base_model='user/model'`"):
+        model.push_to_hub("ada/from-a-path")
+    assert "ada/from-a-path" not in HUB.repos
+    model.push_to_hub("ada/from-a-path", base_model=BASE)
+    assert str(tmp_path) not in HUB.file("ada/from-a-path", "adapter_config.json").decode()
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained("ada/from-a-path").generate(prompt(1, 60), **GREEDY),
+        model.generate(prompt(1, 60), **GREEDY),
+    )
+
+
+def test_push_from_a_transformers_model_and_by_adapter_name(pushed):
+    """An adapter inside a transformers model, and one of several of a PeftModel."""
+    model = AutoModelForCausalLM.from_pretrained(ADAPTER)
+    cskv_hf.push_to_hub(model, "ada/again")
+    for path in ("adapter_model.safetensors", "adapter_config.json"):
+        assert HUB.file("ada/again", path) == HUB.file(ADAPTER, path)
+    model = cskv_hf.load(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)
+    settings = CSKVConfig(compression=0.9, window=8, sinks=3, block_size=8)
+    model = cskv_hf.fit(model, calibration_data(model), settings, adapter_name="strong", progress=False)
+    model.push_to_hub("ada/strong", adapter_name="strong")
+    assert HUB.paths("ada/strong") == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert CSKVConfig.from_pretrained("ada/strong").compression == 0.9
+    with pytest.raises(ValueError, match="has no CSKV adapter 'weak'"):
+        model.push_to_hub("ada/weak", adapter_name="weak")
+
+
+@pytest.mark.parametrize("package", ["transformers", "peft", "huggingface_hub"])
+def test_versions_below_the_floor(package, monkeypatch):
+    from cskv_hf import _versions
+
+    real = _versions.version
+    monkeypatch.setattr(_versions, "version", lambda name: "0.1.0" if name == package else real(name))
+    with pytest.raises(ImportError, match=rf"needs {package} .* or newer, found 0\.1\.0.*pip install -U"):
+        _versions.check_versions()
+
+
+def test_without_the_import_peft_says_what_is_missing(pushed):
+    """The one thing we cannot word ourselves: upstream's KeyError names CSKV, which troubleshooting.md lists."""
+    code = "import sys\nfrom peft import PeftConfig\nPeftConfig.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, ADAPTER], capture_output=True, text=True, timeout=300)
+    assert done.returncode and "CSKV" in done.stderr.splitlines()[-1]
