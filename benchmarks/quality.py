@@ -97,15 +97,14 @@ class Bench:
         if len(texts) == 1:
             separator = "<|endoftext|>" if "<|endoftext|>" in texts[0] else "\n\n"
             texts = texts[0].split(separator)
-            if separator == "\n\n":  # paragraphs are short: several make a row
-                texts = ["\n\n".join(texts[i : i + 12]) for i in range(0, len(texts), 12)]
-        rows = []
-        for text in texts:
-            ids = self.tokenizer(text.strip())["input_ids"]
-            if len(ids) >= length:
-                rows.append(torch.tensor(ids[:length]))
-            if len(rows) == count:
-                return rows
+        for together in (1, 12):  # paragraphs of one long document may be too short, then several make a row
+            rows = []
+            for first in range(0, len(texts), together):
+                ids = self.tokenizer("\n\n".join(texts[first : first + together]).strip())["input_ids"]
+                if len(ids) >= length:
+                    rows.append(torch.tensor(ids[:length]))
+                if len(rows) == count:
+                    return rows
         raise SystemExit(f"'{path}' has {len(rows)} documents of {length} tokens, {count} are needed.")
 
     def run(

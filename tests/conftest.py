@@ -40,6 +40,8 @@ from transformers import (
 import cskv_hf
 from cskv_hf import CSKVConfig
 
+pytest_plugins = ["doc_tables"]
+
 torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 
 SIZES = dict(

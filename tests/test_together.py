@@ -1,0 +1,261 @@
+"""CSKV beside what else people do to a model: LoRA, quantised and offloaded bases, compilation, checkpointing, copies,
+threads, several models. Compression changes what a cache holds and nothing else.
+"""
+
+import threading
+
+import pytest
+import torch
+from conftest import calibration_data, lossless, lossy, make_model, prompt
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Trainer, TrainingArguments
+
+import cskv_hf
+from cskv_hf import CSKVCache, CSKVConfig
+from cskv_hf.train import CSKVTrainer, training_arguments, training_rows
+
+GREEDY = dict(max_new_tokens=16, do_sample=False)
+PACKED = dict(compression=0.75, bits=None, allocation=None, block_size=8)
+TABLE = "living-with-others"
+
+
+def generated(model, length=60, **kwargs):
+    """Tokens, of a generation that really compressed."""
+    output = model.generate(prompt(1, length), return_dict_in_generate=True, **GREEDY, **kwargs)
+    assert isinstance(output.past_key_values, CSKVCache) and output.past_key_values.tokens.num_old > 0
+    return output.sequences
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base model and a packed adapter on disk."""
+    make_model(dtype=torch.float32, hidden_size=64, num_hidden_layers=3).save_pretrained(tmp_path / "base")
+    model = lossy(AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), **PACKED)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, generated(model)
+
+
+def lora_rows(count=8):
+    return [{"input_ids": ids, "labels": ids} for ids in prompt(count, 40, 5)]
+
+
+def train_lora(model, folder, **settings):
+    arguments = TrainingArguments(
+        folder, num_train_epochs=1, learning_rate=0.01, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True, per_device_train_batch_size=4, **settings,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=lora_rows()).train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
+def test_lora_trained_with_cskv_active(saved, checkpointing, documented):
+    """Only LoRA moves, as without CSKV: training attends to exact keys and never touches the cache."""
+    documented(TABLE, "LoRA training" + ", gradient checkpointing" * checkpointing, "with CSKV active")
+    trained = {}
+    for name, source in (("with", saved[0] / "adapter"), ("without", saved[0] / "base")):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(source)
+        factors = {n: p.clone() for n, p in model.named_parameters() if "cskv_" in n}
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+        train_lora(model, str(saved[0] / "run"), gradient_checkpointing=checkpointing)
+        named = dict(model.named_parameters())
+        trained[name] = [p.detach().clone() for n, p in named.items() if "lora_" in n]
+        for n, before in factors.items():
+            assert torch.equal(named[f"base_model.model.{n}"], before)
+        if name == "with":
+            generated(model.eval())
+    assert len(trained["with"]) == len(trained["without"]) and any(p.abs().max() > 0 for p in trained["with"])
+    for one, other in zip(trained["with"], trained["without"]):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+def test_lora_before_cskv(merged, tmp_path, documented):
+    """The recipe: fit on the model as it will run, LoRA applied. The fit sees what LoRA makes of the projections."""
+    documented(TABLE, f"LoRA first ({'merged' if merged else 'unmerged'}), CSKV fitted on it", "with CSKV active")
+    base = make_model(dtype=torch.float32)
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    if merged:
+        base = get_peft_model(base, lora).merge_and_unload()
+    else:
+        base.add_adapter(lora, adapter_name="style")
+    data = calibration_data(base)
+    settings = CSKVConfig(window=8, sinks=3, block_size=8, compression=0.75)
+    if merged:
+        model = cskv_hf.fit(base, data, settings, progress=False)
+    else:
+        model = cskv_hf.fit(base, data, settings, adapter_name="memory", progress=False)
+        assert model is base
+        base.set_adapter(["style", "memory"])
+    tokens = generated(model)
+    if not merged:
+        whole = get_peft_model(make_model(dtype=torch.float32), lora, adapter_name="style")
+        state = {n: p for n, p in base.named_parameters() if "lora_" in n}
+        whole.load_state_dict({f"base_model.model.{n}": p for n, p in state.items()}, strict=False)
+        expected = cskv_hf.fit(whole.merge_and_unload(), data, settings, progress=False)
+        assert torch.equal(generated(expected), tokens)
+
+
+def test_lora_merged_after_cskv(saved, documented):
+    """Merging a LoRA on top of a model with CSKV leaves the factors in place and the output as it was."""
+    documented(TABLE, "LoRA second, then merged", "with CSKV active")
+    model = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter")
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    stacked = get_peft_model(model, lora)
+    before = stacked(prompt(1, 30)).logits
+    tokens = generated(stacked)
+    merged = stacked.merge_and_unload()
+    torch.testing.assert_close(merged(prompt(1, 30)).logits, before, atol=1e-4, rtol=1e-4)
+    assert torch.equal(generated(merged), tokens) and hasattr(merged.model.layers[0].self_attn, "cskv")
+
+
+def test_two_tuners_in_one_peft_model_are_refused(documented):
+    documented(TABLE, "LoRA and CSKV in one `PeftModel`", "with CSKV active", "refused by PEFT; see the LoRA recipe")
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"PEFT cannot mix methods.*merge_and_unload.*load_adapter"):
+        cskv_hf.fit(model, calibration_data(model), progress=False)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_base(saved, bits, documented):
+    """A base without dense weights: load, fit, train; factors are in the model's dtype, not in the weights'."""
+    documented(TABLE, f"bitsandbytes, {bits} bits", "with CSKV active")
+    quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter", quantization_config=quantisation)
+    attention = model.model.layers[0].self_attn
+    assert attention.k_proj.weight.dtype == (torch.uint8 if bits == 4 else torch.int8)
+    assert attention.cskv().key_A.dtype == model.dtype
+    generated(model)
+    base = AutoModelForCausalLM.from_pretrained(saved[0] / "base", quantization_config=quantisation)
+    model = lossy(base, **PACKED)
+    generated(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    arguments = training_arguments(
+        saved[0] / "run", use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=1e-3
+    )
+    CSKVTrainer(model, arguments, training_rows(list(prompt(4, 48, 3)), length=48)).train()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all(n.split(".")[-3][-2:] in ("_A", "_B") for n in changed)
+    generated(model)
+
+
+class RowwiseInt8(nn.Module):
+    """A linear layer that has no dense weight: int8 codes and a scale per row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("init", ["attention", "asvd"])
+def test_a_base_without_any_weight_attribute(init, documented):
+    """Whatever quantises linears: factors come from what they compute, so they equal those of the dense twin."""
+    documented(TABLE, "other quantised linears", "with CSKV active")
+    settings = dict(init=init, compression=0.5)
+    quantised, dense = make_model(), make_model()
+    for model, replace in ((quantised, True), (dense, False)):
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear) and name.endswith("_proj"):
+                    code = RowwiseInt8(child)
+                    if replace:
+                        setattr(module, name, code)
+                    else:
+                        child.weight.data = code.codes.double() * code.scale
+    tokens = [generated(lossy(model, **settings)) for model in (quantised, dense)]
+    assert torch.equal(*tokens)
+
+
+def test_adapter_onto_an_offloaded_base(saved, tmp_path, documented):
+    """CPU and disk: the projections have no weights of their own when the adapter arrives."""
+    documented(TABLE, "`device_map`, CPU and disk offload", "with CSKV active")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
+    offload = dict(device_map=device_map, offload_folder=tmp_path / "offload")
+    base = AutoModelForCausalLM.from_pretrained(saved[0] / "base", **offload)
+    assert base.model.layers[1].self_attn.k_proj.weight.device.type == "meta"
+    assert torch.equal(generated(cskv_hf.load(base, saved[0] / "adapter")), saved[1])
+    model = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter", **offload)
+    assert torch.equal(generated(model), saved[1])
+
+
+def test_torch_compile(saved, documented):
+    """A compiled forward gives the same tokens (graph breaks at the cache; a compiled step is another matter)."""
+    documented(TABLE, "`torch.compile(model)`", "with CSKV active", "yes, with graph breaks")
+    model = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter")
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    assert torch.equal(generated(model), saved[1])
+
+
+def test_saving_the_full_model(saved, tmp_path, documented):
+    """After `unload` the model saves as it was loaded; with adapters inside, transformers saves the adapter."""
+    documented(TABLE, "`save_pretrained` of the full model", "with CSKV active", "after `unload()`")
+    model = cskv_hf.load(AutoModelForCausalLM.from_pretrained(saved[0] / "base"), saved[0] / "adapter")
+    generated(model)
+    plain = model.unload()
+    plain.save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (saved[0] / "base" / name).read_bytes()
+    inside = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter")
+    inside.save_pretrained(tmp_path / "inside")
+    assert not (tmp_path / "inside" / "model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained(saved[0] / "base")
+    assert torch.equal(generated(cskv_hf.load(base, tmp_path / "inside")), saved[1])
+
+
+def test_two_models_with_their_own_adapters(documented):
+    """Patches are per instance: two models side by side, and a third that nobody touched."""
+    documented(TABLE, "two models with different adapters", "with CSKV active")
+    alone = [
+        generated(lossy(make_model(family), compression)) for family, compression in (("llama", 0.6), ("qwen3", 0.5))
+    ]
+    plain, ids = make_model(), prompt(1, 60)
+    expected = plain.generate(ids, **GREEDY)
+    one, two = lossy(make_model("llama"), 0.6), lossy(make_model("qwen3"), 0.5)
+    for _ in range(2):
+        assert torch.equal(generated(one), alone[0]) and torch.equal(generated(two), alone[1])
+        output = plain.generate(ids, return_dict_in_generate=True, **GREEDY)
+        assert isinstance(output.past_key_values, DynamicCache) and torch.equal(output.sequences, expected)
+
+
+def test_threads_on_one_model(documented):
+    """All state of a generation is in its cache: eight threads at once give what each gives alone."""
+    documented(TABLE, "threads generating on one model", "with CSKV active")
+    model = lossy(make_model(dtype=torch.float32), **PACKED)
+    prompts = [prompt(2, 50 + 3 * i, seed=i) for i in range(8)]
+    expected = [model.generate(ids, **GREEDY) for ids in prompts]
+    found = [None] * len(prompts)
+
+    def work(i):
+        for _ in range(3):
+            found[i] = model.generate(prompts[i], **GREEDY)
+            if not torch.equal(found[i], expected[i]):
+                return
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other)
+
+
+def test_copy_and_pickle(documented):
+    """What test_generate.py shows of copies, for a PeftModel with its `push_to_hub`."""
+    import copy
+    import pickle
+
+    documented(TABLE, "`copy.deepcopy`, pickle", "with CSKV active")
+    model = lossless(make_model())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(twin, PeftModel) and twin.push_to_hub.args[0] is twin
+        assert torch.equal(generated(twin), generated(model))
