@@ -176,7 +176,9 @@ def test_a_base_without_any_weight_attribute(init, documented):
 
 def test_adapter_onto_an_offloaded_base(saved, tmp_path, documented):
     """CPU and disk: the projections have no weights of their own when the adapter arrives."""
-    documented(TABLE, "`device_map`, CPU and disk offload", "with CSKV active")
+    documented(
+        TABLE, "`device_map`, CPU and disk offload", "with CSKV active", "yes; onto a loaded base by `cskv_hf.load`"
+    )
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     device_map |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
     offload = dict(device_map=device_map, offload_folder=tmp_path / "offload")
@@ -191,8 +193,17 @@ def test_torch_compile(saved, documented):
     """A compiled forward gives the same tokens (graph breaks at the cache; a compiled step is another matter)."""
     documented(TABLE, "`torch.compile(model)`", "with CSKV active", "yes, with graph breaks")
     model = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter")
-    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    model.forward = torch.compile(model.forward, backend="eager")
     assert torch.equal(generated(model), saved[1])
+
+
+def test_factors_that_were_never_read(saved):
+    """An empty layer is an error at the first token, never a wrong answer."""
+    model = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter")
+    sidecar = model.model.layers[1].self_attn.cskv
+    sidecar.update_layer("default", sidecar.configs["default"], sidecar.key_ranks["default"], 4)
+    with pytest.raises(RuntimeError, match=r"'default' in layer 1 were never filled.*cskv_hf\.load"):
+        generated(model)
 
 
 def test_saving_the_full_model(saved, tmp_path, documented):

@@ -28,6 +28,7 @@ CPU_TILE, GPU_TILE = 2**18, 2**24  # elements of a rebuilt tile of keys: about a
 QUERY_CHUNK = 128  # queries at a time, which bounds the scores of a long prompt over a long past
 
 
+@torch.compiler.disable
 def compressed_attention(
     query: torch.Tensor,
     kv: CompressedKV,

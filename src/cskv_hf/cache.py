@@ -127,6 +127,7 @@ class CSKVLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
         """Append exact keys (after RoPE) and values; return what attention is to see of past and present.
 

@@ -202,6 +202,18 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
             return None
         return next((name for name in self.active_adapters if name in self.key_ranks), None)
 
+    def check_filled(self, adapter_name: str) -> None:
+        """Refuse factors that no fit and no file has filled.
+
+        Raises:
+            RuntimeError: if the adapter's spectra are all zero, as they are made.
+        """
+        if not self.cskv_key_spectrum[adapter_name]().any():
+            raise RuntimeError(
+                f"The factors of the CSKV adapter '{adapter_name}' in layer {self.layer_idx} were never filled: its "
+                "file was not read into this layer. Load it with `cskv_hf.load(model, adapter)`, or fit it again."
+            )
+
     def forward(self, adapter_name: str | None = None) -> LayerFactors:
         """The factors of an adapter (the one in use by default) as tensors."""
         name = adapter_name or self.adapter_in_use

@@ -6,12 +6,14 @@ uploads the same files but replaces the card by an empty one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,23 @@ def load(
     }
     folder = local_adapter(adapter, revision=revision, subfolder=subfolder, token=token, **download)
     check_adapter_files(folder)
-    peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, **kwargs)
+    with _dispatched_as_it_is(model):
+        peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, **kwargs)
     if compression is not None:
         shrink(peft_model, compression, adapter_name=adapter_name)
     return give_push(peft_model)
+
+
+@contextlib.contextmanager
+def _dispatched_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Keep PEFT from taking accelerate's hooks off an offloaded model and dispatching it anew, which loses what is on
+    disk. Our factors go where the projections run, so nothing needs to move."""
+    device_map = model.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
 
 
 def local_adapter(adapter: str | os.PathLike, *, subfolder: str | None = None, **download: Any) -> Path:

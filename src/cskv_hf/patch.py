@@ -2,7 +2,8 @@
 
 The model's own code stays as it is. Attaching adds forward pre-hooks (on the decoder, to see the padding mask; on
 each attention layer, to stage positions and factors), selects our attention function on top of the user's, and gives
-the instance a `generate` that knows caches of ours. Classes and modules of others are not touched.
+the instance a `generate` that knows caches of ours. Classes and modules of others are not touched. A compiler
+(`torch.compile`) leaves our part out: it changes with every token.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ logger = logging.get_logger(__name__)
 class BeginForward:
     """Pre-hook of the decoder: tells the cache which of the tokens to come are padding."""
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CSKVCache):
@@ -39,6 +41,7 @@ class StageFactors:
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, CSKVCache):
@@ -56,6 +59,8 @@ class StageFactors:
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         positions = kwargs["position_ids"]
         frequencies = frequencies_of(self.rotary)
+        if len(cache.layers) <= module.layer_idx:  # once per cache
+            sidecar.check_filled(adapter)
         if cache.tokens is None:
             self._check_rotary(positions, kwargs["position_embeddings"])
         fused = module.config._attn_implementation.startswith(PREFIX)

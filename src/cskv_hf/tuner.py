@@ -82,6 +82,9 @@ class CSKVModel(BaseTuner):
             key_ranks = sidecar.default_key_ranks(peft_config, key_rank)
         sidecar.update_layer(adapter_name, peft_config, key_ranks, value_rank)
         sidecar.placement = placement(target, self.model)
+        if getattr(getattr(target.k_proj, "_hf_hook", None), "offload", False):
+            # else transformers takes the factors for offloaded, like the layer, and leaves them unread in the file
+            self.model.hf_device_map[f"{current_key}.cskv"] = str(sidecar.placement[0])
         sidecar._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -98,6 +101,8 @@ class CSKVModel(BaseTuner):
         for attention in attention_layers(self.model):
             if hasattr(attention, "cskv"):
                 del attention.cskv
+        for name in [name for name in getattr(self.model, "hf_device_map", {}) if name.endswith(".cskv")]:
+            del self.model.hf_device_map[name]
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
