@@ -49,10 +49,12 @@ def documented(request):
 
     yield claim
     report = request.node.stash.get(REPORT, None)
-    if report is not None and report.passed:
-        cells = request.config.stash[CELLS]
-        for table, row, column, text in claims:
-            cells.setdefault(table, {}).setdefault(row, {})[column] = text
+    for table, row, column, text in claims:
+        cells = request.config.stash[CELLS].setdefault(table, {}).setdefault(row, {})
+        if report is None or not report.passed:
+            cells[column] = "FAILED"
+        elif cells.get(column) != "FAILED":
+            cells[column] = text
 
 
 def read_table(text: str, table: str) -> tuple[list[str], dict[str, dict[str, str]]]:

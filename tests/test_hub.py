@@ -16,7 +16,13 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import AutoPeftModelForCausalLM, PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
@@ -25,8 +31,13 @@ from cskv_hf.hub import push_folder
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)
 PACKED = dict(compression=0.75, bits=None, allocation=None, block_size=8)
+TABLE = "entry-points"
 BASE, ADAPTER = "ada/tiny-llama", "ada/tiny-llama-cskv"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+
+
+def tiny_model():
+    return make_model(dtype=torch.float32, hidden_size=64)
 
 
 def tiny_tokenizer():
@@ -42,7 +53,7 @@ def tiny_tokenizer():
 def pushed(tmp_path_factory):
     """Base and adapter on the Hub; the tokens that the pair generates, and the adapter's directory."""
     folder = tmp_path_factory.mktemp("hub")
-    base = make_model(dtype=torch.float32)
+    base = tiny_model()
     base.save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     (folder / "base" / "README.md").write_text("---\nlicense: llama3.1\n---\n# Tiny\n")
@@ -99,7 +110,8 @@ def entry_points(adapter):
 
 @pytest.mark.parametrize("where", ["Hub", "directory"])
 @pytest.mark.parametrize("name", list(entry_points("")))
-def test_the_same_tokens_through_every_entry_point(pushed, name, where):
+def test_the_same_tokens_through_every_entry_point(pushed, name, where, documented):
+    documented(TABLE, f"`{name}`", where)
     tokens, folder = pushed
     model = entry_points(ADAPTER if where == "Hub" else str(folder))[name]()
     output = model.generate(prompt(1, 60), return_dict_in_generate=True, **GREEDY)
@@ -158,15 +170,17 @@ def test_branch_pull_request_private_and_strangers(pushed):
         push_folder(folder, repo, token="hf_unknown")
     commit = push_folder(folder, ADAPTER, token=STRANGER, create_pr=True, tags=["suggestion"])
     assert commit.pr_num == 1  # a stranger may propose
-    assert cskv_hf.load(make_model(dtype=torch.float32), repo, token=OWNER, revision="strong") is not None
+    assert cskv_hf.load(tiny_model(), repo, token=OWNER, revision="strong") is not None
 
 
-def test_a_revision_is_that_revision(pushed):
+def test_a_revision_is_that_revision(pushed, documented):
     """Two adapters on two branches of one repository."""
-    other = lossy(make_model(dtype=torch.float32), **PACKED | {"compression": 0.6})
+    documented(TABLE, "`cskv_hf.load(revision, token)`", "Hub")
+    documented(TABLE, '`AutoModelForCausalLM.from_pretrained(adapter_kwargs={"revision": ...})`', "Hub")
+    other = lossy(tiny_model(), **PACKED | {"compression": 0.6})
     other.push_to_hub(ADAPTER, base_model=BASE, revision="r60")
     for revision, compression in (("main", 0.75), ("r60", 0.6)):
-        model = cskv_hf.load(make_model(dtype=torch.float32), ADAPTER, revision=revision)
+        model = cskv_hf.load(tiny_model(), ADAPTER, revision=revision)
         assert model.peft_config["default"].compression == compression
         model = AutoModelForCausalLM.from_pretrained(ADAPTER, adapter_kwargs={"revision": revision})
         assert model.peft_config["default"].compression == compression
@@ -174,19 +188,22 @@ def test_a_revision_is_that_revision(pushed):
         cskv_hf.load(make_model(), ADAPTER, revision="r99")
 
 
-def test_subfolder_and_smaller_rank(pushed):
+def test_subfolder_and_smaller_rank(pushed, documented):
+    documented(TABLE, "`cskv_hf.load(subfolder)`", "Hub")
+    documented(TABLE, "`cskv_hf.load(compression)`, a smaller rank", "Hub")
     HfApi().create_repo("ada/many", exist_ok=True)
     HfApi().upload_folder(repo_id="ada/many", folder_path=pushed[1], path_in_repo="llama/75")
-    model = cskv_hf.load(make_model(dtype=torch.float32), "ada/many", subfolder="llama/75")
+    model = cskv_hf.load(tiny_model(), "ada/many", subfolder="llama/75")
     assert torch.equal(model.generate(prompt(1, 60), **GREEDY), pushed[0])
-    model = cskv_hf.load(make_model(dtype=torch.float32), ADAPTER, compression=0.9)
+    model = cskv_hf.load(tiny_model(), ADAPTER, compression=0.9)
     assert model.peft_config["default"].bytes_per_token(model.config) <= 0.1 * 256
     with pytest.raises(ValueError, match=r"'ada/many', folder 'llama' is no complete CSKV adapter"):
         cskv_hf.load(make_model(), "ada/many", subfolder="llama")
 
 
-def test_pipeline_drop_in(pushed):
+def test_pipeline_drop_in(pushed, documented):
     """Strings, chats, batches with padding and streaming, through a pipeline that was told the adapter's name only."""
+    documented(TABLE, "pipeline: strings, chats, batches, streaming", "Hub")
     generate = pipeline("text-generation", model=ADAPTER)
     greedy = dict(max_new_tokens=12, do_sample=False, return_full_text=False)
     short, long = "w7 w8 w9", " ".join(f"w{2 + i * 7 % 80}" for i in range(50))
@@ -205,7 +222,8 @@ def test_pipeline_drop_in(pushed):
     assert generate.tokenizer.decode(output[0, ids.shape[1] :]).split() == alone[1].split()
 
 
-def test_adapters_switched_on_a_transformers_model(pushed):
+def test_adapters_switched_on_a_transformers_model(pushed, documented):
+    documented(TABLE, "`set_adapter`, `disable_adapters`, `delete_adapter`", "Hub")
     model = AutoModelForCausalLM.from_pretrained(ADAPTER)
     full = AutoModelForCausalLM.from_pretrained(BASE).generate(prompt(1, 60), **GREEDY)
     model.load_adapter(ADAPTER, adapter_name="small", adapter_kwargs={"revision": "r60"})
@@ -221,6 +239,23 @@ def test_adapters_switched_on_a_transformers_model(pushed):
     assert torch.equal(model.generate(prompt(1, 60), **GREEDY), small)
 
 
+def test_a_revision_for_both_is_refused_upstream(pushed, documented):
+    """transformers asks the base for the adapter's revision too; the way out is documented."""
+    row = "`AutoModelForCausalLM.from_pretrained(revision=...)`, `pipeline(revision=...)`"
+    documented(TABLE, row, "Hub", "refused: transformers applies it to the base too; use `adapter_kwargs`")
+    with pytest.raises(OSError, match="r60"):
+        AutoModelForCausalLM.from_pretrained(ADAPTER, revision="r60")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantisation_config(pushed, bits, documented):
+    documented(TABLE, "`AutoModelForCausalLM.from_pretrained(quantization_config)`, bitsandbytes", "Hub")
+    quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(ADAPTER, quantization_config=quantisation)
+    output = model.generate(prompt(1, 60), return_dict_in_generate=True, **GREEDY)
+    assert isinstance(output.past_key_values, CSKVCache) and output.past_key_values.tokens.num_old > 0
+
+
 OFFLINE = """
 import sys, torch
 import cskv_hf
@@ -234,8 +269,9 @@ for m in (model, loaded):
 """
 
 
-def test_offline_from_the_cache(pushed):
-    """A second process without a Hub, on what the first one downloaded; then one with an empty cache."""
+def test_offline_from_the_cache(pushed, documented):
+    """A second process without a Hub, on what the first one downloaded."""
+    documented(TABLE, "offline, from the cache (`HF_HUB_OFFLINE`)", "Hub")
     AutoModelForCausalLM.from_pretrained(ADAPTER)
     command = [sys.executable, "-c", OFFLINE, ADAPTER, BASE, str(prompt(1, 60)[0].tolist())]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -248,7 +284,7 @@ def test_interrupted_download_is_taken_up(pushed, tmp_path):
     """The connection breaks in the middle of the weights; the client asks for the rest, and the file is whole."""
     size = len(HUB.file(ADAPTER, "adapter_model.safetensors"))
     HUB.cut_after["adapter_model.safetensors"] = size // 2
-    model = cskv_hf.load(make_model(dtype=torch.float32), ADAPTER, cache_dir=tmp_path)
+    model = cskv_hf.load(tiny_model(), ADAPTER, cache_dir=tmp_path)
     assert not HUB.cut_after
     assert torch.equal(model.generate(prompt(1, 60), **GREEDY), pushed[0])
 
@@ -286,7 +322,7 @@ def test_bad_repositories(pushed, tmp_path):
         "lora": (whole | dict(adapter_config__json=json.dumps(lora).encode()), "is a LORA adapter, not a CSKV one"),
     }
     for name, (files, message) in cases.items():
-        model = make_model(dtype=torch.float32)
+        model = tiny_model()
         with pytest.raises(ValueError, match=message):
             cskv_hf.load(model, repo(name, **files))
         assert not hasattr(model.model.layers[0].self_attn, "cskv"), name
@@ -301,7 +337,7 @@ def test_bad_repositories(pushed, tmp_path):
 def test_a_base_of_another_name_is_warned_about(pushed, caplog):
     import logging
 
-    other = make_model(dtype=torch.float32)
+    other = tiny_model()
     other.config._name_or_path = "eve/tiny-llama-finetuned"
     logging.getLogger("transformers").propagate = True
     try:
@@ -312,7 +348,7 @@ def test_a_base_of_another_name_is_warned_about(pushed, caplog):
 
 
 def test_a_base_known_by_its_path_must_be_named(pushed, tmp_path):
-    base = make_model(dtype=torch.float32)
+    base = tiny_model()
     base.save_pretrained(tmp_path / "base")
     model = lossy(AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), **PACKED)
     with pytest.raises(ValueError, match=r"no Hub id.*`base_model='user/model'`"):

@@ -82,7 +82,8 @@ class CSKVModel(BaseTuner):
             key_ranks = sidecar.default_key_ranks(peft_config, key_rank)
         sidecar.update_layer(adapter_name, peft_config, key_ranks, value_rank)
         sidecar.placement = placement(target, self.model)
-        if getattr(getattr(target.k_proj, "_hf_hook", None), "offload", False):
+        offloaded = getattr(getattr(target.k_proj, "_hf_hook", None), "offload", False)
+        if offloaded and hasattr(self.model, "hf_device_map"):
             # else transformers takes the factors for offloaded, like the layer, and leaves them unread in the file
             self.model.hf_device_map[f"{current_key}.cskv"] = str(sidecar.placement[0])
         sidecar._move_adapter_to_device_of_base_layer(adapter_name)
