@@ -179,12 +179,13 @@ def latent_energy(factors: Factors, second_moment: torch.Tensor) -> torch.Tensor
 
 def relative_error(factors: Factors, second_moment: torch.Tensor, weight: torch.Tensor | None = None) -> float:
     """``E[(x - x̂)ᵀ M (x - x̂)] / E[xᵀ M x]`` on the data that `second_moment` was taken from."""
-    weight = torch.eye(second_moment.shape[0], dtype=torch.float64) if weight is None else weight.double()
-    total, lost = float((weight * second_moment.double()).sum()), 0.0
-    M = blocks(weight, len(factors.ranks))
+    second_moment, lost = second_moment.double(), 0.0
+    total = float(second_moment.trace() if weight is None else (weight.double() * second_moment).sum())
+    M = None if weight is None else blocks(weight.double(), len(factors.ranks))
     for g, (A, B, moment) in enumerate(_groups(factors, centred(second_moment, factors.mean))):
         residual = torch.eye(moment.shape[0], dtype=torch.float64) - B @ A
-        lost += float(torch.trace(residual.mT @ M[g] @ residual @ moment))
+        weighted = residual if M is None else M[g] @ residual
+        lost += float((weighted * (residual @ moment)).sum())  # the trace of residualᵀ M residual C
     return lost / total if total > 0 else 0.0
 
 
@@ -238,5 +239,6 @@ def value_weight(output_weight: torch.Tensor, num_key_value_heads: int, head_dim
         (kv_dim, kv_dim), block-diagonal over KV heads: different heads attend to different tokens.
     """
     # the query heads that share a KV head are consecutive
-    per_query_head = output_weight.double().reshape(output_weight.shape[0], num_key_value_heads, -1, head_dim)
-    return torch.block_diag(*torch.einsum("hgqi,hgqj->gij", per_query_head, per_query_head))
+    per_kv_head = output_weight.double().reshape(output_weight.shape[0], num_key_value_heads, -1, head_dim)
+    rows = per_kv_head.transpose(0, 1).flatten(1, 2)  # (num_key_value_heads, hidden_size * query heads, head_dim)
+    return torch.block_diag(*(rows.mT @ rows))

@@ -71,10 +71,12 @@ def frequencies_of(rotary: nn.Module) -> RotaryFrequencies:
 
 @torch.no_grad()
 def dense_weight(linear: nn.Module, in_features: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The (out_features, in_features) matrix a linear layer multiplies by, found by asking it.
+    """The (out_features, in_features) matrix a linear layer multiplies by.
 
-    Works where there is no plain `weight` to read: quantised, offloaded, or under a LoRA.
+    Read off where it is there to be read; otherwise (quantised, offloaded, under a LoRA) found by asking the layer.
     """
+    if type(linear) is nn.Linear and not linear._forward_hooks and not hasattr(linear, "_hf_hook"):
+        return linear.weight.double().cpu()
     rows = [linear(torch.zeros(1, in_features, device=device, dtype=dtype))]
     identity = torch.eye(in_features, device=device, dtype=dtype)
     rows.extend(linear(chunk) for chunk in identity.split(1024))
