@@ -75,6 +75,9 @@ def test_crop_accepts_a_length_as_old_transformers_pass_it():
     assert cache.get_seq_length() == 33
     with pytest.raises(ValueError, match="Cannot crop 34 tokens from a cache of 33"):
         cache.crop(-34)
+    cache.crop(torch.tensor(-3))  # transformers 5.14 counts in tensors, which later additions must not share
+    feed(model, ids, cache, [5])
+    assert [layer.num_slots for layer in cache.layers] == [35, 35]
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import HUB, make_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -70,6 +70,31 @@ def test_train_and_plot(folder):
     assert code == 2 and "is empty" in output
     code, output, _ = cskv(*arguments[:-2], "--objective", "kl")
     assert code == 2 and "`objective` must be one of" in output
+
+
+def test_evaluate_push_inspect(folder):
+    """Fit with a measurement, push, and look at what is on the Hub; nothing of this machine's paths goes there."""
+    (folder / "held_out.txt").write_text(" ".join(f"w{i * i * i % 88}" for i in range(1200)))
+    arguments = ["fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", "--length", 100]
+    code, text, raw = cskv(*arguments, "--evaluate", folder / "held_out.txt")
+    assert code == 0 and "on 896 tokens of held_out.txt: perplexity x" in text
+    assert max(map(len, raw.split("\nsaved")[0].split("\n")[-3:])) <= 80
+    code, text, _ = cskv("push", folder / "out", "ada/from-the-shell")
+    assert code == 2 and "Name it with `base_model='user/model'`" in text
+    push = ["push", folder / "out", "ada/from-the-shell", "--base-model", "ada/words", "--tag", "words", "--private"]
+    code, text, _ = cskv(*push, "--license", "mit")
+    assert code == 0 and "/ada/from-the-shell/commit/" in text.replace(" ", "")
+    assert HUB.repos["ada/from-the-shell"].private
+    assert "tokenizer.json" in HUB.paths("ada/from-the-shell")  # lay beside the adapter
+    everything = b"".join(HUB.file("ada/from-the-shell", path) for path in HUB.paths("ada/from-the-shell"))
+    assert str(folder).encode() not in everything
+    code, text, raw = cskv("inspect", "ada/from-the-shell")
+    assert code == 0 and "fitted on 600 tokens" in text and "of held_out.txt: perplexity x" in text
+    assert max(map(len, raw.split("\n"))) <= 80
+    code, text, _ = cskv("inspect", "ada/from-the-shell", "--revision", "nowhere")
+    assert code == 2 and "Revision Not Found" in text
+    code, text, _ = cskv(*arguments, "--evaluate", folder / "missing.txt")
+    assert code == 2 and "does not exist" in text
 
 
 def test_json_lines(folder):

@@ -381,7 +381,7 @@ class CSKVCache(Cache):
 
         What was compressed stays compressed.
         """
-        length = self.get_seq_length()
+        length, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)  # older generation gives a tensor
         kept = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
         if self.tokens is None or kept >= length:
             return

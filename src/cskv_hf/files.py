@@ -19,11 +19,11 @@ def documents(path: Path) -> Iterator[str]:
         ValueError: if the file is missing, empty, or a line is no JSON object with a ``text``.
     """
     if not path.is_file():
-        raise ValueError(f"The calibration file '{path}' does not exist.")
+        raise ValueError(f"The text file '{path}' does not exist.")
     if path.suffix not in (".jsonl", ".json"):
         text = path.read_text(encoding="utf-8", errors="replace")
         if not text.strip():
-            raise ValueError(f"The calibration file '{path}' is empty.")
+            raise ValueError(f"The text file '{path}' is empty.")
         yield text
         return
     with open(path, encoding="utf-8") as file:

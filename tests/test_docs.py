@@ -1,0 +1,45 @@
+"""The documentation against the code: links lead somewhere, quoted messages exist, public names are as written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import cskv_hf
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+UPSTREAM = ("KeyError: 'CSKV'", "'CSKV' is not a valid PeftType", "RepositoryNotFoundError", "Revision Not Found")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_messages_of_troubleshooting_are_those_of_the_code():
+    """Every quoted message, piece by piece between placeholders, is in the source as the user sees it."""
+    joined = re.sub(r'"\s*\n\s*f?"', "", SOURCE)  # adjacent string literals
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.M)[2:]
+    quotes = [quote for row in rows for quote in re.findall(r"`` (.*?) ``|`([^`]+)`", row)]
+    quotes = [one or other for one, other in quotes]
+    checked = 0
+    for quote in quotes:
+        if quote in UPSTREAM:
+            continue
+        for piece in re.split(r"…|'[^']*'|\bN\b|[\d.]{2,}", quote):
+            piece = piece.strip(" '()/,")
+            if len(piece) > 8:
+                assert piece in joined, piece
+                checked += 1
+    assert checked > 20
+
+
+def test_python_in_the_docs_compiles_and_names_what_exists():
+    for page in PAGES:
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            compile(code, str(page), "exec")
+            for name in re.findall(r"cskv_hf\.([A-Za-z_]+)", code):
+                assert hasattr(cskv_hf, name) or (ROOT / "src" / "cskv_hf" / name).exists(), f"{page.name}: {name}"
