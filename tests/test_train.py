@@ -197,7 +197,10 @@ if run.args.process_index == 0:
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Data parallel over gloo: two processes with batches of 2 take the steps of one with batches of 4."""
+    """Data parallel over gloo: two processes with batches of 2 take the steps of one with batches of 4.
+
+    By torch's launcher, which `accelerate launch` hands over to on GPUs; on a CPU that needs MPI for two processes.
+    """
     script, here = tmp_path / "run.py", os.path.dirname(__file__)
     script.write_text(DISTRIBUTED)
     results = []
@@ -218,6 +221,21 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(results[1][name], factor, atol=1e-6, rtol=1e-4)
         moved = max(moved, float((factor - start[name]).abs().max()))
     assert moved > 1e-5
+
+
+def test_mixed_precision(tmp_path):
+    """The base runs in bfloat16; factors, loss and quantiser stay in float32, so training still helps."""
+    model = lossy(make_model(dtype=torch.float32), 0.8, bits=2, allocation=None, block_size=8)
+    data = rows(16, 64)
+    run = trainer(model, tmp_path, data, bf16=True, num_train_epochs=6, learning_rate=1e-3)
+    loss, losses = run.loss_function, []
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    for step in range(2):
+        with torch.no_grad():
+            losses.append(sum(float(loss(r["input_ids"][None])[0]) for r in data))
+        if step == 0:
+            run.train()
+    assert losses[1] < 0.99 * losses[0]
 
 
 def test_padding_does_not_count():
