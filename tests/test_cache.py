@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import lossless, lossy, make_model, prompt
+from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from cskv_hf import CSKVCache
@@ -268,3 +269,47 @@ def test_interrupted_forward_is_noticed():
     handle.remove()
     with pytest.raises(RuntimeError, match=r"an earlier forward was interrupted.*cache\.reset"):
         model(ids[:, 20:21], past_key_values=cache, use_cache=True)
+
+
+def test_a_cache_of_another_adapter_of_the_same_sizes():
+    """Formats agree, factors do not: refused at the call. A copy, and the same adapter loaded again, are not."""
+    one, other = (lossy(make_model(seed=seed), key_layout="joint") for seed in (0, 1))
+    cache = CSKVCache()
+    feed(one, prompt(1, 40), cache, [40])
+    with pytest.raises(ValueError, match="filled by another adapter, of the same sizes but with other factors"):
+        feed(other, prompt(1, 41), copy.deepcopy(cache), [1])
+    feed(copy.deepcopy(one), prompt(1, 41), copy.deepcopy(cache), [1])
+
+
+def test_files_that_hold_no_cache(tmp_path):
+    model, cache, path = lossy(make_model()), CSKVCache(), tmp_path / "cache.safetensors"
+    with pytest.raises(ValueError, match="is empty: there is nothing to save"):
+        cache.save(path)
+    feed(model, prompt(2, 60), cache, [60])
+    cache.save(path)
+    held = path.read_bytes()
+    assert CSKVCache.load(path).nbytes == cache.nbytes and [p.name for p in tmp_path.iterdir()] == [path.name]
+    path.write_bytes(held[:-20])
+    with pytest.raises(ValueError, match=r"is truncated or corrupt.*Save the cache again"):
+        CSKVCache.load(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"holds no CSKVCache.*cache\.save"):
+        CSKVCache.load(path)
+    path.write_bytes(held.replace(b'\\"version\\": 1', b'\\"version\\": 9'))
+    with pytest.raises(ValueError, match=r"newer cskv-hf .*pip install -U cskv-hf"):
+        CSKVCache.load(path)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_saved_cache_goes_on_as_if_never_saved(padded, tmp_path):
+    """Plain and packed, uniform and ragged: the logits that follow are the same bit by bit."""
+    for settings in ({}, dict(bits=None, allocation=None, block_size=8)):
+        model, ids = lossy(make_model(), **settings), prompt(2, 70)
+        mask = torch.ones_like(ids)
+        mask[0, : 7 * padded] = 0
+        cache = CSKVCache()
+        feed(model, ids, cache, [60], mask)
+        cache.save(tmp_path / "cache")
+        rest = [1, 1, 5, 1]
+        again = feed(model, ids, CSKVCache.load(tmp_path / "cache"), rest, mask)
+        assert torch.equal(again, feed(model, ids, cache, rest, mask))

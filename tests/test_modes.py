@@ -6,6 +6,7 @@ attention), which shares no attention code with the default one; both are held t
 """
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -70,6 +71,14 @@ def continued(copied):
         return torch.cat(answers)
 
     return run
+
+
+def through_a_file(cache):
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(cache, DynamicCache):
+            return copy.deepcopy(cache)
+        cache.save(f"{folder}/cache.safetensors")
+        return CSKVCache.load(f"{folder}/cache.safetensors")
 
 
 def inputs_embeds(model, make_cache, ids):
@@ -137,6 +146,7 @@ MODES = {
     "left padding, sampling": left_padding(do_sample=True, num_return_sequences=2),
     "several turns, one cache": turns,
     "prompt cached, `copy.deepcopy`": continued(copy.deepcopy),
+    "prompt cached in a file, `cache.save`": continued(through_a_file),
     "`inputs_embeds`": inputs_embeds,
     "scores and logits": scores,
     "stopping criteria": lambda m, c, i: tokens(m, c, i, stopping_criteria=StoppingCriteriaList([StopAt()])),

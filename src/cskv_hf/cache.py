@@ -8,6 +8,7 @@ RoPE, and rotated back when they are encoded.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,7 @@ class CSKVLayer(CacheLayerMixin):
         sink_keys, sink_values: (batch, num_key_value_heads, num_sinks, head_dim), keys after RoPE.
         key_latents, value_latents: [`Latents`] of the old tokens, in the dtype of the model or packed.
         keys, values: (batch, num_key_value_heads, num_recent, head_dim), the window; named as in other cache layers.
+        fingerprint: key spectrum of the adapter that fills the layer; the adapter's own tensor, not a copy.
     """
 
     is_compileable = False
@@ -110,7 +112,7 @@ class CSKVLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        for name in (*self.EXACT, *self.LATENTS):
+        for name in (*self.EXACT, *self.LATENTS, "fingerprint"):
             setattr(self, name, None)
         self.is_initialized = False
         self.num_slots = 0
@@ -125,7 +127,17 @@ class CSKVLayer(CacheLayerMixin):
             Latents.of(format, key_states.new_empty(batch, 0, format.rank), key_states.dtype)
             for format in (factors.key_format, factors.value_format)
         )
+        self.fingerprint = factors.key_spectrum
         self.is_initialized = True
+
+    def is_filled_by(self, factors: LayerFactors) -> bool:
+        """Whether the latents held are of these factors: the very tensor, or after a copy, equal values."""
+        if self.fingerprint is not factors.key_spectrum:
+            mine = self.fingerprint.to(factors.key_spectrum)
+            if mine.shape != factors.key_spectrum.shape or not torch.equal(mine, factors.key_spectrum):
+                return False
+            self.fingerprint = factors.key_spectrum
+        return True
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
@@ -326,6 +338,11 @@ class CSKVCache(Cache):
                 f"{given[1].rank}, or stores them in other bits. A cache belongs to one model and adapter: use a new "
                 "one, or `cache.reset()`."
             )
+        if layer.is_initialized and not layer.is_filled_by(factors):
+            raise ValueError(
+                f"This CSKVCache was filled by another adapter, of the same sizes but with other factors (layer "
+                f"{layer_idx}). A cache belongs to one model and adapter: use a new one, or `cache.reset()`."
+            )
         if layer.is_initialized and layer.keys.shape[0] != batch_size:
             raise ValueError(
                 f"This CSKVCache holds a batch of {layer.keys.shape[0]} and got a batch of {batch_size}. Use a new "
@@ -412,6 +429,27 @@ class CSKVCache(Cache):
         self.slack = ROLLBACK_TOKENS
         if self.tokens is not None:
             self.tokens.slack = self.slack
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache to a safetensors file, to go on from with [`CSKVCache.load`].
+
+        Raises:
+            ValueError: if the cache is empty.
+        """
+        from .cache_file import save_cache
+
+        save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> CSKVCache:
+        """Read a cache that [`save`] wrote; for the model and adapter that filled it, on the device of the model.
+
+        Raises:
+            ValueError: if the file is truncated, corrupt, something else, or of a newer version.
+        """
+        from .cache_file import load_cache
+
+        return load_cache(path, device)
 
     @property
     def nbytes(self) -> int:

@@ -36,6 +36,7 @@ class LayerFactors:
         key_A, key_B: (key_rank, group_dim), (group_dim, key_rank): keys before RoPE, per group of KV heads.
         value_A, value_B: (value_rank, kv_dim), (kv_dim, value_rank).
         key_mean, value_mean: (1, kv_dim), what encoding takes off and decoding puts back.
+        key_spectrum: (1, key_rank), by which a cache knows the adapter that filled it.
         key_ranks: channels per key group.
         key_format, value_format: how their latents are stored.
         num_key_value_heads, head_dim: of the layer.
@@ -47,6 +48,7 @@ class LayerFactors:
     value_B: torch.Tensor
     key_mean: torch.Tensor
     value_mean: torch.Tensor
+    key_spectrum: torch.Tensor
     key_ranks: tuple[int, ...]
     key_format: LatentFormat
     value_format: LatentFormat
@@ -224,6 +226,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
             value_B=self.cskv_value_B[name](),
             key_mean=self.cskv_key_mean[name](),
             value_mean=self.cskv_value_mean[name](),
+            key_spectrum=self.cskv_key_spectrum[name](),
             key_ranks=self.key_ranks[name],
             key_format=self.formats[name][0],
             value_format=self.formats[name][1],

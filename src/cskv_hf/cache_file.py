@@ -1,0 +1,118 @@
+"""A CSKVCache in a safetensors file: what was read once need not be read again, in another process either."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .cache import CSKVCache, CSKVLayer
+from .latents import LatentFormat, Latents, PackedFormat, PlainFormat
+from .quantize import PackedLayout
+from .rope import RotaryFrequencies
+from .tokens import TokenTable
+
+KEY, FILE_VERSION = "cskv_cache", 1
+COUNTS = ("num_slots", "num_sinks", "num_old", "num_recent")
+
+
+def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
+    """Write a cache that holds tokens; an existing file is replaced only once the new one is complete.
+
+    Raises:
+        ValueError: if the cache is empty.
+    """
+    tokens = cache.tokens
+    if tokens is None or not cache.layers:
+        raise ValueError("This CSKVCache is empty: there is nothing to save. Put a prompt through the model first.")
+    tensors = {"positions": tokens.positions, "inv_freq": tokens.frequencies.inv_freq}
+    tensors |= {f"slots.{name}": slots for name, slots in (tokens.slots or {}).items()}
+    for index, layer in enumerate(cache.layers):
+        tensors[f"layers.{index}.fingerprint"] = layer.fingerprint
+        for name, held in layer.tensors().items():
+            tensors |= {f"layers.{index}.{name}.{i}": tensor for i, tensor in enumerate(held)}
+    about = {
+        "version": FILE_VERSION,
+        "window": tokens.window,
+        "sinks": tokens.sinks,
+        "block_size": tokens.block_size,
+        "slack": tokens.slack,
+        "counts": {name: getattr(tokens, name) for name in COUNTS},
+        "attention_scaling": tokens.frequencies.attention_scaling,
+        "dtype": str(cache.layers[0].dtype).removeprefix("torch."),
+        "formats": [[_describe(getattr(layer, name).format) for name in layer.LATENTS] for layer in cache.layers],
+    }
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    contiguous = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}  # none share memory
+    save_file(contiguous, temporary, metadata={KEY: json.dumps(about)})
+    os.replace(temporary, path)
+
+
+def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu") -> CSKVCache:
+    """Read what [`save_cache`] wrote.
+
+    Args:
+        device: where all layers go; that of the model.
+
+    Raises:
+        ValueError: if the file is truncated, corrupt, something else, or of a newer version.
+    """
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = (file.metadata() or {}).get(KEY)
+            if metadata is None:
+                raise ValueError(f"'{path}' holds no CSKVCache. Write one with `cache.save(path)`.")
+            about = json.loads(metadata)
+            if about["version"] > FILE_VERSION:
+                raise ValueError(
+                    f"'{path}' was written by a newer cskv-hf (version {about['version']} of the format, this one "
+                    f"reads up to {FILE_VERSION}). Upgrade it with `pip install -U cskv-hf`."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is truncated or corrupt ({error}). Save the cache again.") from error
+    cache = CSKVCache(about["window"], about["sinks"])
+    cache.slack = about["slack"]
+    cache.tokens = TokenTable(about["window"], about["sinks"], about["block_size"], about["slack"])
+    for name, count in about["counts"].items():
+        setattr(cache.tokens, name, count)
+    cache.tokens.positions = tensors["positions"]
+    cache.tokens.frequencies = RotaryFrequencies(tensors["inv_freq"], about["attention_scaling"])
+    slots = {name: tensors[f"slots.{name}"].cpu() for name in ("sinks", "old", "recent") if f"slots.{name}" in tensors}
+    cache.tokens.slots = slots or None
+    dtype = getattr(torch, about["dtype"])
+    for index, formats in enumerate(about["formats"]):
+        cache.layers.append(_layer(index, formats, tensors, dtype, about["counts"]["num_slots"]))
+    return cache
+
+
+def _layer(index: int, formats: list, tensors: dict[str, torch.Tensor], dtype: torch.dtype, slots: int) -> CSKVLayer:
+    layer, prefix = CSKVLayer(), f"layers.{index}."
+    for name in layer.EXACT:
+        setattr(layer, name, tensors[f"{prefix}{name}.0"])
+    for name, description in zip(layer.LATENTS, formats):
+        count = sum(key.startswith(f"{prefix}{name}.") for key in tensors)
+        held = tuple(tensors[f"{prefix}{name}.{i}"] for i in range(count))
+        setattr(layer, name, Latents(_format(description), held))
+    layer.fingerprint = tensors[prefix + "fingerprint"]
+    layer.dtype, layer.device = dtype, layer.keys.device
+    layer.num_slots, layer.is_initialized = slots, True
+    return layer
+
+
+def _describe(format: LatentFormat) -> dict[str, Any]:
+    return dataclasses.asdict(format)  # of a PackedFormat: {"layout": ...}
+
+
+def _format(description: dict[str, Any]) -> LatentFormat:
+    if "layout" not in description:
+        return PlainFormat(**description)
+    layout = description["layout"]
+    return PackedFormat(PackedLayout(**layout | {"bits": tuple(layout["bits"])}))
