@@ -1,8 +1,8 @@
 """Tables in docs/ that the tests write: what was tested, and how it went.
 
 A test calls the fixture `documented(table, row, column)`; its cell becomes "yes" if the test passes, or the words that
-it gave for a refusal it has seen. ``pytest --write-docs`` writes the tables of the tests that ran to
-``docs/<table>.md``, between two comments; without it, a cell that differs from the file fails the run.
+it gave for a refusal it has seen. ``pytest --write-docs`` writes the tables of the tests that ran to the pages of
+docs/ that have a place for them, between two comments; without it, a cell that differs from the file fails the run.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def format_table(columns: list[str], cells: dict[str, dict[str, str]]) -> str:
 
 def pytest_sessionfinish(session, exitstatus):
     for table, cells in session.config.stash[CELLS].items():
-        path = DOCS / f"{table}.md"
+        path = next(page for page in DOCS.glob("*.md") if begin(table) in page.read_text(encoding="utf-8"))
         text = path.read_text(encoding="utf-8")
         columns, held = read_table(text, table)
         if not session.config.getoption("--write-docs"):
@@ -89,7 +89,7 @@ def pytest_sessionfinish(session, exitstatus):
                 if held.get(row, {}).get(column) != value
             ]
             if stale:
-                print(f"\ndocs/{table}.md is not what the tests saw ({'; '.join(stale)}): run `pytest --write-docs`.")
+                print(f"\ndocs/{path.name} is not what the tests saw ({'; '.join(stale)}): run `pytest --write-docs`.")
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
             continue
         columns += [c for values in cells.values() for c in values if c not in columns]

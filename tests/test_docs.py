@@ -1,5 +1,6 @@
 """The documentation against the code: links lead somewhere, quoted messages exist, public names are as written."""
 
+import json
 import re
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def test_messages_of_troubleshooting_are_those_of_the_code():
                 assert piece in joined, piece
                 checked += 1
     assert checked > 20
+
+
+def test_numbers_of_the_readme_are_those_of_the_results():
+    """The table of three models, row by row."""
+    columns = []
+    for model in ("bundled", "stories260K", "babyllama-tok105"):
+        results = json.loads((ROOT / "benchmarks" / "results" / f"quality-{model}.json").read_text())["rows"]
+        columns.append({row["name"]: row["ratio"] for row in results if row["table"] == "methods"})
+    names = ["80 % paper: asvd + training", "80 % ours, no training", "90 % paper: asvd + training"]
+    names += ["90 % ours, no training", "95 % paper: asvd, its quantiser, QAT", "95 % ours, no training"]
+    table = re.findall(r"^\| \d+ % removed.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(table) == len(names)
+    for line, name in zip(table, names):
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == [f"{column[name]:.4f}" for column in columns]
 
 
 def test_python_in_the_docs_compiles_and_names_what_exists():

@@ -11,6 +11,7 @@ import tempfile
 import pytest
 import torch
 from conftest import lossless, lossy, make_model, prompt
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from cskv_hf import CSKVCache
@@ -155,6 +156,78 @@ MODES = {
     "streaming": streaming,
     "bare `model(...)` loop": bare_loop,
 }
+
+
+def test_attention_weights(documented):
+    """Eager attention gives them for every slot, as over a full cache, by rebuilding the keys of the step."""
+    documented("compatibility-refusals", "`output_attentions=True`", "with a CSKVCache", "yes, with eager attention")
+    model, ids = lossless(make_model(attn_implementation="eager")), prompt(2, 50)
+    weights = []
+    for make_cache in (CSKVCache, DynamicCache):
+        output = tokens(model, make_cache, ids, output_attentions=True, return_dict_in_generate=True)
+        weights.append([layer for step in output.attentions for layer in step])
+    assert len(weights[0]) == 24 * 2
+    for one, other in zip(*weights):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+REFUSED = {
+    "`cache_implementation` beside a cache": (
+        lambda m, i: m.generate(i, cache=CSKVCache, cache_implementation="static", **GREEDY),
+        r"Passing both `cache_implementation`.*Please use only one",
+    ),
+    "an unknown `cache_implementation`": (
+        lambda m, i: m.generate(i, cache_implementation="cskv", **GREEDY),
+        r"Invalid `cache_implementation` \(cskv\). Choose one of",
+    ),
+    "continuous batching (`generate_batch`)": (
+        lambda m, i: m.generate_batch([i[0].tolist()]),
+        r"paged cache of its own.*Use `generate\(\)` on a padded batch",
+    ),
+    "prefix tuning": (
+        lambda m, i: get_peft_model(
+            m.get_base_model(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        ).generate(input_ids=i, **GREEDY),
+        r"Prefix tuning hands generate\(\) a full cache.*use prompt tuning or a LoRA",
+    ),
+    "a cache of another batch size": (
+        lambda m, i: continue_with(m, i, i[:1]),
+        r"holds a batch of 2 and got a batch of 1.*batch_select_indices",
+    ),
+    "a cache of another adapter": (
+        lambda m, i: continue_with(m, i, i, lossy(make_model(seed=9), key_rank=32, value_rank=32, compression=None)),
+        r"filled by another adapter|filled with latents of rank",
+    ),
+}
+
+
+def continue_with(model, ids, more, other=None):
+    cache = CSKVCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+        (other or model)(more[:, :1], past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_refused(name, documented):
+    documented("compatibility-refusals", name, "with a CSKVCache", "refused, with the way out")
+    call, message = REFUSED[name]
+    model = lossless(make_model())
+    with pytest.raises(ValueError, match=message):
+        call(model, prompt(2, 50))
+
+
+def test_prompt_tuning(documented):
+    documented("compatibility-refusals", "prompt tuning", "with a CSKVCache")
+    model, ids = lossless(make_model()), prompt(2, 50)
+    tuned = get_peft_model(
+        model.get_base_model(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    ).eval()
+    outputs = [
+        tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), cache=cache, **GREEDY)
+        for cache in (CSKVCache, DynamicCache)
+    ]
+    assert torch.equal(*outputs)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -208,8 +208,10 @@ def attention_forward(
 
     Returns:
         (batch, num_queries, num_attention_heads, head_dim), and attention weights only where the base implementation
-        gives them.
+        gives them: asking eager attention for them rebuilds all keys and values.
     """
+    if isinstance(key, CompressedKV) and base == "eager" and kwargs.get("output_attentions"):
+        key, value = key.materialize()
     if isinstance(key, CompressedKV):
         masks = column_masks(attention_mask, key.step, sliding_window, query.device)
         return compressed_attention(query, key, scaling, *masks).transpose(1, 2), None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from peft.utils import PeftType
 from torch import nn
 from transformers.cache_utils import Cache
 
@@ -34,6 +35,7 @@ class CSKVGenerationMixin:
         """
         if cache is not None and kwargs.get("past_key_values") is not None:
             raise ValueError("`cache` and `past_key_values` mean the same; give one of them.")
+        _refuse_prefix_tuning(self)
         chosen = cache if cache is not None else kwargs.get("past_key_values")
         if chosen is not None:
             kwargs["past_key_values"] = _as_cache(chosen)
@@ -53,9 +55,34 @@ class CSKVGenerationMixin:
                 model_kwargs["past_key_values"].activate_past_recording()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused while a CSKV adapter is active: paged caches hold full keys and values of their own.
+
+        Raises:
+            ValueError: as described.
+        """
+        if has_active_adapter(self):
+            raise ValueError(
+                "Continuous batching keeps full keys and values in a paged cache of its own, which CSKV cannot "
+                "compress. Use `generate()` on a padded batch, or take the adapter off (`disable_adapters()`, "
+                "`cskv_hf.detach(model)`) for a full paged cache."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: int) -> tuple:
         reduced = object.__reduce_ex__(self, protocol)
         return (_new_with_generate, (original_class(type(self)),), *reduced[2:])
+
+
+def _refuse_prefix_tuning(model: nn.Module) -> None:
+    """PEFT's prefix tuning, wrapped around the model, makes a full cache of its prefix and hands it over."""
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", None)
+    config = getattr(owner, "active_peft_config", None)
+    if getattr(config, "peft_type", None) == PeftType.PREFIX_TUNING and has_active_adapter(model):
+        raise ValueError(
+            "Prefix tuning hands generate() a full cache with its prefix in it, which CSKV cannot take over. Take one "
+            "of them off (`unload()` for CSKV), or use prompt tuning or a LoRA instead."
+        )
 
 
 def _as_cache(cache: Any) -> Cache:
