@@ -73,9 +73,36 @@ FAMILIES = {
             }
         },
     ),
+    "llama-dynamic": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+            "max_position_embeddings": 36,  # crossed by every test, step after step
+        },
+    ),
+    "llama-longrope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 36,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 3.0, 4.0],
+            },
+        },
+    ),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
     "mistral-sliding": (MistralForCausalLM, MistralConfig, {"sliding_window": 40}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen2-mixed": (  # the second layer slides
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
 }
 

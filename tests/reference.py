@@ -28,8 +28,8 @@ class Reference:
         self.model = model
         self.decoder = model.get_decoder()
         self.window, self.sinks, self.block = window, sinks, block
-        self.inv_freq = self.decoder.rotary_emb.inv_freq
         self.scaling = self.decoder.rotary_emb.attention_scaling
+        self.inv_freqs = []  # of every token; dynamic and longrope turn each by what held when it came
         self.factors = []  # per layer, keys and values: A, B and mean over all heads; how they are packed
         for index, layer in enumerate(self.decoder.layers):
             cskv = layer.self_attn.cskv
@@ -55,6 +55,8 @@ class Reference:
         """Logits (tokens, vocab) of the next tokens, given in one forward (a prompt, a turn, or one token)."""
         hidden = self.decoder.embed_tokens(ids)
         start = self.num_tokens
+        self.decoder.rotary_emb(hidden[None], torch.arange(start, start + len(ids))[None])  # updates its frequencies
+        self.inv_freqs += [self.decoder.rotary_emb.inv_freq.clone() for _ in ids]
         for index, layer in enumerate(self.decoder.layers):
             x = layer.input_layernorm(hidden)
             attended = torch.stack([self.attend(index, layer.self_attn, x, t, start) for t in range(len(ids))])
@@ -91,7 +93,7 @@ class Reference:
         heads = []
         for head in range(q.shape[0]):
             channels = slice(head // groups * head_dim, (head // groups + 1) * head_dim)
-            query = rope(q[head], position, self.inv_freq, self.scaling)
+            query = rope(q[head], position, self.inv_freqs[position], self.scaling)
             scores, values = [], []
             for s in range(position + 1):
                 if sliding is not None and s <= position - sliding:
@@ -99,7 +101,7 @@ class Reference:
                 k, v = self.keys[index][s], self.values[index][s]
                 if self.sinks <= s < self.sinks + self.num_old:
                     k, v = (seen[s - self.sinks] for seen in self.seen_old[index])
-                scores.append(query @ rope(k[channels], s, self.inv_freq, self.scaling) * attn.scaling)
+                scores.append(query @ rope(k[channels], s, self.inv_freqs[s], self.scaling) * attn.scaling)
                 values.append(v[channels])
             heads.append(torch.softmax(torch.stack(scores), 0) @ torch.stack(values))
         return torch.cat(heads)

@@ -18,7 +18,14 @@ from cskv_hf import CSKVCache
 
 NEW = dict(max_new_tokens=24)
 GREEDY = dict(do_sample=False, **NEW)
-FAMILIES = ["llama", "mistral", "mistral-sliding", "qwen2", "qwen3"]
+FAMILIES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mistral-sliding": "Mistral, sliding window",
+    "qwen2": "Qwen2",
+    "qwen2-mixed": "Qwen2, sliding and full layers",
+    "qwen3": "Qwen3",
+}
 
 
 def tokens(model, make_cache, ids, **settings):
@@ -246,8 +253,7 @@ def test_mode(models, mode, documented):
         return made[-1]
 
     ids = prompt(2, 50)
-    column = {"mistral-sliding": "Mistral, sliding window"}.get(family, family.capitalize())
-    documented("compatibility", mode, column)
+    documented("compatibility", mode, FAMILIES[family])
     assert torch.equal(MODES[mode](full_rank, compressed, ids), MODES[mode](full_rank, DynamicCache, ids))
     assert max(cache.tokens.num_old for cache in made) > 16
     first = MODES[mode](packed, compressed, ids)

@@ -164,10 +164,11 @@ def test_unsupported_architecture():
         get_peft_model(model, CSKVConfig())
 
 
-def test_dynamic_rope_is_refused():
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(ValueError, match="RoPE scaling of type 'dynamic'"):
-        cskv_hf.fit(make_model(rope_parameters=rope), [torch.ones(1, 8)])
+def test_unknown_rope_is_refused():
+    model = make_model()
+    model.model.rotary_emb.rope_type = "spiral"
+    with pytest.raises(ValueError, match="RoPE scaling of type 'spiral'; supported are default, linear"):
+        cskv_hf.fit(model, [torch.ones(1, 8)])
 
 
 def test_adapter_of_another_model(saved):

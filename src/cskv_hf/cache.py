@@ -84,7 +84,6 @@ class Staged:
 
     step: Step
     factors: LayerFactors
-    frequencies: RotaryFrequencies
     materialize: bool
 
 
@@ -172,7 +171,7 @@ class CSKVLayer(CacheLayerMixin):
         return seen.materialize() if staged.materialize else (seen, seen)
 
     def _evict(self, keys: torch.Tensor, values: torch.Tensor, eviction: Eviction, staged: Staged) -> None:
-        new = encode(take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2), eviction.positions, staged)
+        new = encode(take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2), eviction, staged.factors)
         old = [self.key_latents.append(new[0]), self.value_latents.append(new[1])]
         if eviction.old_blocks is not None:
             old = [latents.take(eviction.old_blocks) for latents in old]
@@ -245,14 +244,14 @@ class CSKVLayer(CacheLayerMixin):
 
 
 def encode(
-    key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor, staged: Staged
+    key_states: torch.Tensor, value_states: torch.Tensor, eviction: Eviction, factors: LayerFactors
 ) -> tuple[Latents, Latents]:
-    """Store exact keys (after RoPE, at `positions` (batch or 1, tokens)) and values as latents; whole blocks.
+    """Store exact keys (after RoPE, at the eviction's positions and frequencies) and values as latents; whole blocks.
 
     Keys are rotated back in float32 or wider.
     """
-    factors, dtype = staged.factors, torch.promote_types(key_states.dtype, torch.float32)
-    cos, sin = cos_sin(positions.to(key_states.device), staged.frequencies, key_states.dtype)
+    dtype = torch.promote_types(key_states.dtype, torch.float32)
+    cos, sin = cos_sin(eviction.positions.to(key_states.device), eviction.frequencies, key_states.dtype)
     unrotated = rotate_back(key_states.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype))
     matmul_dtype = compute_dtype(key_states)
     return (
@@ -357,7 +356,7 @@ class CSKVCache(Cache):
                 f"was interrupted between "
                 "two layers. Call `cache.reset()` or use a new cache."
             )
-        layer.staged = Staged(self._step, factors, self.tokens.frequencies, self.materialize or materialize)
+        layer.staged = Staged(self._step, factors, self.materialize or materialize)
 
     def _new_tokens_valid(self, positions: torch.Tensor) -> torch.Tensor | None:
         if self.padding_mask is None:

@@ -45,6 +45,7 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
         "slack": tokens.slack,
         "counts": {name: getattr(tokens, name) for name in COUNTS},
         "attention_scaling": tokens.frequencies.attention_scaling,
+        "frequencies_change": tokens.frequencies.change,
         "dtype": str(cache.layers[0].dtype).removeprefix("torch."),
         "formats": [[_describe(getattr(layer, name).format) for name in layer.LATENTS] for layer in cache.layers],
     }
@@ -84,7 +85,9 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu") -> C
     for name, count in about["counts"].items():
         setattr(cache.tokens, name, count)
     cache.tokens.positions = tensors["positions"]
-    cache.tokens.frequencies = RotaryFrequencies(tensors["inv_freq"], about["attention_scaling"])
+    cache.tokens.frequencies = RotaryFrequencies(
+        tensors["inv_freq"], about["attention_scaling"], about["frequencies_change"]
+    )
     slots = {name: tensors[f"slots.{name}"].cpu() for name in ("sinks", "old", "recent") if f"slots.{name}" in tensors}
     cache.tokens.slots = slots or None
     dtype = getattr(torch, about["dtype"])

@@ -394,7 +394,9 @@ class CSKVConfig(PeftConfig):
         old = self.num_old_tokens(num_tokens)
         exact = (num_tokens - old) * shape.num_hidden_layers * 2 * shape.kv_dim * dtype.itemsize
         latent = old * (self.bytes_per_token(model_config, dtype) - POSITION_BYTES)
-        rope = 4 * shape.head_dim // 2
+        rope_type = (getattr(model_config, "rope_parameters", None) or {}).get("rope_type", "default")
+        changing = rope_type in ("dynamic", "longrope")  # then every token has frequencies of its own
+        rope = 4 * shape.head_dim // 2 * (num_tokens if changing else 1)
         return batch_size * (exact + round(latent) + num_tokens * POSITION_BYTES) + rope
 
     def num_old_tokens(self, num_tokens: int) -> int:

@@ -11,7 +11,8 @@ from .config import ModelShape
 from .rope import RotaryFrequencies
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies that never change; dynamic and longrope do
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+CHANGING_ROPE_TYPES = ("dynamic", "longrope")  # other frequencies beyond a length
 REQUIRED = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx", "head_dim")
 
 
@@ -44,8 +45,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     rope_type = getattr(module.rotary_emb, "rope_type", "default")
     if rope_type not in ROPE_TYPES:
         raise ValueError(
-            f"CSKV does not support RoPE scaling of type '{rope_type}' yet, whose frequencies change with the length; "
-            f"supported are {', '.join(ROPE_TYPES)}."
+            f"CSKV does not support RoPE scaling of type '{rope_type}'; supported are {', '.join(ROPE_TYPES)}."
         )
     return module
 
@@ -66,7 +66,8 @@ def shape_of(model: Any) -> ModelShape:
 
 def frequencies_of(rotary: nn.Module) -> RotaryFrequencies:
     """What the model's rotary embedding turns keys by now."""
-    return RotaryFrequencies(rotary.inv_freq, float(rotary.attention_scaling))
+    change = getattr(rotary, "rope_type", "default") in CHANGING_ROPE_TYPES
+    return RotaryFrequencies(rotary.inv_freq, float(rotary.attention_scaling), change)
 
 
 @torch.no_grad()

@@ -13,15 +13,36 @@ import torch
 
 
 class RotaryFrequencies(NamedTuple):
-    """What a model's rotary module turned its keys by at one moment.
+    """What a model's rotary module turned its keys by at one moment, or turned several tokens by.
 
     Attributes:
-        inv_freq: (head_dim / 2,) float32.
+        inv_freq: float32, (head_dim / 2,), or (tokens, head_dim / 2) or (batch, tokens, head_dim / 2) where every
+            token has its own.
         attention_scaling: factor on cos and sin (yarn, longrope), 1.0 otherwise.
+        change: whether they may be others at the next forward (dynamic, longrope).
     """
 
     inv_freq: torch.Tensor
     attention_scaling: float
+    change: bool = False
+
+    def at(self, slots: slice | torch.Tensor) -> RotaryFrequencies:
+        """Those of the tokens at `slots`, a slice or (batch, n) indices; themselves if all tokens share them."""
+        if self.inv_freq.ndim == 1:
+            return self
+        index = slots if isinstance(slots, slice) else slots.clamp_min(0).to(self.inv_freq.device)
+        return self._replace(inv_freq=self.inv_freq[index])
+
+    def then(self, other: RotaryFrequencies, count: int) -> RotaryFrequencies:
+        """These, followed by `count` tokens that `other` turned; tokens have their own if frequencies change."""
+        if not self.change:
+            return self
+        new = other.inv_freq.detach().float().expand(count, -1).to(self.inv_freq.device)
+        return self._replace(inv_freq=torch.cat([self.inv_freq, new]))
+
+    def up_to(self, count: int) -> RotaryFrequencies:
+        """Those of the first `count` tokens."""
+        return self if self.inv_freq.ndim == 1 else self._replace(inv_freq=self.inv_freq[:count].clone())
 
 
 def cos_sin(
@@ -32,6 +53,7 @@ def cos_sin(
 
     Args:
         positions: (batch, tokens) integer.
+        frequencies: of all these tokens, or of each.
         dtype: of the model.
 
     Returns:

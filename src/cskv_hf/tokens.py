@@ -40,6 +40,7 @@ class Eviction:
         recent: columns of `recent` that stay.
         old_blocks: blocks of ``cat(old, evicted)`` that are the new latents; None takes all.
         positions: (batch, n) positions of the evicted tokens.
+        frequencies: that their keys were turned by.
     """
 
     evicted: Index
@@ -47,6 +48,7 @@ class Eviction:
     recent: Index
     old_blocks: torch.Tensor | None
     positions: torch.Tensor
+    frequencies: RotaryFrequencies
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Step:
         num_sinks, num_old, num_recent: stored columns that the attention of this forward sees, the new ones included.
         slots: for ragged batches, (batch, num_sinks + num_recent) and (batch, num_old) slots of these columns; else
             None.
+        old_positions, old_frequencies: of the latents.
         eviction: what to move afterwards, if anything.
     """
 
@@ -68,7 +71,7 @@ class Step:
     num_recent: int
     slots: tuple[torch.Tensor, torch.Tensor] | None
     old_positions: torch.Tensor
-    frequencies: RotaryFrequencies
+    old_frequencies: RotaryFrequencies
     eviction: Eviction | None = None
     _cos_sin: dict = field(default_factory=dict)
 
@@ -94,7 +97,7 @@ class Step:
         all layers."""
         key = (device, dtype)
         if key not in self._cos_sin:
-            self._cos_sin[key] = cos_sin(self.old_positions.to(device), self.frequencies, dtype)
+            self._cos_sin[key] = cos_sin(self.old_positions.to(device), self.old_frequencies, dtype)
         return self._cos_sin[key]
 
 
@@ -114,6 +117,7 @@ class TokenTable:
         self.num_slots = 0
         self.num_sinks = self.num_old = self.num_recent = 0  # stored columns
         self.positions: torch.Tensor | None = None  # (batch, num_slots) int32
+        # of all tokens, or (num_slots, head_dim / 2) where they change with the length
         self.frequencies: RotaryFrequencies | None = None
         self.slots: dict[str, torch.Tensor] | None = (
             None  # ragged: "sinks", "old", "recent" -> (batch, columns) on the CPU
@@ -142,9 +146,11 @@ class TokenTable:
         positions = positions.to(torch.int32).expand(batch_size, -1)
         self.positions = positions.clone() if self.positions is None else torch.cat([self.positions, positions], dim=1)
         if self.frequencies is None:
-            self.frequencies = RotaryFrequencies(
-                frequencies.inv_freq.detach().float().clone(), frequencies.attention_scaling
-            )
+            inv_freq = frequencies.inv_freq.detach().float().clone()
+            if frequencies.change:
+                inv_freq = inv_freq.expand(0, -1)
+            self.frequencies = frequencies._replace(inv_freq=inv_freq)
+        self.frequencies = self.frequencies.then(frequencies, positions.shape[1])
         num_new, start = positions.shape[-1], self.num_slots
         if valid is not None and not bool(valid.all()) and self.slots is None:
             self._become_ragged(batch_size)
@@ -164,16 +170,17 @@ class TokenTable:
             self.num_old,
             self.num_recent,
             slots,
-            self._positions_of_old(),
-            self.frequencies,
+            *self._of_old(),
         )
         step.eviction = self._evict_uniform() if self.slots is None else self._evict_ragged()
         return step
 
-    def _positions_of_old(self) -> torch.Tensor:
+    def _of_old(self) -> tuple[torch.Tensor, RotaryFrequencies]:
+        """Positions and frequencies of the latents."""
         if self.slots is None:
-            return self.positions[:, self.num_sinks : self.num_sinks + self.num_old]
-        return self._positions_at(self.slots["old"])
+            old = slice(self.num_sinks, self.num_sinks + self.num_old)
+            return self.positions[:, old], self.frequencies.at(old)
+        return self._positions_at(self.slots["old"]), self.frequencies.at(self.slots["old"])
 
     def _positions_at(self, slots: torch.Tensor) -> torch.Tensor:
         slots = slots.clamp_min(0).to(self.positions.device)
@@ -196,6 +203,7 @@ class TokenTable:
             recent=slice(to_sinks + leaving, None),
             old_blocks=None,
             positions=self.positions[:, first : first + leaving],
+            frequencies=self.frequencies.at(slice(first, first + leaving)),
         )
         self.num_sinks, self.num_old = self.sinks, self.num_old + leaving
         self.num_recent -= to_sinks + leaving
@@ -234,7 +242,8 @@ class TokenTable:
             "recent": _pick(recent, new_recent),
         }
         self._count_columns()
-        return Eviction(evicted, new_sinks, new_recent, new_blocks, self._positions_at(evicted_slots))
+        positions, frequencies = self._positions_at(evicted_slots), self.frequencies.at(evicted_slots)
+        return Eviction(evicted, new_sinks, new_recent, new_blocks, positions, frequencies)
 
     def _blocks_in_use(self, old: torch.Tensor) -> torch.Tensor:
         """(batch, blocks): whether any token of the block is left; a crop may have ended in the middle of one."""
@@ -266,6 +275,7 @@ class TokenTable:
         """
         self.num_slots -= num_removed
         self.positions = self.positions[:, : self.num_slots].clone()
+        self.frequencies = self.frequencies.up_to(self.num_slots)
         num_old = max(0, min(self.num_old, self.num_slots - self.num_sinks))
         if self.slots is None and num_old % self.block_size:
             self._become_ragged(self.positions.shape[0])
