@@ -72,8 +72,9 @@ def test_train_and_plot(folder):
     assert code == 2 and "`objective` must be one of" in output
 
 
-def test_evaluate_push_inspect(folder):
+def test_evaluate_push_inspect(folder, documented):
     """Fit with a measurement, push, and look at what is on the Hub; nothing of this machine's paths goes there."""
+    documented("ways-out", "`cskv push`, then `cskv inspect` of the Hub id", "result")
     (folder / "held_out.txt").write_text(" ".join(f"w{i * i * i % 88}" for i in range(1200)))
     arguments = ["fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", "--length", 100]
     code, text, raw = cskv(*arguments, "--evaluate", folder / "held_out.txt")

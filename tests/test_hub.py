@@ -31,7 +31,7 @@ from cskv_hf.hub import push_folder
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)
 PACKED = dict(compression=0.75, bits=None, allocation=None, block_size=8)
-TABLE = "entry-points"
+TABLE, WAYS_OUT = "entry-points", "ways-out"
 BASE, ADAPTER = "ada/tiny-llama", "ada/tiny-llama-cskv"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 
@@ -119,8 +119,10 @@ def test_the_same_tokens_through_every_entry_point(pushed, name, where, document
     assert torch.equal(output.sequences, tokens)
 
 
-def test_files_of_a_push(pushed):
+def test_files_of_a_push(pushed, documented):
     """Config, weights, card and nothing else; no path of this machine; the card's numbers are the config's."""
+    documented(WAYS_OUT, "`model.push_to_hub(tags)`, on a model of `fit` or `load`", "result")
+    documented(WAYS_OUT, "`model.save_pretrained`", "result")
     assert HUB.paths(ADAPTER) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     card = ModelCard.load(ADAPTER)
     assert card.data.base_model == BASE and card.data.to_dict()["base_model_relation"] == "adapter"
@@ -143,14 +145,16 @@ def test_files_of_a_push(pushed):
         assert secret not in everything
 
 
-def test_an_identical_push_makes_no_commit(pushed):
+def test_an_identical_push_makes_no_commit(pushed, documented):
+    documented(WAYS_OUT, "the same again", "result", "no commit")
     before = dict(HUB.repos[ADAPTER].refs)
     commit = push_folder(pushed[1], ADAPTER, tags=["tiny"])
     assert HUB.repos[ADAPTER].refs == before and commit.oid == before["main"]
 
 
-def test_branch_pull_request_private_and_strangers(pushed):
+def test_branch_pull_request_private_and_strangers(pushed, documented):
     """revision, create_pr and private do what they say; what is private stays so."""
+    documented(WAYS_OUT, "`push_to_hub(revision)`, `(create_pr)`, `(private)`, `(token)`, `(license)`", "result")
     folder, repo = pushed[1], "ada/private-cskv"
     push_folder(folder, repo, private=True, commit_message="first")
     assert HUB.repos[repo].private
@@ -362,8 +366,10 @@ def test_a_base_known_by_its_path_must_be_named(pushed, tmp_path):
     )
 
 
-def test_push_from_a_transformers_model_and_by_adapter_name(pushed):
+def test_push_from_a_transformers_model_and_by_adapter_name(pushed, documented):
     """An adapter inside a transformers model, and one of several of a PeftModel."""
+    documented(WAYS_OUT, "`cskv_hf.push_to_hub(model)`, on a transformers model with adapters inside", "result")
+    documented(WAYS_OUT, "`push_to_hub(adapter_name)`, one of several", "result")
     model = AutoModelForCausalLM.from_pretrained(ADAPTER)
     cskv_hf.push_to_hub(model, "ada/again")
     for path in ("adapter_model.safetensors", "adapter_config.json"):
