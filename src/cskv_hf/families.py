@@ -28,6 +28,11 @@ def decoder_of(model: nn.Module) -> nn.Module:
             f"CSKV does not support models of type '{model_type}' ({type(model).__name__}); supported are "
             f"{', '.join(SUPPORTED)}."
         )
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        raise ValueError(
+            "CSKV does not support tensor parallelism (`tp_plan`): value latents are joint over the KV heads that it "
+            "splits. Load the model with `device_map` instead."
+        )
     for module in model.modules():
         if hasattr(module, "layers") and hasattr(module, "rotary_emb"):
             break
