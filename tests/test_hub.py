@@ -338,6 +338,29 @@ def test_bad_repositories(pushed, tmp_path):
         cskv_hf.load(make_model(num_hidden_layers=3), ADAPTER)
 
 
+class Payload:
+    """Runs code where it is unpickled without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_pickle_is_run_by_any_loader(pushed, tmp_path):
+    """A repository with weights in a pickle only: ours reads no such file, and PEFT and transformers, which would,
+    unpickle nothing but tensors."""
+    torch.save({"payload": Payload(tmp_path / "ran")}, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_bytes((pushed[1] / "adapter_config.json").read_bytes())
+    HfApi().create_repo("ada/evil")
+    HfApi().upload_folder(repo_id="ada/evil", folder_path=tmp_path)
+    for name, load in entry_points("ada/evil").items():
+        with pytest.raises(Exception, match=r"pickles among them|Weights only load failed|weights_only|adapter_model"):
+            load()
+        assert not (tmp_path / "ran").exists(), name
+
+
 def test_a_base_of_another_name_is_warned_about(pushed, caplog):
     import logging
 
