@@ -9,8 +9,8 @@ I). The paper's SVD and ASVD initialisations have the same form with ``C`` repla
 ``U_r U_rᵀ W`` is the truncated SVD of W, and ASVD's scaling S cancels on the right.
 
 Centred factors leave the mean ``μ = E[x]`` to a constant: ``c = A (x - μ)`` and ``x̂ = B c + μ``, the same with the
-covariance ``C - μ μᵀ`` in the place of C. Keys lie so far from zero that this takes most of their energy out of the
-latents, and it costs no byte per token.
+covariance ``C - μ μᵀ`` in the place of C. Keys before RoPE lie so far from zero that this takes much of their energy
+out of the latents, and it costs no byte per token.
 """
 
 from __future__ import annotations
