@@ -197,6 +197,13 @@ def test_centred_by_default_where_the_moments_decide():
         else:
             assert not factors.key_mean.any() and not factors.value_mean.any()
     assert errors[None] < errors[False]
+    for side, total, second in (
+        ("key", statistics.key_sum, statistics.key_moment),
+        ("value", statistics.value_sum, statistics.value_moment),
+    ):
+        mean = total[1] / statistics.num_tokens
+        share = float(mean.square().sum() / (second[1].diagonal().sum() / statistics.num_tokens))
+        assert layers[1][f"{side}_mean_share"] == pytest.approx(share) and 0 < share < 1
     model = cskv_hf.fit(make_model(), data, CSKVConfig(compression=0.8, init="asvd"), progress=False)
     assert not model.base_model.model.model.layers[0].self_attn.cskv().key_mean.any()
 

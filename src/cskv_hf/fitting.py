@@ -40,6 +40,7 @@ class LayerReport:
         key_bits, value_bits: of a latent, on average.
         key_error, value_error: share of the mean square of keys (before RoPE) and values lost on the calibration data.
         key_attention_error, value_attention_error: the same, weighted by what attention scores and outputs make of it.
+        key_mean_share, value_mean_share: share of the mean square of keys (before RoPE) and values that is their mean.
         bytes_per_token: of the layer's latents, ranges included; plain ones at 16 bits.
     """
 
@@ -52,6 +53,8 @@ class LayerReport:
     value_error: float
     key_attention_error: float
     value_attention_error: float
+    key_mean_share: float
+    value_mean_share: float
     bytes_per_token: float
 
 
@@ -232,8 +235,14 @@ def layer_report(
         value_error=relative_error(values, value_moment),
         key_attention_error=relative_error(keys, key_moment, key_M),
         value_attention_error=relative_error(values, value_moment, value_M),
+        key_mean_share=_mean_share(statistics.key_sum[layer_idx] / statistics.num_tokens, key_moment),
+        value_mean_share=_mean_share(statistics.value_sum[layer_idx] / statistics.num_tokens, value_moment),
         bytes_per_token=sum(f.bytes_per_token(torch.bfloat16) for f in (key_format, value_format)),
     )
+
+
+def _mean_share(mean: torch.Tensor, second_moment: torch.Tensor) -> float:
+    return float(mean.square().sum() / second_moment.trace().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def mean_bits(format: LatentFormat) -> float:
