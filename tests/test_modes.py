@@ -3,6 +3,19 @@
 Plain latents are lossless here (full rank), so the tokens must be those of `DynamicCache`. Packed ones lose something,
 so tokens must be those of the same cache read by the other attention path (all keys rebuilt, the model's own
 attention), which shares no attention code with the default one; both are held to a slow reference elsewhere.
+
+Where transformers' own generation and cache tests have their counterparts:
+
+    test_greedy_generate, test_sample_generate, test_beam_search_generate, test_beam_sample_generate    MODES
+    test_*_dict_output(s), test_*_dict_outputs_use_cache      "scores and logits", test_attention_weights
+    test_assisted_decoding_matches_greedy_search, test_prompt_lookup_decoding_matches_greedy_search
+                                                              test_speculation_equals_greedy
+    test_left_padding_compatibility, test_cache_extra_left_padding      "left padding", test_against_reference.py
+    test_generate_from_inputs_embeds                          "`inputs_embeds`"
+    test_generate_continue_from_past_key_values               "several turns, one cache"
+    test_generate_with_static_cache                           test_generate.py, test_other_caches_keep_working
+    test_eager_matches_sdpa_generate                          test_against_reference.py, test_every_layout
+    test_cache_copy, test_cache_batched, test_cache_beam_search         "prompt cached", test_cache.py, MODES
 """
 
 import copy
@@ -18,6 +31,7 @@ from cskv_hf import CSKVCache
 
 NEW = dict(max_new_tokens=24)
 GREEDY = dict(do_sample=False, **NEW)
+PACKED_4 = dict(compression=0.75, bits=4, allocation=None, block_size=8)
 FAMILIES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -165,6 +179,45 @@ MODES = {
 }
 
 
+@pytest.mark.parametrize("settings", ["prompt lookup", "assisted, CSKV both", "assisted, early exit"])
+def test_speculation_equals_greedy(settings):
+    """Lossless factors: proposing and rejecting tokens changes none of those that stay."""
+    model = lossless(make_model())
+    ids = torch.cat([prompt(1, 50)] * 3, 1) if settings == "prompt lookup" else LONG
+    found = MODES[settings](model, CSKVCache, prompt(1, 50))
+    assert torch.equal(found, tokens(model, CSKVCache, ids))
+
+
+@torch.no_grad()
+def test_speculation_over_lossy_latents_differs_less_than_compression():
+    """Why at all: rejected tokens may have pushed others out of the window a little earlier. How much: less than the
+    compression itself changes, on the same text, teacher forced; nothing with lossless factors."""
+    ids, start = prompt(4, 260, seed=3), 100
+    for model, lossy_factors in ((lossless(make_model()), False), (lossy(make_model(), **PACKED_4), True)):
+        straight, speculative = CSKVCache(), CSKVCache()
+        for cache in (straight, speculative):
+            cache.activate_past_recording()
+        full, one, two = [], [], []
+        dynamic = DynamicCache()
+        for cache, found in ((dynamic, full), (straight, one)):
+            model(ids[:, :start], past_key_values=cache, use_cache=True)
+            for i in range(start, ids.shape[1] - 5):
+                logits = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+                found.append(logits.log_softmax(-1))
+        model(ids[:, :start], past_key_values=speculative, use_cache=True)
+        for i in range(start, ids.shape[1] - 5):  # five proposed, four rejected
+            logits = model(ids[:, i : i + 5], past_key_values=speculative, use_cache=True).logits
+            speculative.crop(-4)
+            two.append(logits[:, :1].log_softmax(-1))
+        full, one, two = (torch.cat(x, 1) for x in (full, one, two))
+        assert speculative.tokens.num_old > 100
+        between, lost = ((a.exp() * (a - b)).sum(-1).mean() for a, b in ((one, two), (full, one)))
+        if lossy_factors:
+            assert 0 < between < 0.5 * lost
+        else:
+            assert between < 1e-12 and lost < 1e-12
+
+
 def test_attention_weights(documented):
     """Eager attention gives them for every slot, as over a full cache, by rebuilding the keys of the step."""
     documented("compatibility-refusals", "`output_attentions=True`", "with a CSKVCache", "yes, with eager attention")
@@ -239,8 +292,7 @@ def test_prompt_tuning(documented):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def models(request):
-    packed = dict(compression=0.75, bits=4, allocation=None, block_size=8)
-    return request.param, lossless(make_model(request.param)), lossy(make_model(request.param), **packed)
+    return request.param, lossless(make_model(request.param)), lossy(make_model(request.param), **PACKED_4)
 
 
 @pytest.mark.parametrize("mode", list(MODES))
