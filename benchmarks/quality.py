@@ -201,6 +201,10 @@ def main() -> None:
         f"{args.model}: {bench.shape.num_hidden_layers} layers, kv_dim {bench.shape.kv_dim}; evaluated on "
         f"{bench.text.numel():,} tokens, calibrated on {bench.statistics.num_tokens:,}"
     )
+    for side, share in zip(("keys", "values"), bench.statistics.mean_shares()):
+        print(
+            f"share of the mean in the mean square of {side}, by layer: {' '.join(f'{s:.2f}' for s in share.tolist())}"
+        )
     tables = args.tables.split(",")
     value_group = [1, bench.shape.kv_dim]  # one range per token, the paper's layout
     if "methods" in tables:

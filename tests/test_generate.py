@@ -1,4 +1,4 @@
-"""generate(): every way to hand over the cache, greedy, sampling, batches, streaming, several turns."""
+"""generate(): every way to hand over the cache, what is refused, batches and turns. Its modes are in test_modes.py."""
 
 import copy
 import pickle
@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import lossless, lossy, make_model, prompt
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache
 
 from cskv_hf import CSKVCache
 
@@ -57,28 +57,6 @@ def test_refuses_what_is_no_cache(full_rank):
         full_rank.generate(prompt(1, 4), cache="cskv", **GREEDY)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"do_sample": True, "num_return_sequences": 3, "temperature": 0.7},
-        {"num_beams": 3},
-        {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
-        {"prompt_lookup_num_tokens": 3},
-    ],
-    ids=["sampling", "beams", "beam sampling", "prompt lookup"],
-)
-def test_modes_equal_dynamic_cache_when_lossless(full_rank, settings):
-    batch = 1 if "prompt_lookup_num_tokens" in settings else 2
-    ids = prompt(batch, 40)
-    outputs = []
-    for cache in (CSKVCache, DynamicCache):
-        torch.manual_seed(0)
-        outputs.append(
-            full_rank.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, cache=cache, **settings)
-        )
-    assert torch.equal(*outputs)
-
-
 def test_padded_batch_generates_what_each_row_does_alone():
     model, ids = lossy(make_model()), prompt(3, 40)
     mask = torch.ones_like(ids)
@@ -113,27 +91,6 @@ def test_prompt_cached_once_and_copied():
         again = model.generate(ids, cache=copy.deepcopy(cache), **GREEDY)
         assert torch.equal(first, again)
     assert cache.get_seq_length() == 50
-
-
-def test_streaming(full_rank):
-    class Tokenizer:
-        def decode(self, ids, **_):
-            return " ".join(map(str, torch.as_tensor(ids).tolist()))
-
-    class Collect(TextStreamer):
-        text = ""
-
-        def on_finalized_text(self, text, stream_end=False):
-            self.text += text
-
-    streamer = Collect(Tokenizer(), skip_prompt=True)
-    output = full_rank.generate(prompt(1, 40), streamer=streamer, **GREEDY)
-    assert streamer.text.split() == [str(t) for t in output[0, 40:].tolist()]
-
-
-def test_scores_are_returned(full_rank):
-    output = full_rank.generate(prompt(1, 40), return_dict_in_generate=True, output_scores=True, **GREEDY)
-    assert len(output.scores) == 24
 
 
 def test_copies_of_the_model_generate_the_same():

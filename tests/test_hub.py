@@ -249,6 +249,8 @@ def test_a_revision_for_both_is_refused_upstream(pushed, documented):
     documented(TABLE, row, "Hub", "refused: transformers applies it to the base too; use `adapter_kwargs`")
     with pytest.raises(OSError, match="r60"):
         AutoModelForCausalLM.from_pretrained(ADAPTER, revision="r60")
+    with pytest.raises(Exception, match="r60"):
+        pipeline("text-generation", model=ADAPTER, revision="r60")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -225,6 +225,7 @@ def layer_report(
     value_moment = statistics.value_moment[layer_idx] / statistics.num_tokens
     key_M, value_M = error_weights(attention, statistics, layer_idx)
     key_format, value_format = config.formats(layer_idx)
+    key_shares, value_shares = statistics.mean_shares()
     return LayerReport(
         layer_idx=layer_idx,
         key_ranks=keys.ranks,
@@ -235,14 +236,10 @@ def layer_report(
         value_error=relative_error(values, value_moment),
         key_attention_error=relative_error(keys, key_moment, key_M),
         value_attention_error=relative_error(values, value_moment, value_M),
-        key_mean_share=_mean_share(statistics.key_sum[layer_idx] / statistics.num_tokens, key_moment),
-        value_mean_share=_mean_share(statistics.value_sum[layer_idx] / statistics.num_tokens, value_moment),
+        key_mean_share=float(key_shares[layer_idx]),
+        value_mean_share=float(value_shares[layer_idx]),
         bytes_per_token=sum(f.bytes_per_token(torch.bfloat16) for f in (key_format, value_format)),
     )
-
-
-def _mean_share(mean: torch.Tensor, second_moment: torch.Tensor) -> float:
-    return float(mean.square().sum() / second_moment.trace().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def mean_bits(format: LatentFormat) -> float:

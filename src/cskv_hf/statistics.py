@@ -89,6 +89,15 @@ class KVStatistics:
             source,
         )
 
+    def mean_shares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Share of the mean square that is the mean's, of the keys (before RoPE) and of the values, (layers,) each."""
+        sides = (self.key_sum, self.key_moment), (self.value_sum, self.value_moment)
+        tiny = torch.finfo(torch.float64).tiny
+        return tuple(
+            first.square().sum(1) / (self.num_tokens * second.diagonal(dim1=1, dim2=2).sum(1)).clamp_min(tiny)
+            for first, second in sides
+        )
+
     def add_probe(self, ids: torch.Tensor) -> None:
         """Keep the start of a sample (length,), as long as there is room."""
         ids = ids[: min(PROBE_LENGTH, PROBE_TOKENS - len(self.probe_ids))]
