@@ -295,9 +295,13 @@ def test_files_that_hold_no_cache(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"holds no CSKVCache.*cache\.save"):
         CSKVCache.load(path)
-    path.write_bytes(held.replace(b'\\"version\\": 1', b'\\"version\\": 9'))
-    with pytest.raises(ValueError, match=r"newer cskv-hf .*pip install -U cskv-hf"):
-        CSKVCache.load(path)
+    for version, advice in (
+        (b"9", r"newer cskv-hf .*pip install -U cskv-hf"),
+        (b"1", r"older cskv-hf .*save the cache"),
+    ):
+        path.write_bytes(held.replace(b'\\"version\\": 2', b'\\"version\\": ' + version))
+        with pytest.raises(ValueError, match=advice):
+            CSKVCache.load(path)
 
 
 @pytest.mark.parametrize("padded", [False, True])

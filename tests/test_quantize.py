@@ -19,9 +19,9 @@ from cskv_hf.quantize import (
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_pack_and_unpack_are_inverse_and_small(bits):
-    codes = torch.randint(0, 2**bits, (3, 5, 40), dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (3, 40, 5), dtype=torch.uint8)
     packed = pack(codes, bits)
-    assert packed.dtype == torch.uint8 and packed.shape == (3, 5, 5 * bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, 5 * bits, 5)
     assert torch.equal(unpack(packed, bits), codes)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CompressedKV
 from .factors import compute_dtype
-from .rope import rotate
+from .rope import paired, rotate_paired
 from .tokens import Step
 
 PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
-CPU_TILE, GPU_TILE = 2**18, 2**24  # elements of a rebuilt tile of keys: about a CPU's L2 cache; enough to fill a GPU
+CPU_TILE, GPU_TILE = 2**19, 2**24  # elements of a rebuilt tile of keys: about a CPU's L2 cache; enough to fill a GPU
 QUERY_CHUNK = 128  # queries at a time, which bounds the scores of a long prompt over a long past
 
 
@@ -69,20 +69,17 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
     exact, exact_sum = softmax.weights @ kv.exact_values.to(dtype), softmax.sum
     latent = q.new_zeros(batch, kv_heads * shared * num_queries, kv.value_latents.format.rank)
 
-    cos, sin = (t[:, None].to(dtype) for t in kv.step.old_cos_sin(query.device, kv.exact_keys.dtype))
-    block_size = kv.key_latents.format.block_size
-    elements = CPU_TILE if query.device.type == "cpu" else GPU_TILE
-    blocks = max(1, elements // (batch * factors.heads_per_group * head_dim * block_size))
-    for first in range(0, kv.key_latents.num_blocks, blocks):
-        last = first + blocks
-        columns = slice(first * block_size, last * block_size)
-        scores = _old_scores(q, kv, kv.key_latents.read(first, last, dtype), cos[:, :, columns], sin[:, :, columns])
+    q, groups = paired(q), factors.paired_key_groups(dtype)
+    turn = kv.step.old_turn(query.device, kv.exact_keys.dtype)
+    for blocks, columns in _tiles(kv, batch, query.device):
+        latents = kv.key_latents.read(*blocks, dtype)
+        scores = _old_scores(q, groups, latents, turn[:, columns, None])
         scores = _masked(scores, None if old_mask is None else old_mask[..., columns], shared)
         decay = softmax.add(scores)
         exact.mul_(decay)
         exact_sum = exact_sum * decay
         latent.mul_(decay.view(batch, -1, 1))
-        latent.baddbmm_(softmax.weights.flatten(1, 2), kv.value_latents.read(first, last, dtype))
+        latent.baddbmm_(softmax.weights.flatten(1, 2), kv.value_latents.read(*blocks, dtype))
 
     # value_B has the rows of all KV heads; each query head needs those of its own
     up = factors.value_B.to(dtype).view(kv_heads, head_dim, -1)
@@ -91,16 +88,25 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
     return ((exact + old) / softmax.total).view(batch, num_heads, num_queries, head_dim).to(query.dtype)
 
 
-def _old_scores(q, kv: CompressedKV, key_latents: torch.Tensor, cos, sin) -> torch.Tensor:
+def _tiles(kv: CompressedKV, batch: int, device: torch.device) -> Iterator[tuple[tuple[int, int], slice]]:
+    """The compressed past in tiles: the first and the last block (exclusive), and their columns."""
+    latents, factors = kv.key_latents, kv.factors
+    block_size, widest = latents.format.block_size, max(factors.heads_per_group * factors.head_dim, 1)
+    elements = CPU_TILE if device.type == "cpu" else GPU_TILE
+    blocks = max(1, elements // (batch * widest * block_size))
+    for first in range(0, latents.num_blocks, blocks):
+        last = min(first + blocks, latents.num_blocks)
+        yield (first, last), slice(first * block_size, last * block_size)
+
+
+def _old_scores(q, groups, latents: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Scores (batch, kv_heads, rows of q, columns) against keys rebuilt for one tile, one group of KV heads at a
     time."""
-    factors = kv.factors
-    latents = key_latents.split(factors.key_ranks, dim=-1)
-    groups = q.split(factors.heads_per_group, dim=1)
-    parts = [
-        q_group @ rotate(factors.decode_key_group(part, g), cos, sin).mT
-        for g, (q_group, part) in enumerate(zip(groups, latents))
-    ]
+    ranks, heads = [len(B) for B, _ in groups], q.shape[1] // len(groups)
+    parts = []
+    for q_group, part, (B, mean) in zip(q.split(heads, dim=1), latents.split(ranks, dim=-1), groups):
+        keys = torch.baddbmm(mean, part, B.expand(len(part), -1, -1)).unflatten(-1, (heads, -1))
+        parts.append(q_group @ rotate_paired(keys, turn).permute(0, 2, 3, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

@@ -444,7 +444,7 @@ class CSKVCache(Cache):
         """Read a cache that [`save`] wrote; for the model and adapter that filled it, on the device of the model.
 
         Raises:
-            ValueError: if the file is truncated, corrupt, something else, or of a newer version.
+            ValueError: if the file is truncated, corrupt, something else, or of another version.
         """
         from .cache_file import load_cache
 

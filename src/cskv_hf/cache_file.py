@@ -18,7 +18,7 @@ from .quantize import PackedLayout
 from .rope import RotaryFrequencies
 from .tokens import TokenTable
 
-KEY, FILE_VERSION = "cskv_cache", 1
+KEY, FILE_VERSION = "cskv_cache", 2  # 2: codes of a block lie token by token, channels next to each other
 COUNTS = ("num_slots", "num_sinks", "num_old", "num_recent")
 
 
@@ -63,7 +63,7 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu") -> C
         device: where all layers go; that of the model.
 
     Raises:
-        ValueError: if the file is truncated, corrupt, something else, or of a newer version.
+        ValueError: if the file is truncated, corrupt, something else, or of another version.
     """
     try:
         with safe_open(path, "pt", device=str(device)) as file:
@@ -71,10 +71,12 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu") -> C
             if metadata is None:
                 raise ValueError(f"'{path}' holds no CSKVCache. Write one with `cache.save(path)`.")
             about = json.loads(metadata)
-            if about["version"] > FILE_VERSION:
+            if about["version"] != FILE_VERSION:
+                newer = about["version"] > FILE_VERSION
                 raise ValueError(
-                    f"'{path}' was written by a newer cskv-hf (version {about['version']} of the format, this one "
-                    f"reads up to {FILE_VERSION}). Upgrade it with `pip install -U cskv-hf`."
+                    f"'{path}' was written by {'a newer' if newer else 'an older'} cskv-hf (version "
+                    f"{about['version']} of the format, this one reads {FILE_VERSION}). "
+                    + ("Upgrade it with `pip install -U cskv-hf`." if newer else "Fill and save the cache again.")
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:

@@ -18,6 +18,7 @@ from torch import nn
 from .config import CSKVConfig, num_key_groups
 from .decompose import Factors, even_ranks
 from .latents import LatentFormat
+from .rope import paired
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -88,6 +89,14 @@ class LayerFactors:
         B = self.key_B[:, start : start + self.key_ranks[group]].to(latents.dtype)
         mean = self.key_mean[0, group * group_dim : (group + 1) * group_dim].to(latents.dtype)
         return (latents @ B.mT + mean).unflatten(-1, (self.heads_per_group, self.head_dim)).transpose(1, 2)
+
+    def paired_key_groups(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """``key_B`` transposed (rank of the group, group_dim) and mean (group_dim) of every group, for keys whose RoPE
+        pairs lie next to each other; see [`paired`]."""
+        by_head = (self.heads_per_group, self.head_dim)
+        matrices = paired(self.key_B.to(dtype).unflatten(0, by_head), 1).flatten(0, 1).mT.split(self.key_ranks)
+        means = paired(self.key_mean.to(dtype).view(-1, *by_head)).flatten(1)
+        return list(zip(matrices, means))
 
     def decode_keys(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (batch, tokens, key_rank) -> keys before RoPE (batch, num_key_value_heads, tokens, head_dim)."""

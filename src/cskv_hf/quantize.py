@@ -9,6 +9,7 @@ zero. Codes of 3, 5, 6 and 7 bits are split into bit planes of 4, 2 and 1 bits, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,10 +76,12 @@ class PackedLayout:
         return tuple(tiers)
 
     @cached_property
-    def order(self) -> torch.Tensor | None:
-        """Where each channel is among the tiers' channels laid end to end; None if they are in order already."""
-        stored = torch.tensor([c for tier in self.tiers for c in tier.channels], dtype=torch.long)
-        return None if torch.equal(stored, torch.arange(len(stored))) else stored.argsort()
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """The channels in their own order as slices (start, stop) of the tiers' channels laid end to end."""
+        stored = [c for tier in self.tiers for c in tier.channels]
+        where = sorted(range(len(stored)), key=stored.__getitem__)
+        starts = [i for i, place in enumerate(where) if i == 0 or place != where[i - 1] + 1]
+        return tuple((where[a], where[b - 1] + 1) for a, b in zip(starts, [*starts[1:], len(where)]))
 
     @property
     def rank(self) -> int:
@@ -101,34 +104,42 @@ class PackedLayout:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes below ``2**bits``, (..., tokens) uint8 -> (..., tokens * bits / 8) uint8; tokens is a multiple of 8.
+    """Codes below ``2**bits``, (..., tokens, channels) uint8 -> (..., tokens * bits / 8, channels) uint8; tokens is a
+    multiple of 8.
 
-    A plane of p bits puts token ``j + i * tokens / n`` into the i-th place of byte j, with n = 8 / p codes to a byte.
+    A plane of p bits puts token ``j + i * tokens / n`` into the i-th place of row j, with n = 8 / p codes to a byte.
+    Channels lie next to each other, so that whatever unpacks walks along many of them.
     """
     planes, shift = [], 0
     for width in PLANES[bits]:
         plane = (codes >> shift) & (2**width - 1)
-        parts = plane.unflatten(-1, (8 // width, -1)).unbind(-2)
+        parts = plane.unflatten(-2, (8 // width, -1)).unbind(-3)
         packed = parts[0].clone()
         for place, part in enumerate(parts[1:], start=1):
             packed |= part << (place * width)
         planes.append(packed)
         shift += width
-    return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
+    return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-2)
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Undo [`pack`]: (..., tokens * bits / 8) -> (..., tokens) uint8."""
+    """Undo [`pack`]: (..., tokens * bits / 8, channels) -> (..., tokens, channels) uint8."""
     if bits == 8:
         return packed
-    tokens, shift, start, codes = packed.shape[-1] * 8 // bits, 0, 0, None
+    tokens, start, below, codes = packed.shape[-2] * 8 // bits, 0, 0, None
     for width in PLANES[bits]:
         size = tokens * width // 8
-        plane, mask = packed[..., start : start + size], 2**width - 1
-        spread = torch.cat([(plane >> (place * width)) & mask for place in range(8 // width)], dim=-1)
-        codes = spread if codes is None else codes | (spread << shift)
-        start, shift = start + size, shift + width
+        plane = packed[..., None, start : start + size, :]
+        spread = ((plane >> _places(width, packed.device)) & (2**width - 1)).flatten(-3, -2)
+        codes = spread if codes is None else codes | (spread << below)
+        start, below = start + size, below + width
     return codes
+
+
+@functools.cache
+def _places(width: int, device: torch.device) -> torch.Tensor:
+    """By how much to shift a byte for each of the codes of `width` bits in it, (8 / width, 1, 1)."""
+    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)[:, None, None]
 
 
 def group_ranges(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,37 +192,41 @@ def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor,
         wide_step = step.to(groups.dtype)[..., None]
         scaled = (groups - minimum.to(groups.dtype)[..., None]) / torch.where(wide_step == 0, 1.0, wide_step)
         levels = _ungrouped(scaled.round_().clamp_(0, 2**tier.bits - 1), tier, layout).to(torch.uint8)
-        by_channel = levels.unflatten(1, (blocks, layout.block_size)).transpose(2, 3)
-        codes.append(pack(by_channel, tier.bits).flatten(2))
+        codes.append(pack(levels.unflatten(1, (blocks, layout.block_size)), tier.bits).flatten(2))
         times = layout.block_size // layout.group_tokens
         ranges.append(torch.stack([minimum, step], dim=-1).view(batch, blocks, times * tier.num_groups, 2))
     return torch.cat(codes, dim=-1), torch.cat(ranges, dim=2)
 
 
 def dequantize(codes: torch.Tensor, ranges: torch.Tensor, layout: PackedLayout, dtype: torch.dtype) -> torch.Tensor:
-    """Undo [`quantize`], to rounding: (batch, blocks * block_size, rank) in `dtype`."""
-    parts, first_byte, first_range = [], 0, 0
-    times = layout.block_size // layout.group_tokens
+    """Undo [`quantize`], to rounding: (batch, blocks * block_size, rank) in `dtype`.
+
+    Works on all channels of all tiers at once, in the order they are stored in, and brings them into their own last.
+    """
+    levels, first_byte = [], 0
     for tier in layout.tiers:
-        size, count = len(tier.channels), tier.num_groups * times
+        size = len(tier.channels)
         num_bytes = size * layout.block_size * tier.bits // 8
-        packed = codes[..., first_byte : first_byte + num_bytes].unflatten(-1, (size, -1))
-        levels = unpack(packed, tier.bits).to(dtype)  # (batch, blocks, channels, block_size)
-        of_tier = ranges[:, :, first_range : first_range + count].unflatten(2, (times, tier.num_groups)).to(dtype)
-        spread = (
-            of_tier.repeat_interleave(layout.group_channels, dim=3)[:, :, :, :size]
-            if (layout.group_channels > 1)
-            else of_tier
-        )
-        minimum, step = spread.unbind(-1)  # (batch, blocks, times, channels)
-        levels = levels.unflatten(-1, (times, layout.group_tokens))
-        values = levels.mul_(step.transpose(2, 3)[..., None]).add_(minimum.transpose(2, 3)[..., None])
-        parts.append(values.flatten(3))
-        first_byte, first_range = first_byte + num_bytes, first_range + count
-    stored = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    if layout.order is not None:
-        stored = stored.index_select(2, layout.order.to(stored.device))
-    return stored.transpose(2, 3).flatten(1, 2)
+        levels.append(unpack(codes[..., first_byte : first_byte + num_bytes].unflatten(-1, (-1, size)), tier.bits))
+        first_byte += num_bytes
+    values = torch.cat(levels, dim=-1).to(dtype).unflatten(2, (-1, layout.group_tokens))
+    spread = ranges.index_select(2, _ranges_of(layout, ranges.device)).unflatten(2, (-1, layout.rank)).movedim(-1, 0)
+    minimum, step = spread.to(dtype, memory_format=torch.contiguous_format).unsqueeze(-2)
+    stored = torch.addcmul(minimum, values, step, out=values).flatten(1, 3)
+    if len(layout.pieces) == 1:
+        return stored
+    return torch.cat([stored[..., start:stop] for start, stop in layout.pieces], dim=-1)
+
+
+@functools.cache
+def _ranges_of(layout: PackedLayout, device: torch.device) -> torch.Tensor:
+    """Which range of a block belongs to each group of tokens and each channel, in the order they are stored in."""
+    times, parts, first = layout.block_size // layout.group_tokens, [], 0
+    for tier in layout.tiers:
+        group = torch.arange(len(tier.channels)) // layout.group_channels
+        parts.append(first + torch.arange(times)[:, None] * tier.num_groups + group)
+        first += times * tier.num_groups
+    return torch.cat(parts, dim=1).flatten().to(device)
 
 
 def channel_bits(runs: Sequence[Sequence[Sequence[int]]]) -> tuple[int, ...]:

@@ -72,6 +72,26 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def paired(states: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Move the two channels of every RoPE pair next to each other along `dim`, whose size is head_dim."""
+    dim %= states.ndim
+    return states.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def rotate_paired(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """[`rotate`] for states that [`paired`] has rearranged, in place and in one pass where the dtype allows it.
+
+    A pair is a complex number, and turning it a multiplication.
+
+    Args:
+        states: (..., head_dim); overwritten if float32 or float64.
+        turn: complex cos + i sin, (..., head_dim / 2), broadcast against it.
+    """
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turn)
+    return wide.to(states.dtype)
+
+
 def rotate_back(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Undo [`rotate`] exactly: RoPE with -sin, divided by ``cos² + sin²``.
 

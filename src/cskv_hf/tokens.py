@@ -73,7 +73,7 @@ class Step:
     old_positions: torch.Tensor
     old_frequencies: RotaryFrequencies
     eviction: Eviction | None = None
-    _cos_sin: dict = field(default_factory=dict)
+    _turn: dict = field(default_factory=dict)
 
     @property
     def num_slots(self) -> int:
@@ -93,12 +93,22 @@ class Step:
         return torch.arange(self.num_sinks, self.num_sinks + self.num_old)[None]
 
     def old_cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the latents' keys in the model's dtype, (batch, num_old, head_dim / 2); computed once for
-        all layers."""
+        """cos and sin of the latents' keys in the model's dtype, (batch, num_old, head_dim / 2)."""
+        return cos_sin(self.old_positions.to(device), self.old_frequencies, dtype)
+
+    def old_turn(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """[`old_cos_sin`] as complex numbers, in float32 or wider; computed once for all layers.
+
+        Rows that are all alike are one: (batch or 1, num_old, head_dim / 2).
+        """
         key = (device, dtype)
-        if key not in self._cos_sin:
-            self._cos_sin[key] = cos_sin(self.old_positions.to(device), self.old_frequencies, dtype)
-        return self._cos_sin[key]
+        if key not in self._turn:
+            alike = self.slots is None and bool((self.old_positions[:1] == self.old_positions).all())
+            positions = self.old_positions[:1] if alike else self.old_positions
+            wide = torch.promote_types(dtype, torch.float32)
+            cos, sin = cos_sin(positions.to(device), self.old_frequencies, dtype)
+            self._turn[key] = torch.complex(cos.to(wide), sin.to(wide))
+        return self._turn[key]
 
 
 class TokenTable:

@@ -1,0 +1,171 @@
+"""What the speed benchmarks share: one attention layer of a model's sizes with a filled cache, timing in turns, and
+the description of the machine that goes with every number.
+
+The sizes are Llama-3.1-8B's unless said otherwise; weights and states are random, which changes no time. What a layer
+keeps is planned by the library itself, from spectra that fall over three orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from cskv_hf import CSKVCache, CSKVConfig, ModelShape
+from cskv_hf.cache import CompressedKV
+from cskv_hf.config import num_key_groups
+from cskv_hf.factors import LayerFactors
+from cskv_hf.plan import plan, store_plan
+from cskv_hf.rope import RotaryFrequencies
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one attention layer."""
+
+    hidden_size: int = 4096
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of compressing; `bits` None lets every channel have what it is worth, 16 is the paper's storage."""
+
+    compression: float
+    key_layout: str = "head"
+    bits: int | None = None
+
+    @property
+    def name(self) -> str:
+        bits = "packed" if self.bits is None else f"{self.bits} bit"
+        return f"{self.compression:.0%} {self.key_layout} {bits}"
+
+
+def planned(setting: Setting, sizes: Sizes, num_layers: int = 1) -> CSKVConfig:
+    """A config as a fit leaves it: ranks and bits of every layer."""
+    config = CSKVConfig(
+        compression=setting.compression,
+        key_layout=setting.key_layout,
+        bits=setting.bits,
+        allocation="uniform" if setting.bits == 16 else None,
+    )
+    shape = ModelShape("llama", num_layers, sizes.num_key_value_heads, sizes.head_dim)
+    groups = num_key_groups(setting.key_layout, sizes.num_key_value_heads)
+    of_group = [
+        torch.logspace(0, -3, sizes.kv_dim // groups).double() * 4 ** (0.5 - g / groups) for g in range(groups)
+    ]
+    config.sensitivity = [[1.0, 1.0]] * num_layers
+    spectra = [(of_group, torch.logspace(0, -3, sizes.kv_dim).double())] * num_layers
+    store_plan(config, plan(config, shape, spectra))
+    config.model_shape = vars(shape)
+    return config
+
+
+def random_factors(config: CSKVConfig, sizes: Sizes, device: str, dtype: torch.dtype) -> LayerFactors:
+    """Factors of layer 0 with the config's ranks; scaled so that latents and rebuilt keys are about one."""
+    key_ranks, value_rank = tuple(config.key_ranks[0]), config.value_ranks[0]
+    key_rank, group_dim = sum(key_ranks), sizes.kv_dim // len(key_ranks)
+    formats = config.formats(0)
+
+    def matrix(rows: int, columns: int, summed: int) -> torch.Tensor:
+        return (torch.randn(rows, columns) / summed**0.5).to(device, dtype)
+
+    return LayerFactors(
+        key_A=matrix(key_rank, group_dim, group_dim),
+        key_B=matrix(group_dim, key_rank, max(1, key_rank // len(key_ranks))),
+        value_A=matrix(value_rank, sizes.kv_dim, sizes.kv_dim),
+        value_B=matrix(sizes.kv_dim, value_rank, value_rank),
+        key_mean=matrix(1, sizes.kv_dim, 1),
+        value_mean=matrix(1, sizes.kv_dim, 1),
+        key_spectrum=torch.ones(1, key_rank, device=device),
+        key_ranks=key_ranks,
+        key_format=formats[0],
+        value_format=formats[1],
+        num_key_value_heads=sizes.num_key_value_heads,
+        head_dim=sizes.head_dim,
+    )
+
+
+def rotary(sizes: Sizes, device: str) -> RotaryFrequencies:
+    return RotaryFrequencies(1.0 / 500000 ** (torch.arange(0, sizes.head_dim, 2, device=device) / sizes.head_dim), 1.0)
+
+
+class FilledCache:
+    """A [`CSKVCache`] of `num_layers` alike layers that holds `length` random tokens, and takes steps.
+
+    Args:
+        states: makes keys (or values) of so many tokens, (batch, num_key_value_heads, tokens, head_dim).
+    """
+
+    def __init__(
+        self, setting: Setting, sizes: Sizes, num_layers: int, length: int, states: Callable[[int], torch.Tensor]
+    ) -> None:
+        device, dtype, self.batch = states(1).device, states(1).dtype, len(states(1))
+        self.config = planned(setting, sizes, num_layers)
+        self.factors = random_factors(self.config, sizes, device, dtype)
+        inv_freq = 500000 ** -(torch.arange(0, sizes.head_dim, 2, device=device) / sizes.head_dim)
+        self.frequencies = RotaryFrequencies(inv_freq, 1.0)
+        self.cache, self.length, self.num_layers = CSKVCache(), 0, num_layers
+        while self.length < length:
+            count = min(4096, length - self.length)
+            list(self.step(states, count))
+
+    @torch.no_grad()
+    def step(self, states: Callable[[int], torch.Tensor], count: int = 1) -> Iterator[CompressedKV]:
+        """One forward of `count` tokens: layer by layer what the pre-hook and the model's attention do with the
+        cache, and what the attention function then gets to see."""
+        positions = torch.arange(self.length, self.length + count, device=self.factors.key_A.device)[None]
+        self.length += count
+        for layer_idx in range(self.num_layers):
+            self.cache.stage(layer_idx, self.factors, self.config, positions, self.batch, self.frequencies, False)
+            yield self.cache.update(states(count), states(count), layer_idx)[0]
+
+
+def median_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, taking turns, so that whatever disturbs the machine disturbs all of them.
+
+    The first run of a turn is not timed: it finds the allocator and the processor's caches as another left them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, run in contestants.items():
+            run()
+            synchronize()
+            started = time.perf_counter()
+            run()
+            synchronize()
+            if turn > 0:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine(threads: int) -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "cpu": cpu,
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
