@@ -8,13 +8,12 @@ finds its cache in the processor's, and what a model does once per step (positio
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import FilledCache, Setting, Sizes, machine, median_seconds
+from common import FilledCache, Setting, Sizes, median_seconds
 from torch import nn
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -18,14 +18,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import kernels
 from .cache import CompressedKV
-from .factors import compute_dtype
+from .factors import LayerFactors, compute_dtype
 from .rope import paired, rotate_paired
 from .tokens import Step
 
 PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
 CPU_TILE, GPU_TILE = 2**19, 2**24  # elements of a rebuilt tile of keys: about a CPU's L2 cache; enough to fill a GPU
 QUERY_CHUNK = 128  # queries at a time, which bounds the scores of a long prompt over a long past
+GPU_SCORES = 2**26  # elements of scores that the kernels write at a time, at most, if more than one query is left
 
 
 @torch.compiler.disable
@@ -48,26 +50,26 @@ def compressed_attention(
     Returns:
         (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked.
     """
+    in_kernels = kv.key_latents.num_tokens > 0 and kernels.serve(query)
+    attend = _attend_in_kernels if in_kernels else _attend
+    chunk = QUERY_CHUNK
+    if in_kernels:  # which write all scores of a chunk
+        chunk = max(1, min(chunk, GPU_SCORES // (query.shape[0] * query.shape[1] * kv.key_latents.num_tokens)))
     chunks = []
-    for start in range(0, query.shape[2], QUERY_CHUNK):
-        rows = slice(start, start + QUERY_CHUNK)
+    for start in range(0, query.shape[2], chunk):
+        rows = slice(start, start + chunk)
         masks = (m if m is None or m.shape[2] == 1 else m[:, :, rows] for m in (exact_mask, old_mask))
-        chunks.append(_attend(query[:, :, rows], kv, scaling, *masks))
-    return torch.cat(chunks, dim=2)
+        chunks.append(attend(query[:, :, rows], kv, scaling, *masks))
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
 
 
 def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
-    batch, num_heads, num_queries, head_dim = query.shape
-    factors, dtype = kv.factors, compute_dtype(query)
-    kv_heads = factors.num_key_value_heads
-    shared = num_heads // kv_heads  # query heads per KV head; consecutive, as in repeat_kv
-    # (batch, kv_heads, shared * num_queries, head_dim): the query heads of a KV head are rows of one matmul
-    q = (query.to(dtype) * scaling).reshape(batch, kv_heads, shared * num_queries, head_dim)
-
+    factors, dtype, batch = kv.factors, compute_dtype(query), len(query)
+    q, shared = _rows_by_kv_head(query.to(dtype) * scaling, factors.num_key_value_heads)
     scores = _masked(q @ kv.exact_keys.to(dtype).mT, exact_mask, shared)
     softmax = OnlineSoftmax(scores)
     exact, exact_sum = softmax.weights @ kv.exact_values.to(dtype), softmax.sum
-    latent = q.new_zeros(batch, kv_heads * shared * num_queries, kv.value_latents.format.rank)
+    latent = q.new_zeros(batch, q.shape[1] * q.shape[2], kv.value_latents.format.rank)
 
     q, groups = paired(q), factors.paired_key_groups(dtype)
     turn = kv.step.old_turn(query.device, kv.exact_keys.dtype)
@@ -81,11 +83,46 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
         latent.mul_(decay.view(batch, -1, 1))
         latent.baddbmm_(softmax.weights.flatten(1, 2), kv.value_latents.read(*blocks, dtype))
 
-    # value_B has the rows of all KV heads; each query head needs those of its own
-    up = factors.value_B.to(dtype).view(kv_heads, head_dim, -1)
-    mean = factors.value_mean.to(dtype).view(kv_heads, 1, head_dim)
-    old = latent.view(batch, kv_heads, shared * num_queries, -1) @ up.mT + (softmax.sum - exact_sum) * mean
-    return ((exact + old) / softmax.total).view(batch, num_heads, num_queries, head_dim).to(query.dtype)
+    old = _decode_summed_values(latent, softmax.sum - exact_sum, factors)
+    return ((exact + old) / softmax.total).view(query.shape).to(query.dtype)
+
+
+def _attend_in_kernels(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
+    from .kernels.attention import old_scores, sum_values
+
+    q, shared = _rows_by_kv_head(query * scaling, kv.factors.num_key_value_heads)
+    exact_scores = _masked((q @ kv.exact_keys.mT).float(), exact_mask, shared)
+    scores = _masked(old_scores(q, kv), old_mask, shared)
+    maximum = OnlineSoftmax.finite_max(exact_scores)
+    if scores.shape[-1]:
+        maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+    weights = (exact_scores - maximum).exp_()
+    exact, exact_sum = weights.to(q.dtype) @ kv.exact_values, weights.sum(-1, keepdim=True)
+    latent, old_sum = sum_values(scores.flatten(1, 2), maximum.flatten(1), kv, q.dtype)
+    old_sum = old_sum.view_as(exact_sum)
+    old = _decode_summed_values(latent, old_sum, kv.factors)
+    total = (exact_sum + old_sum).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((exact + old) / total).view(query.shape).to(query.dtype)
+
+
+def _rows_by_kv_head(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, int]:
+    """(batch, kv_heads, shared * num_queries, head_dim), and how many query heads share a KV head.
+
+    Those that do are consecutive, as in transformers' `repeat_kv`, and become rows of one matmul.
+    """
+    batch, num_heads, num_queries, head_dim = query.shape
+    shared = num_heads // kv_heads
+    return query.reshape(batch, kv_heads, shared * num_queries, head_dim), shared
+
+
+def _decode_summed_values(latent: torch.Tensor, weight: torch.Tensor, factors: LayerFactors) -> torch.Tensor:
+    """Value latents summed by attention weights (batch, kv_heads * rows, value_rank), of `weight` in all (batch,
+    kv_heads, rows, 1), to values (batch, kv_heads, rows, head_dim): ``value_B`` has the rows of all KV heads, and each
+    gets those of its own."""
+    by_head = factors.num_key_value_heads, factors.head_dim
+    up = factors.value_B.to(latent.dtype).view(*by_head, -1)
+    mean = factors.value_mean.to(latent.dtype).view(by_head[0], 1, by_head[1])
+    return latent.view(len(latent), by_head[0], -1, latent.shape[-1]) @ up.mT + weight * mean
 
 
 def _tiles(kv: CompressedKV, batch: int, device: torch.device) -> Iterator[tuple[tuple[int, int], slice]]:
@@ -120,12 +157,12 @@ class OnlineSoftmax:
     """
 
     def __init__(self, scores: torch.Tensor) -> None:
-        self.maximum = self._finite_max(scores)
+        self.maximum = self.finite_max(scores)
         self.weights = (scores - self.maximum).exp_()
         self.sum = self.weights.sum(-1, keepdim=True)
 
     @staticmethod
-    def _finite_max(scores: torch.Tensor) -> torch.Tensor:
+    def finite_max(scores: torch.Tensor) -> torch.Tensor:
         if scores.shape[-1] == 0:
             return scores.new_full((*scores.shape[:-1], 1), torch.finfo(scores.dtype).min / 2)
         return scores.amax(-1, keepdim=True).clamp_min(
@@ -134,7 +171,7 @@ class OnlineSoftmax:
 
     def add(self, scores: torch.Tensor) -> torch.Tensor:
         """Add a part; returns by how much what was accumulated so far has to be scaled, (..., rows, 1)."""
-        maximum = torch.maximum(self.maximum, self._finite_max(scores))
+        maximum = torch.maximum(self.maximum, self.finite_max(scores))
         decay = (self.maximum - maximum).exp_()
         self.maximum, self.weights = maximum, (scores - maximum).exp_()
         self.sum = self.sum * decay + self.weights.sum(-1, keepdim=True)

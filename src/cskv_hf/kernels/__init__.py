@@ -1,0 +1,93 @@
+"""Attention over a compressed past on a GPU, in Triton; the torch code in attention.py is its oracle and its
+fallback."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from transformers.utils import logging
+
+from ..latents import PackedFormat
+
+logger = logging.get_logger(__name__)
+
+HEAD_DIMS = (32, 64, 128, 256)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def serve(query: torch.Tensor) -> bool:
+    """Whether the kernels take this query; where a GPU has to do without them, one warning says why."""
+    if not query.is_cuda:
+        return False
+    problem = why_not(query)
+    if problem:
+        logger.warning_once(
+            f"Attention over a compressed cache runs without CSKV's Triton kernels, and slower: {problem}."
+        )
+    return not problem
+
+
+def why_not(query: torch.Tensor) -> str | None:
+    """Why the kernels cannot serve `query`, or None if they can."""
+    if not _has_triton():
+        return "Triton is not installed (`pip install cskv-hf[kernels]`)"
+    if query.shape[-1] not in HEAD_DIMS:
+        return f"they need a head_dim of {', '.join(map(str, HEAD_DIMS))}, this model has {query.shape[-1]}"
+    if query.dtype not in DTYPES:
+        return f"they compute in 16 or 32 bits, this model in {query.dtype}"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def chunks_of(
+    format, ranks: tuple[int, ...], size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The channels of latents in pieces that a kernel loads in one go: neighbours, of one group and one tier.
+
+    Args:
+        ranks: channels per group.
+        size: channels of a piece, at most.
+
+    Returns:
+        int32 (pieces, 8) of first channel, channels, bits (16: plain), byte of the tier in a block, channels of the
+        tier, first channel within the tier, range of the tier in a block, groups of the tier; int32 (groups + 1,) of
+        where each group's pieces start; and the number of pieces.
+    """
+    if isinstance(format, PackedFormat):
+        runs = _runs_of_tiers(format.layout)
+    else:
+        runs = [(0, format.rank, 16, 0, 0, 0, 0, 0)]
+    pieces, starts, begin = [], [0], 0
+    for rank in ranks:
+        end = begin + rank
+        for first, count, bits, byte, width, inside, range_first, groups in runs:
+            low, high = max(first, begin), min(first + count, end)
+            for at in range(low, high, size):
+                offset = inside + at - first
+                pieces.append((at, min(size, high - at), bits, byte, width, offset, range_first, groups))
+        starts.append(len(pieces))
+        begin = end
+    table = torch.tensor(pieces, dtype=torch.int32, device=device).view(-1, 8)
+    return table, torch.tensor(starts, dtype=torch.int32, device=device), len(pieces)
+
+
+def _runs_of_tiers(layout) -> list[tuple[int, ...]]:
+    """Per tier and run of consecutive channels, what [`chunks_of`] tells about a piece."""
+    runs, byte, first_range = [], 0, 0
+    for tier in layout.tiers:
+        width = len(tier.channels)
+        starts = [i for i, c in enumerate(tier.channels) if i == 0 or c != tier.channels[i - 1] + 1]
+        for start, stop in zip(starts, [*starts[1:], width]):
+            runs.append(
+                (tier.channels[start], stop - start, tier.bits, byte, width, start, first_range, tier.num_groups)
+            )
+        byte += width * layout.block_size * tier.bits // 8
+        first_range += tier.num_groups * (layout.block_size // layout.group_tokens)
+    return runs

@@ -1,0 +1,270 @@
+"""Two Triton kernels: scores of a query against keys rebuilt in registers, and value latents summed by the weights.
+
+Neither rebuilt keys nor unpacked latents ever reach memory. There are two kernels because their work is divided
+differently: a key is rebuilt per KV head, from that head's latents alone, while value latents are joint over the heads
+and one kernel per head would unpack them once for each. Between them the scores are written, 4 bytes per query head
+and old token. Softmax needs no running maximum: the maximum is known before values are touched.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..cache import CompressedKV
+from ..latents import Latents, PackedFormat
+from . import chunks_of
+
+KEY_TILE, KEY_CHUNK = 64, 16  # tokens and channels at a time; 16 is the least that tensor cores take
+VALUE_TILE, VALUE_CHUNK = 32, 64  # tokens of one block, so that a channel has one range
+ROWS = 16  # queries of a KV head, and query heads, at a time
+KEY_WARPS, VALUE_WARPS = 8, 4  # as few as leave no registers to spill (tests/test_kernels.py)
+PROGRAMS = 1024  # of the value kernel, at least, if there are tokens enough
+
+
+@triton.jit
+def _codes(data, row_0, token_in_block, channels, bits, width, live, BLOCK: tl.constexpr):
+    """Codes (tokens, channels) of a tier: binary digits of `bits` are the widths of its planes, wide ones first."""
+    code = tl.zeros([row_0.shape[0], channels.shape[0]], dtype=tl.int32)
+    if bits == 8:
+        at = row_0[:, None] + token_in_block[:, None] * width + channels[None, :]
+        code = tl.load(data + at, mask=live, other=0).to(tl.int32)
+    else:
+        if bits & 4 != 0:
+            rows = BLOCK // 2
+            at = row_0[:, None] + (token_in_block % rows)[:, None] * width + channels[None, :]
+            byte = tl.load(data + at, mask=live, other=0).to(tl.int32)
+            code += (byte >> (4 * (token_in_block // rows))[:, None]) & 15
+        start, below = (bits & 4) * BLOCK // 8, bits & 4
+        if bits & 2 != 0:
+            rows = BLOCK // 4
+            at = row_0[:, None] + (start + token_in_block % rows)[:, None] * width + channels[None, :]
+            byte = tl.load(data + at, mask=live, other=0).to(tl.int32)
+            code += ((byte >> (2 * (token_in_block // rows))[:, None]) & 3) << below
+        start, below = (bits & 6) * BLOCK // 8, bits & 6
+        if bits & 1 != 0:
+            rows = BLOCK // 8
+            at = row_0[:, None] + (start + token_in_block % rows)[:, None] * width + channels[None, :]
+            byte = tl.load(data + at, mask=live, other=0).to(tl.int32)
+            code += ((byte >> (token_in_block // rows)[:, None]) & 1) << below
+    return code
+
+
+@triton.jit
+def _latents(
+    data, ranges, piece, batch, token, num_tokens, rank, block_bytes, block_ranges,
+    CHUNK: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr, GROUP_TOKENS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, ONE_RANGE: tl.constexpr,
+):  # fmt: skip
+    """(tokens, CHUNK) float32 latents of a piece (see `chunks_of`); finite, and nothing else, beyond its channels and
+    beyond the past."""
+    first, count = tl.load(piece), tl.load(piece + 1)
+    column = tl.arange(0, CHUNK)
+    live = (token < num_tokens)[:, None] & (column < count)[None, :]
+    if not PACKED:
+        at = token[:, None] * rank + (first + column)[None, :]  # offsets within a row fit 32 bits
+        return tl.load(data + batch * num_tokens * rank + at, mask=live, other=0).to(tl.float32)
+    bits, byte, width = tl.load(piece + 2), tl.load(piece + 3), tl.load(piece + 4)
+    inside, first_range, groups = tl.load(piece + 5), tl.load(piece + 6), tl.load(piece + 7)
+    before = batch * (num_tokens // BLOCK)  # blocks of the rows before
+    block, in_block, channels = token // BLOCK, token % BLOCK, inside + column
+    code = _codes(
+        data + before * block_bytes, block * block_bytes + byte, in_block, channels, bits, width, live, BLOCK
+    )
+    if ONE_RANGE:  # of all these tokens
+        of_token = tl.min(block, axis=0) * block_ranges + first_range
+        at = ranges + before * block_ranges * 2 + (of_token + channels // GROUP_CHANNELS) * 2
+        minimum = tl.load(at, mask=column < count, other=0).to(tl.float32)[None, :]
+        step = tl.load(at + 1, mask=column < count, other=0).to(tl.float32)[None, :]
+    else:
+        of_token = block * block_ranges + first_range + in_block // GROUP_TOKENS * groups
+        at = ranges + before * block_ranges * 2 + (of_token[:, None] + (channels // GROUP_CHANNELS)[None, :]) * 2
+        minimum = tl.load(at, mask=live, other=0).to(tl.float32)
+        step = tl.load(at + 1, mask=live, other=0).to(tl.float32)
+    return minimum + step * code.to(tl.float32)
+
+
+@triton.jit
+def _score_kernel(
+    query, data, ranges, pieces, first_piece, key_B, mean, turn, tile_turn, scores,
+    rows, num_tokens, rank, block_bytes, block_ranges, turn_stride,
+    IN_TILES: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr, GROUP_TOKENS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, ONE_RANGE: tl.constexpr,
+):  # fmt: skip
+    """Scores of all rows of one KV head against one tile of old tokens."""
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    live = token < num_tokens
+    pair = tl.arange(0, HALF)
+    group = head // HEADS_PER_GROUP
+    row_of_B = head % HEADS_PER_GROUP * HEAD_DIM + pair  # of the first half of this head within its group
+    first = tl.zeros([TILE, HALF], dtype=tl.float32) + tl.load(mean + head * HEAD_DIM + pair).to(tl.float32)
+    second = tl.zeros([TILE, HALF], dtype=tl.float32) + tl.load(mean + head * HEAD_DIM + HALF + pair).to(tl.float32)
+    for index in range(tl.load(first_piece + group), tl.load(first_piece + group + 1)):
+        piece = pieces + index * 8
+        latents = _latents(
+            data, ranges, piece, batch, token, num_tokens, rank, block_bytes, block_ranges,
+            CHUNK, PACKED, BLOCK, GROUP_TOKENS, GROUP_CHANNELS, ONE_RANGE,
+        )  # fmt: skip
+        column = tl.arange(0, CHUNK)
+        B_at = (tl.load(piece) + column)[:, None] * (HEADS_PER_GROUP * HEAD_DIM) + row_of_B[None, :]
+        of_piece = (column < tl.load(piece + 1))[:, None]
+        B_first = tl.load(key_B + B_at, mask=of_piece, other=0)
+        B_second = tl.load(key_B + B_at + HALF, mask=of_piece, other=0)
+        latents = latents.to(B_first.dtype)
+        first = tl.dot(latents, B_first, first, input_precision="ieee")
+        second = tl.dot(latents, B_second, second, input_precision="ieee")
+    turn_at = turn + batch * turn_stride + token[:, None] * (2 * HALF) + 2 * pair[None, :]
+    if IN_TILES:
+        turn_at = turn + tl.arange(0, TILE)[:, None] * (2 * HALF) + 2 * pair[None, :]
+    c, s = tl.load(turn_at, mask=live[:, None], other=0), tl.load(turn_at + 1, mask=live[:, None], other=0)
+    turned_first = tl.trans((first * c - second * s).to(query.dtype.element_ty))
+    turned_second = tl.trans((second * c + first * s).to(query.dtype.element_ty))
+    base = (batch * tl.num_programs(1) + head) * rows
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = (row < rows)[:, None]
+        at = query + (base + row)[:, None] * HEAD_DIM + pair[None, :]
+        q_first, q_second = tl.load(at, mask=there, other=0), tl.load(at + HALF, mask=there, other=0)
+        if IN_TILES:  # turn the few queries back to where the tile starts, not all its keys on
+            back = tile_turn + tl.program_id(0) * (2 * HALF) + 2 * pair
+            back_c, back_s = tl.load(back)[None, :], tl.load(back + 1)[None, :]
+            wide_first, wide_second = q_first.to(tl.float32), q_second.to(tl.float32)
+            q_first = (wide_first * back_c + wide_second * back_s).to(q_first.dtype)
+            q_second = (wide_second * back_c - wide_first * back_s).to(q_second.dtype)
+        score = tl.dot(q_first, turned_first, input_precision="ieee")
+        score = tl.dot(q_second, turned_second, score, input_precision="ieee")
+        tl.store(scores + (base + row)[:, None] * num_tokens + token[None, :], score, mask=there & live[None, :])
+
+
+@triton.jit
+def _value_kernel(
+    scores, maximum, data, ranges, pieces, summed, weight,
+    rows, num_tokens, rank, block_bytes, block_ranges, tokens_per_split, row_tiles,
+    ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP_TOKENS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, ONE_RANGE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One piece of the channels of ``exp(scores - maximum) @ latents``, over one split of the old tokens."""
+    index, split = tl.program_id(0), tl.program_id(1)
+    batch = (tl.program_id(2) // row_tiles).to(tl.int64)
+    row = tl.program_id(2) % row_tiles * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    piece = pieces + index * 8
+    highest = tl.load(maximum + batch * rows + row, mask=there, other=0)
+    total = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    weights = tl.zeros([ROWS], dtype=tl.float32)
+    end = tl.minimum((split + 1) * tokens_per_split, num_tokens)
+    for start in range(split * tokens_per_split, end, TILE):
+        token = start + tl.arange(0, TILE)
+        score_at = scores + (batch * rows + row)[:, None] * num_tokens + token[None, :]
+        score = tl.load(score_at, mask=there[:, None] & (token < end)[None, :], other=float("-inf"))
+        exponential = tl.exp(score - highest[:, None])
+        weights += tl.sum(exponential, axis=1)
+        latents = _latents(
+            data, ranges, piece, batch, token, num_tokens, rank, block_bytes, block_ranges,
+            CHUNK, PACKED, BLOCK, GROUP_TOKENS, GROUP_CHANNELS, ONE_RANGE,
+        )  # fmt: skip
+        total = tl.dot(exponential.to(DTYPE), latents.to(DTYPE), total, input_precision="ieee")
+    target = (split * (tl.num_programs(2) // row_tiles) + batch) * rows + row
+    column = tl.arange(0, CHUNK)
+    summed_at = summed + target[:, None] * rank + (tl.load(piece) + column)[None, :]
+    tl.store(summed_at, total, mask=there[:, None] & (column < tl.load(piece + 1))[None, :])
+    if index == 0:
+        tl.store(weight + target, weights, mask=there)
+
+
+def old_scores(query: torch.Tensor, kv: CompressedKV) -> torch.Tensor:
+    """Scores against the compressed past.
+
+    Args:
+        query: (batch, num_key_value_heads, rows, head_dim), scaled, after RoPE: the queries of each KV head.
+
+    Returns:
+        (batch, num_key_value_heads, rows, num_old) float32.
+    """
+    batch, heads, rows, head_dim = query.shape
+    factors, latents = kv.factors, kv.key_latents
+    scores = query.new_empty(batch, heads, rows, latents.num_tokens, dtype=torch.float32)
+    pieces, first_piece, _ = chunks_of(latents.format, factors.key_ranks, KEY_CHUNK, query.device)
+    # float32 keeps the model's own cos and sin; to 16 bits both ways are the same
+    in_tiles = None if query.dtype == torch.float32 else kv.step.old_turn_in_tiles(query.device, KEY_TILE)
+    starts, turn = in_tiles or (None, kv.step.old_turn(query.device, kv.exact_keys.dtype))
+    grid = (triton.cdiv(latents.num_tokens, KEY_TILE), heads, batch)
+    _score_kernel[grid](
+        query.contiguous(), *_stored(latents), pieces, first_piece, factors.key_B.to(query.dtype).mT.contiguous(),
+        factors.key_mean, torch.view_as_real(turn), torch.view_as_real(turn if starts is None else starts), scores,
+        rows, latents.num_tokens, latents.format.rank, *_block_sizes(latents),
+        2 * turn.stride(0) if turn.ndim == 3 and len(turn) > 1 else 0,
+        IN_TILES=in_tiles is not None, HEADS_PER_GROUP=factors.heads_per_group, HEAD_DIM=head_dim, ROWS=ROWS,
+        TILE=KEY_TILE, CHUNK=KEY_CHUNK, num_warps=KEY_WARPS,
+        **_constants(latents, KEY_TILE),
+    )  # fmt: skip
+    return scores
+
+
+def sum_values(
+    scores: torch.Tensor, maximum: torch.Tensor, kv: CompressedKV, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``exp(scores - maximum)`` times the value latents, and its sum.
+
+    Args:
+        scores: (batch, rows, num_old) float32; -inf where masked.
+        maximum: (batch, rows) float32, finite.
+        dtype: of the products; sums are float32.
+
+    Returns:
+        (batch, rows, value_rank) and (batch, rows), float32.
+    """
+    batch, rows, num_tokens = scores.shape
+    latents = kv.value_latents
+    rank = latents.format.rank
+    pieces, _, num_pieces = chunks_of(latents.format, (rank,), VALUE_CHUNK, scores.device)
+    row_tiles = triton.cdiv(rows, ROWS)
+    tiles = triton.cdiv(num_tokens, VALUE_TILE)
+    splits = min(tiles, triton.cdiv(PROGRAMS, num_pieces * batch * row_tiles))
+    per_split = triton.cdiv(tiles, splits) * VALUE_TILE
+    splits = triton.cdiv(num_tokens, per_split)
+    summed = scores.new_empty(splits, batch, rows, rank)
+    weight = scores.new_empty(splits, batch, rows)
+    _value_kernel[(num_pieces, splits, batch * row_tiles)](
+        scores, maximum.contiguous(), *_stored(latents), pieces, summed, weight,
+        rows, num_tokens, rank, *_block_sizes(latents), per_split, row_tiles,
+        ROWS=ROWS, TILE=VALUE_TILE, CHUNK=VALUE_CHUNK, DTYPE=TRITON_DTYPES[dtype], 
+        num_warps=VALUE_WARPS, **_constants(latents, VALUE_TILE),
+    )  # fmt: skip
+    return summed.sum(0), weight.sum(0)
+
+
+TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def _stored(latents: Latents) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and ranges; plain latents stand for both."""
+    tensors = [t.contiguous() for t in latents.tensors]
+    return tensors[0], tensors[-1]
+
+
+def _block_sizes(latents: Latents) -> tuple[int, int]:
+    """Bytes of codes and number of ranges of a block."""
+    if not isinstance(latents.format, PackedFormat):
+        return 0, 0
+    return latents.format.layout.code_bytes, latents.format.layout.num_ranges
+
+
+def _constants(latents: Latents, tile: int) -> dict[str, int | bool]:
+    """What a kernel is compiled for: how latents are stored."""
+    if not isinstance(latents.format, PackedFormat):
+        constants = dict(PACKED=False, BLOCK=latents.format.block_size, GROUP_TOKENS=1, GROUP_CHANNELS=1)
+        return constants | dict(ONE_RANGE=False)
+    layout = latents.format.layout
+    return dict(
+        PACKED=True,
+        BLOCK=layout.block_size,
+        GROUP_TOKENS=layout.group_tokens,
+        GROUP_CHANNELS=layout.group_channels,
+        ONE_RANGE=tile == layout.block_size == layout.group_tokens,
+    )
