@@ -103,20 +103,42 @@ def rotary(sizes: Sizes, device: str) -> RotaryFrequencies:
     return RotaryFrequencies(1.0 / 500000 ** (torch.arange(0, sizes.head_dim, 2, device=device) / sizes.head_dim), 1.0)
 
 
+def plan_summary(setting: Setting, sizes: Sizes) -> dict[str, list]:
+    """Ranks and bits that [`planned`] gives a layer, and what an old token costs."""
+    config = planned(setting, sizes)
+    cost = sum(f.bytes_per_token(torch.bfloat16) for f in config.formats(0))
+    return {
+        "key_ranks": config.key_ranks[0],
+        "value_rank": config.value_ranks[0],
+        "key_bits": config.key_bits and config.key_bits[0],
+        "value_bits": config.value_bits and config.value_bits[0],
+        "bytes_per_token": cost,
+    }
+
+
+class RandomStates:
+    """Makes random keys, values and queries of a layer's sizes."""
+
+    def __init__(self, sizes: Sizes, batch: int, device: str, dtype: torch.dtype) -> None:
+        self.sizes, self.batch, self.device, self.dtype = sizes, batch, device, dtype
+
+    def __call__(self, tokens: int, heads: int | None = None) -> torch.Tensor:
+        """(batch, num_key_value_heads, tokens, head_dim)."""
+        shape = self.batch, heads or self.sizes.num_key_value_heads, tokens, self.sizes.head_dim
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def query(self, tokens: int = 1) -> torch.Tensor:
+        return self(tokens, self.sizes.num_attention_heads)
+
+
 class FilledCache:
-    """A [`CSKVCache`] of `num_layers` alike layers that holds `length` random tokens, and takes steps.
+    """A [`CSKVCache`] of `num_layers` alike layers that holds `length` random tokens, and takes steps."""
 
-    Args:
-        states: makes keys (or values) of so many tokens, (batch, num_key_value_heads, tokens, head_dim).
-    """
-
-    def __init__(
-        self, setting: Setting, sizes: Sizes, num_layers: int, length: int, states: Callable[[int], torch.Tensor]
-    ) -> None:
-        device, dtype, self.batch = states(1).device, states(1).dtype, len(states(1))
+    def __init__(self, setting: Setting, sizes: Sizes, num_layers: int, length: int, states: RandomStates) -> None:
+        self.batch = states.batch
         self.config = planned(setting, sizes, num_layers)
-        self.factors = random_factors(self.config, sizes, device, dtype)
-        inv_freq = 500000 ** -(torch.arange(0, sizes.head_dim, 2, device=device) / sizes.head_dim)
+        self.factors = random_factors(self.config, sizes, states.device, states.dtype)
+        inv_freq = 500000 ** -(torch.arange(0, sizes.head_dim, 2, device=states.device) / sizes.head_dim)
         self.frequencies = RotaryFrequencies(inv_freq, 1.0)
         self.cache, self.length, self.num_layers = CSKVCache(), 0, num_layers
         while self.length < length:
@@ -124,7 +146,7 @@ class FilledCache:
             list(self.step(states, count))
 
     @torch.no_grad()
-    def step(self, states: Callable[[int], torch.Tensor], count: int = 1) -> Iterator[CompressedKV]:
+    def step(self, states: RandomStates, count: int = 1) -> Iterator[CompressedKV]:
         """One forward of `count` tokens: layer by layer what the pre-hook and the model's attention do with the
         cache, and what the attention function then gets to see."""
         positions = torch.arange(self.length, self.length + count, device=self.factors.key_A.device)[None]
@@ -150,6 +172,13 @@ def median_seconds(contestants: dict[str, Callable[[], object]], rounds: int) ->
             if turn > 0:
                 times[name].append(time.perf_counter() - started)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second that a large copy reads and writes: what memory gives at best."""
+    source = torch.ones(2**26 if device == "cpu" else 2**28, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds({"copy": lambda: target.copy_(source)}, 5)["copy"]
 
 
 def synchronize() -> None:

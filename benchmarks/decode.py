@@ -3,17 +3,21 @@
 A step of a layer is what its attention does between the projections: put one token's keys and values into the cache
 and attend to everything in it. Several layers with caches of their own take turns, as in a model, so that no layer
 finds its cache in the processor's, and what a model does once per step (positions, cos and sin) is paid once per step.
+Compared are DynamicCache through transformers' own attention function, and SDPA on keys and values that are simply
+there, which no cache that grows can beat. On a GPU (`--device cuda`) in bfloat16, with the share of the bandwidth that
+a large copy reaches in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import FilledCache, Setting, Sizes, median_seconds
+from common import FilledCache, RandomStates, Setting, Sizes, copy_bandwidth, machine, median_seconds, plan_summary
 from torch import nn
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,80 +28,104 @@ SETTINGS = (
     Setting(0.8, "head", 16),
     Setting(0.8, "joint", 16),
     Setting(0.8, "head"),
-    Setting(0.8, "joint"),
     Setting(0.95, "head"),
     Setting(0.95, "joint"),
 )
 
 
-def full_contestants(sizes: Sizes, layers: int, states: Callable) -> dict[str, Callable]:
-    """DynamicCache through transformers' own attention function, and SDPA on keys and values that are simply there."""
+def full_caches(sizes: Sizes, layers: int, states: RandomStates, length: int) -> dict[str, tuple[Callable, int]]:
+    """Steps of the full caches, and the bytes of one layer that each has to read."""
     module = nn.Module().eval()
     module.num_key_value_groups = sizes.num_attention_heads // sizes.num_key_value_heads
     module.is_causal = True
     query, scaling = states.query(), sizes.head_dim**-0.5
     dynamic = DynamicCache()
-    ready = [(states(states.length), states(states.length)) for _ in range(layers)]
+    ready = [(states(length), states(length)) for _ in range(layers)]
     for layer_idx, (keys, values) in enumerate(ready):
         dynamic.update(keys, values, layer_idx)
 
-    def dynamic_step():
+    def dynamic_step() -> None:
         for layer_idx in range(layers):
             keys, values = dynamic.update(states(1), states(1), layer_idx)
             sdpa_attention_forward(module, query, keys, values, None, scaling=scaling)
 
-    def ready_step():
+    def ready_step() -> None:
         for keys, values in ready:
             F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-    return {"DynamicCache": dynamic_step, "SDPA, ready cache": ready_step}
+    size = 2 * ready[0][0].nbytes
+    return {"DynamicCache": (dynamic_step, size), "SDPA, ready cache": (ready_step, size)}
 
 
-class RandomStates:
-    def __init__(self, sizes: Sizes, batch: int, length: int, device: str, dtype: torch.dtype) -> None:
-        self.sizes, self.batch, self.length, self.device, self.dtype = sizes, batch, length, device, dtype
+def compressed_cache(
+    setting: Setting, sizes: Sizes, layers: int, states: RandomStates, length: int
+) -> tuple[Callable, int]:
+    query, scaling = states.query(), sizes.head_dim**-0.5
+    filled = FilledCache(setting, sizes, layers, length, states)
 
-    def __call__(self, tokens: int, heads: int | None = None) -> torch.Tensor:
-        shape = self.batch, heads or self.sizes.num_key_value_heads, tokens, self.sizes.head_dim
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
+    def step() -> None:
+        for kv in filled.step(states):
+            compressed_attention(query, kv, scaling)
 
-    def query(self, tokens: int = 1) -> torch.Tensor:
-        return self(tokens, self.sizes.num_attention_heads)
+    return step, filled.cache.layers[0].nbytes
 
 
 @torch.no_grad()
-def layer_times(sizes: Sizes, settings, layers: int, states: RandomStates, rounds: int) -> dict[str, float]:
-    """Seconds per layer and step."""
-    query, scaling = states.query(), sizes.head_dim**-0.5
-    contestants = full_contestants(sizes, layers, states)
+def measure(sizes: Sizes, settings, layers: int, states: RandomStates, length: int, rounds: int) -> list[dict]:
+    """One row per way of caching: seconds per layer and step, and the bytes that a layer reads."""
+    contestants = full_caches(sizes, layers, states, length)
     for setting in settings:
-        filled = FilledCache(setting, sizes, layers, states.length, states)
+        contestants[setting.name] = compressed_cache(setting, sizes, layers, states, length)
+    seconds = median_seconds({name: step for name, (step, _) in contestants.items()}, rounds)
+    return [
+        {"cache": name, "length": length, "batch": states.batch, "seconds": seconds[name] / layers, "bytes": size}
+        for name, (_, size) in contestants.items()
+    ]
 
-        def step(filled=filled):
-            for kv in filled.step(states):
-                compressed_attention(query, kv, scaling)
 
-        contestants[setting.name] = step
-    return {name: t / layers for name, t in median_seconds(contestants, rounds).items()}
+def print_table(rows: list[dict], bandwidth: float) -> None:
+    by_name = {row["cache"]: row for row in rows}
+    dynamic, ready = (by_name[name]["seconds"] for name in ("DynamicCache", "SDPA, ready cache"))
+    print(f"\n{rows[0]['length']} tokens x {rows[0]['batch']} rows")
+    print(f"{'cache':<22}{'ms':>9}{'x Dynamic':>11}{'x ready':>9}{'MB':>9}{'% bandwidth':>13}")
+    for row in rows:
+        share = 100 * row["bytes"] / bandwidth / row["seconds"]
+        print(
+            f"{row['cache']:<22}{1000 * row['seconds']:>9.2f}{row['seconds'] / dynamic:>11.2f}"
+            f"{row['seconds'] / ready:>9.2f}{row['bytes'] / 1e6:>9.1f}{share:>13.0f}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 16384])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    states = RandomStates(Sizes(), args.batch, args.length, "cpu", torch.float32)
-    times = layer_times(Sizes(), SETTINGS, args.layers, states, args.rounds)
-    for name, t in times.items():
-        print(
-            f"{name:<24}{1000 * t:>10.2f} ms {t / times['DynamicCache']:>8.2f}  {t / times['SDPA, ready cache']:.2f}"
-        )
+    sizes, dtype = Sizes(), torch.float32 if args.device == "cpu" else torch.bfloat16
+    bandwidth = copy_bandwidth(args.device)
+    rows = []
+    for length in args.lengths:
+        for batch in args.batch:
+            states = RandomStates(sizes, batch, args.device, dtype)
+            rows += measure(sizes, SETTINGS, args.layers, states, length, args.rounds)
+            print_table(rows[-2 - len(SETTINGS) :], bandwidth)
+    if args.out:
+        about = {
+            "machine": machine(args.threads),
+            "sizes": vars(sizes),
+            "dtype": str(dtype),
+            "layers": args.layers,
+            "copy_bandwidth": bandwidth,
+            "plans": {setting.name: plan_summary(setting, sizes) for setting in SETTINGS},
+        }
+        args.out.write_text(json.dumps(about | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 For the full cache, the paper's recipe and ours, at 50 to 95 % removed: bytes per old token (counted on the tensors),
 perplexity with a compressed past, and KL divergence and next-token agreement against the full cache. A second table
-shows what each step of ours gains, a third compares the key layouts, a fourth what quantisation alone costs. MODEL is
+shows what each step of ours gains, a third compares the key layouts, a fourth what quantisation alone costs, a fifth
+other ways to spend the same bytes. MODEL is
 a directory or id, TEXT a file of documents separated by ``<|endoftext|>`` or blank lines, or JSON lines; ``bundled
 bundled`` runs the bundled model on the text of the demo, with line retrieval on top. Calibration, training and
 evaluation use different documents.
@@ -29,6 +30,7 @@ from cskv_hf.evaluate.lines import line_retrieval
 from cskv_hf.evaluate.memory import cache_nbytes
 from cskv_hf.files import documents
 from cskv_hf.latents import PackedFormat, PlainFormat
+from cskv_hf.quantize import RANGE_BYTES
 from cskv_hf.tuner import sidecars
 
 PLAIN = dict(bits=16, allocation="uniform")
@@ -192,7 +194,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=8.0, help="of training, on the calibration rows")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of training; the paper's 5e-5 is for 7B")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tables", default="methods,steps,layouts,quantisation")
+    parser.add_argument("--tables", default="methods,steps,layouts,quantisation,storage")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
@@ -266,6 +268,24 @@ def main() -> None:
                 bench.run(
                     "quantisation", f"{label} {name}, unquantised", plain=True, compression=compression, **settings
                 )
+    if "storage" in tables:
+        bench.header("Other ways to spend the same bytes")
+        for compression in (0.8, 0.95):
+            label = f"{100 * compression:.0f} %"
+            for multiple in (1, 8, 16):
+                settings = dict(compression=compression, rank_multiple=multiple)
+                bench.run("storage", f"{label} channels in multiples of {multiple}", **settings)
+            for tokens in (32, 64, 128):  # the same block, so that as many tokens are exact
+                settings = dict(block_size=128, key_group=[tokens, 4], value_group=[tokens, 4])
+                bench.run(
+                    "storage", f"{label} blocks of 128, ranges of {tokens} tokens", compression=compression, **settings
+                )
+            config = CSKVConfig(compression=compression)
+            bench.model = cskv_hf.fit(bench.model, bench.statistics, config, progress=False).unload()
+            formats = [f for layer in range(bench.shape.num_hidden_layers) for f in config.formats(layer)]
+            saved = sum(RANGE_BYTES / 2 * f.layout.num_ranges / f.layout.block_size for f in formats)
+            more = compression - saved / bench.full_bytes  # as if ranges of 8 bits were free of loss
+            bench.run("storage", f"{label} and the bytes 8-bit ranges would save", compression=more)
     if args.out:
         machine = {"cpu": platform.machine(), "threads": args.threads, "torch": torch.__version__}
         machine |= {"transformers": transformers.__version__, "python": platform.python_version()}

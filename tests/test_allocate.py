@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from cskv_hf.allocate import PACKED_LEVELS, Block, allocate, allocate_average, predicted_loss, quantisation_loss
+from cskv_hf.config import CSKVConfig, ModelShape
+from cskv_hf.plan import plan, store_plan
 from cskv_hf.quantize import PackedLayout, dequantize, quantize
 
 
@@ -94,6 +96,24 @@ def test_average_bits(bits):
     assert 48.0 <= spent(BLOCKS, chosen) <= 50.0
     assert abs(sum(kept) / len(kept) - bits) < 0.35
     assert predicted_loss(BLOCKS, chosen) <= predicted_loss(BLOCKS, allocate(BLOCKS, 50.0, (0, bits))) + 1e-12
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_channels_in_multiples(multiple):
+    """Every number of bits a whole multiple of times in every key group and in the values, and within the budget."""
+    shape = ModelShape("llama", 2, 2, 32)
+    config = CSKVConfig(compression=0.7, rank_multiple=multiple)
+    config.sensitivity = [[1.0, 3.0], [2.0, 1.0]]
+    spectra = [([torch.logspace(0, -k, 32) for k in (3, 5)], torch.logspace(0, -4, 64)) for _ in range(2)]
+    plans = plan(config, shape, spectra)
+    for layer in plans:
+        sides = [*torch.tensor(layer.key_bits).split(layer.key_ranks), torch.tensor(layer.value_bits)]
+        counts = [n for bits in sides for n in bits.unique(return_counts=True)[1].tolist()]
+        assert all(n % multiple == 0 for n in counts), counts
+    store_plan(config, plans)
+    config.model_shape = vars(shape)
+    cost = sum(f.bytes_per_token(torch.bfloat16) for i in range(2) for f in config.formats(i))
+    assert 0.8 * config.byte_budget(shape) <= cost <= config.byte_budget(shape)
 
 
 def test_budget_too_small():

@@ -9,7 +9,7 @@ from conftest import lossless, lossy, make_model, prompt
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from cskv_hf import CSKVCache
+from cskv_hf import CSKVCache, latents
 
 
 @torch.no_grad()
@@ -121,6 +121,33 @@ def latents_by_slot(cache):
             if slot >= 0:
                 held[row, slot] = torch.cat([tensor[row, column] for tensor in read])
     return held
+
+
+@pytest.mark.parametrize("bits", [None, 16])
+def test_growing_in_segments(bits, monkeypatch):
+    """Blocks that come one by one join a small tensor, not the whole past: the same logits and bytes, and what is
+    full stays where it is."""
+    model, ids = lossy(make_model(), 0.6, bits=bits, allocation=None, block_size=8), prompt(2, 150)
+    outputs, sizes = [], []
+    for segment in (10**6, 1, 3):
+        monkeypatch.setattr(latents, "SEGMENT_BLOCKS", segment)
+        cache = CSKVCache()
+        logits = [feed(model, ids, cache, [60] + [1] * 20)]
+        first = cache.layers[0].key_latents.segments[0][0].data_ptr()
+        logits.append(feed(model, ids, cache, [1] * 60))
+        held = cache.layers[0].value_latents
+        assert (len(held.segments) > 1) == (segment < 10**6)
+        if segment < 10**6:
+            assert cache.layers[0].key_latents.segments[0][0].data_ptr() == first
+        assert sum(t.nbytes for t in held.held) == sum(t.nbytes for t in held.tensors)
+        cache.crop(-30)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        logits.append(feed(model, ids[[1, 0]], cache, [1] * 12))
+        outputs.append(torch.cat(logits, dim=1))
+        sizes.append(cache.nbytes)
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(outputs[2], outputs[0], atol=1e-9, rtol=1e-9)
+    assert sizes[1] == sizes[0] == sizes[2]
 
 
 @pytest.mark.parametrize("bits", [None, 4, 3, 2, 8, 16])

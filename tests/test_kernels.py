@@ -173,7 +173,7 @@ def test_a_model_generates_the_same(settings, monkeypatch):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, output_logits=True,
                              return_dict_in_generate=True)  # fmt: skip
         outputs.append([out.sequences, *logits, *out.logits])
-    assert calls.count(True) == calls.count(False) >= 6
+    assert calls.count(True) == calls.count(False) >= 4
     torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
 
 

@@ -25,7 +25,7 @@ from .rope import paired, rotate_paired
 from .tokens import Step
 
 PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
-CPU_TILE, GPU_TILE = 2**19, 2**24  # elements of a rebuilt tile of keys: about a CPU's L2 cache; enough to fill a GPU
+CPU_TILE, GPU_TILE = 2**20, 2**24  # elements of a tile of keys or latents: about a CPU's caches; enough for a GPU
 QUERY_CHUNK = 128  # queries at a time, which bounds the scores of a long prompt over a long past
 GPU_SCORES = 2**26  # elements of scores that the kernels write at a time, at most, if more than one query is left
 
@@ -128,11 +128,11 @@ def _decode_summed_values(latent: torch.Tensor, weight: torch.Tensor, factors: L
 def _tiles(kv: CompressedKV, batch: int, device: torch.device) -> Iterator[tuple[tuple[int, int], slice]]:
     """The compressed past in tiles: the first and the last block (exclusive), and their columns."""
     latents, factors = kv.key_latents, kv.factors
-    block_size, widest = latents.format.block_size, max(factors.heads_per_group * factors.head_dim, 1)
+    block_size = latents.format.block_size
+    widest = max(factors.heads_per_group * factors.head_dim, latents.format.rank, kv.value_latents.format.rank)
     elements = CPU_TILE if device.type == "cpu" else GPU_TILE
     blocks = max(1, elements // (batch * widest * block_size))
-    for first in range(0, latents.num_blocks, blocks):
-        last = min(first + blocks, latents.num_blocks)
+    for first, last in latents.spans(blocks):
         yield (first, last), slice(first * block_size, last * block_size)
 
 

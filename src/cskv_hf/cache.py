@@ -233,7 +233,7 @@ class CSKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             return {}
         exact = {name: (getattr(self, name),) for name in self.EXACT}
-        return exact | {name: getattr(self, name).tensors for name in self.LATENTS}
+        return exact | {name: getattr(self, name).held for name in self.LATENTS}
 
     @property
     def nbytes(self) -> int:

@@ -35,7 +35,8 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
     tensors |= {f"slots.{name}": slots for name, slots in (tokens.slots or {}).items()}
     for index, layer in enumerate(cache.layers):
         tensors[f"layers.{index}.fingerprint"] = layer.fingerprint
-        for name, held in layer.tensors().items():
+        parts = layer.tensors() | {name: getattr(layer, name).tensors for name in layer.LATENTS}
+        for name, held in parts.items():
             tensors |= {f"layers.{index}.{name}.{i}": tensor for i, tensor in enumerate(held)}
     about = {
         "version": FILE_VERSION,

@@ -100,6 +100,9 @@ class CSKVConfig(PeftConfig):
             default "auto" where there are energies to go by: a `compression`, and `init` "attention" or "mse".
         key_group, value_group: ``[tokens, channels]`` of packed latents that share a minimum and a step, by default
             ``[block_size, 4]``; ``[block_size, 1]`` is the paper's layout of keys, ``[1, rank]`` that of values.
+        rank_multiple: With `allocation="auto"`: channels get their bits in multiples of this many, neighbours within
+            a key group, so that ranks and tiers fill the tiles of a kernel (16). What that costs depends on the head
+            dimension; see docs/concepts.md.
         key_ranks, value_ranks, key_bits, value_bits, sensitivity, model_shape, fit_report: Written by [`fit`]: the
             ranks and bits found, per layer (and key group), how much the output cares for each layer, the model they
             belong to, and what was measured. Leave empty.
@@ -124,6 +127,7 @@ class CSKVConfig(PeftConfig):
     allocation: str | None = field(default=None, metadata={"help": "'auto' or 'uniform'"})
     key_group: list[int] | None = field(default=None, metadata={"help": "[tokens, channels] that share a range"})
     value_group: list[int] | None = field(default=None, metadata={"help": "[tokens, channels] that share a range"})
+    rank_multiple: int = field(default=1, metadata={"help": "channels are allocated in multiples of this many"})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "attention modules; set by the tuner"}
     )
@@ -160,10 +164,15 @@ class CSKVConfig(PeftConfig):
             raise ValueError(
                 f"`key_layout` must be 'head', 'joint' or 'group:N' with N >= 1, got '{self.key_layout}'."
             )
-        for name, least in (("window", 1), ("sinks", 0), ("block_size", 1)):
+        for name, least, unit in (
+            ("window", 1, "tokens"),
+            ("sinks", 0, "tokens"),
+            ("block_size", 1, "tokens"),
+            ("rank_multiple", 1, "channels"),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}, in tokens, got {value!r}.")
+                raise ValueError(f"`{name}` must be an integer of at least {least}, in {unit}, got {value!r}.")
         if self.init not in INITS:
             raise ValueError(f"`init` must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
         if self.center and not self.uses_moments:
@@ -188,6 +197,10 @@ class CSKVConfig(PeftConfig):
         if self.allocation == "auto" and (self.key_rank_per_layer or self.value_rank_per_layer):
             raise ValueError(
                 "`allocation`='auto' decides the ranks; drop `key_rank_per_layer` and `value_rank_per_layer`."
+            )
+        if self.rank_multiple > 1 and not self.allocates:
+            raise ValueError(
+                f"`rank_multiple`={self.rank_multiple} needs `allocation`='auto'; without, ranks are what you ask for."
             )
         if self.storage_bits == 16:
             return

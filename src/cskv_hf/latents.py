@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,16 +67,23 @@ class PackedFormat:
 LatentFormat = PlainFormat | PackedFormat
 
 
+SEGMENT_BLOCKS = 64  # on a CPU; 2,048 tokens of 32
+
+
 class Latents:
     """What is stored, and the moves of a cache.
 
+    On a CPU latents grow in segments: a new block is joined to the last few only. Were all joined into one tensor,
+    every layer would leave a hole behind that is a little too small for the next, and the process would hold the cache
+    twice. On a GPU there is one segment, for the kernels.
+
     Attributes:
         format: how latents become tensors.
-        tensors: each (batch, blocks, ...).
+        segments: each the format's tensors, (batch, blocks of the segment, ...).
     """
 
-    def __init__(self, format: LatentFormat, tensors: tuple[torch.Tensor, ...]) -> None:
-        self.format, self.tensors = format, tensors
+    def __init__(self, format: LatentFormat, *segments: tuple[torch.Tensor, ...]) -> None:
+        self.format, self.segments = format, segments
 
     @classmethod
     def of(cls, format: LatentFormat, latents: torch.Tensor, dtype: torch.dtype) -> Latents:
@@ -84,29 +92,62 @@ class Latents:
         return cls(format, format.store(latents, dtype))
 
     @property
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor."""
+        return tuple(t for segment in self.segments for t in segment)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The format's tensors, each (batch, num_blocks, ...); copies if there are several segments."""
+        if len(self.segments) == 1:
+            return self.segments[0]
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*self.segments))
+
+    @property
     def num_blocks(self) -> int:
-        return self.tensors[0].shape[1]
+        return sum(segment[0].shape[1] for segment in self.segments)
 
     @property
     def num_tokens(self) -> int:
         return self.num_blocks * self.format.block_size
 
+    def spans(self, blocks: int) -> Iterator[tuple[int, int]]:
+        """First and last block (exclusive) of pieces of at most so many blocks, none across two segments."""
+        start = 0
+        for segment in self.segments:
+            end = start + segment[0].shape[1]
+            for first in range(start, end, blocks):
+                yield first, min(first + blocks, end)
+            start = end
+
     def read(self, first_block: int, last_block: int, dtype: torch.dtype) -> torch.Tensor:
         """Blocks ``first_block`` to ``last_block`` (exclusive) as latents (batch, tokens, rank) in `dtype`."""
-        return self.format.read(tuple(t[:, first_block:last_block] for t in self.tensors), dtype)
+        parts, start = [], 0
+        for segment in self.segments:
+            end = start + segment[0].shape[1]
+            if max(first_block, start) < min(last_block, end) or len(self.segments) == 1:
+                blocks = slice(max(first_block - start, 0), last_block - start)
+                parts.append(self.format.read(tuple(t[:, blocks] for t in segment), dtype))
+            start = end
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _with(self, tensors: Any) -> Latents:
-        return Latents(self.format, tuple(tensors))
+    def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Latents:
+        return Latents(self.format, *(tuple(move(t) for t in segment) for segment in self.segments))
 
     def append(self, others: Latents) -> Latents:
-        return self._with(torch.cat([mine, more], dim=1) for mine, more in zip(self.tensors, others.tensors))
+        *before, last = self.segments
+        (new,) = others.segments
+        blocks = last[0].shape[1] + new[0].shape[1]
+        if last[0].device.type == "cpu" and blocks > SEGMENT_BLOCKS and last[0].shape[1]:
+            return Latents(self.format, *before, last, new)
+        return Latents(self.format, *before, tuple(torch.cat(pair, dim=1) for pair in zip(last, new)))
 
     def take(self, blocks: Index) -> Latents:
         """The given blocks: a slice, or (batch, n) indices with -1 for "anything"."""
-        return self._with(take(t, blocks, 1) for t in self.tensors)
+        return Latents(self.format, tuple(take(t, blocks, 1) for t in self.tensors))
 
     def select_rows(self, rows: torch.Tensor) -> Latents:
-        return self._with(t.index_select(0, rows.to(t.device)) for t in self.tensors)
+        return self._map(lambda t: t.index_select(0, rows.to(t.device)))
 
     def to(self, device: Any, non_blocking: bool = False) -> Latents:
-        return self._with(t.to(device, non_blocking=non_blocking) for t in self.tensors)
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))

@@ -72,8 +72,9 @@ def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) 
 def _allocated(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
     blocks = []
     for (keys, values), (key_price, value_price) in zip(spectra, config.sensitivity):
-        blocks.append(Block(tuple(e.double() * key_price for e in keys), *config.group_of("key")))
-        blocks.append(Block((values.double() * value_price,), *config.group_of("value")))
+        levelled = [_in_steps(e.double(), config.rank_multiple) for e in (*keys, values)]
+        blocks.append(Block(tuple(e * key_price for e in levelled[:-1]), *config.group_of("key")))
+        blocks.append(Block((levelled[-1] * value_price,), *config.group_of("value")))
     budget, bits = config.byte_budget(shape), config.storage_bits
     if bits is None:
         chosen = allocate(blocks, budget, (0, *PACKED_LEVELS))
@@ -87,6 +88,12 @@ def _allocated(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]
         packed = [(), ()] if bits == PLAIN_BITS else [tuple(b for group in kept[0] for b in group), tuple(kept[1])]
         plans.append(LayerPlan(tuple(map(len, kept[0])), len(kept[1]), *packed))
     return plans
+
+
+def _in_steps(energies: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Every channel's energy replaced by the mean of `multiple` neighbours, the last ones of what is left: alike
+    channels get alike bits, so that ranks and tiers become multiples."""
+    return torch.cat([part.mean().expand(len(part)) for part in energies.split(multiple)])
 
 
 def store_plan(config: CSKVConfig, plans: Sequence[LayerPlan]) -> None:

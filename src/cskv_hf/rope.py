@@ -33,6 +33,10 @@ class RotaryFrequencies(NamedTuple):
         index = slots if isinstance(slots, slice) else slots.clamp_min(0).to(self.inv_freq.device)
         return self._replace(inv_freq=self.inv_freq[index])
 
+    def columns(self, part: slice) -> RotaryFrequencies:
+        """Those of a slice of the tokens that these are the frequencies of."""
+        return self if self.inv_freq.ndim == 1 else self._replace(inv_freq=self.inv_freq[..., part, :])
+
     def then(self, other: RotaryFrequencies, count: int) -> RotaryFrequencies:
         """These, followed by `count` tokens that `other` turned; tokens have their own if frequencies change."""
         if not self.change:

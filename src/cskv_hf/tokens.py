@@ -16,6 +16,9 @@ import torch
 
 from .rope import RotaryFrequencies, cos_sin
 
+TURN_CHUNK = (
+    2**11
+)  # tokens whose cos and sin are computed at a time: what is in between takes several times the result
 Index = torch.Tensor | slice  # columns to take: a slice for all rows, or (batch, n) with -1 for "nothing here"
 
 
@@ -105,9 +108,13 @@ class Step:
         if key not in self._turn:
             alike = self.slots is None and bool((self.old_positions[:1] == self.old_positions).all())
             positions = self.old_positions[:1] if alike else self.old_positions
-            wide = torch.promote_types(dtype, torch.float32)
-            cos, sin = cos_sin(positions.to(device), self.old_frequencies, dtype)
-            self._turn[key] = torch.complex(cos.to(wide), sin.to(wide))
+            kind = torch.promote_types(dtype, torch.float32).to_complex()
+            turn = torch.empty(*positions.shape, self.old_frequencies.inv_freq.shape[-1], dtype=kind, device=device)
+            for first in range(0, positions.shape[1], TURN_CHUNK):
+                part = slice(first, first + TURN_CHUNK)
+                cos, sin = cos_sin(positions[:, part].to(device), self.old_frequencies.columns(part), dtype)
+                turn.real[:, part], turn.imag[:, part] = cos, sin
+            self._turn[key] = turn
         return self._turn[key]
 
     def old_turn_in_tiles(self, device: torch.device, tile: int) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -1,0 +1,58 @@
+"""What compressing costs while a prompt is read: python benchmarks/prefill.py
+
+One decoder layer of Llama-3.1-8B's sizes with random weights, fitted as any model is, reads a prompt into a
+DynamicCache and into a CSKVCache, in turns. Attention to the prompt is the same in both; a CSKVCache encodes all but
+the window besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from common import machine, median_seconds
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from cskv_hf import CSKVCache, CSKVConfig, fit
+
+SIZES = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    config = LlamaConfig(**SIZES, num_hidden_layers=1, vocab_size=512, max_position_embeddings=131072)
+    base = LlamaForCausalLM(config).to(args.device, dtype).eval()
+    prompt = torch.randint(0, 512, (1, args.length), device=args.device)
+    data = list(torch.randint(0, 512, (2, 1024)))
+    seconds, contestants = {}, {"DynamicCache": lambda: base(prompt, past_key_values=DynamicCache(), logits_to_keep=1)}
+    for name, settings in {
+        "80% head 16 bit": dict(compression=0.8, bits=16, allocation="uniform"),
+        "80% head packed": dict(compression=0.8),
+        "95% head packed": dict(compression=0.95),
+    }.items():
+        model = fit(LlamaForCausalLM(config).to(args.device, dtype).eval(), data, CSKVConfig(**settings))
+        model.get_base_model().load_state_dict(base.state_dict(), strict=False)
+        contestants[name] = lambda model=model: model(prompt, past_key_values=CSKVCache(), logits_to_keep=1)
+    seconds = median_seconds(contestants, args.rounds)
+    print(f"{args.length} tokens\n{'cache':<20}{'ms':>10}{'x Dynamic':>11}")
+    for name, t in seconds.items():
+        print(f"{name:<20}{1000 * t:>10.1f}{t / seconds['DynamicCache']:>11.3f}")
+    if args.out:
+        about = {"machine": machine(args.threads), "length": args.length, "dtype": str(dtype)}
+        args.out.write_text(json.dumps(about | {"seconds": seconds}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
