@@ -5,7 +5,7 @@ and attend to everything in it. Several layers with caches of their own take tur
 finds its cache in the processor's, and what a model does once per step (positions, cos and sin) is paid once per step.
 Compared are DynamicCache through transformers' own attention function, and SDPA on keys and values that are simply
 there, which no cache that grows can beat. On a GPU (`--device cuda`) in bfloat16, with the share of the bandwidth that
-a large copy reaches in the same run.
+a large copy reaches in the same run. Processes differ by more than the turns within one: run it several times.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON; adds a run to a file that is there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -125,7 +125,8 @@ def main() -> None:
             "copy_bandwidth": bandwidth,
             "plans": {setting.name: plan_summary(setting, sizes) for setting in SETTINGS},
         }
-        args.out.write_text(json.dumps(about | {"rows": rows}, indent=1))
+        earlier = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+        args.out.write_text(json.dumps(about | {"runs": [*earlier, rows]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ SHAPE = ModelShape("llama", 32, 8, 128)
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"rank_multiple": 0}, "`rank_multiple` must be an integer of at least 1, in channels, got 0"),
+        ({"rank_multiple": 8, "key_rank": 4, "value_rank": 4}, "`rank_multiple`=8 needs `allocation`='auto'"),
         ({"compression": 1.0}, r"`compression` is the fraction .* in \[0, 1\), got 1.0"),
         ({"compression": -0.1}, "got -0.1"),
         ({"compression": 0.5, "key_rank": 8, "value_rank": 8}, "exclude each other"),

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -50,6 +51,28 @@ def test_numbers_of_the_readme_are_those_of_the_results():
     assert len(table) == len(names)
     for line, name in zip(table, names):
         assert [cell.strip() for cell in line.split("|")[2:-1]] == [f"{column[name]:.4f}" for column in columns]
+
+
+def test_numbers_of_the_speed_page_are_those_of_the_results():
+    """Medians over the runs of decode.py, and every row of memory.py."""
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    decode, memory = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{n}.json").read_text()) for n in ("decode", "memory")
+    )
+    ratios = {}
+    for run in decode["runs"]:
+        dynamic = {row["length"]: row["seconds"] for row in run if row["cache"] == "DynamicCache"}
+        for row in run:
+            ratios.setdefault(row["cache"], {}).setdefault(row["length"], []).append(
+                row["seconds"] / dynamic[row["length"]]
+            )
+    for name, by_length in ratios.items():
+        if name != "DynamicCache":
+            cells = [f"{median(r):.2f} ({min(r):.2f}–{max(r):.2f})" for r in by_length.values()]
+            assert f"| {name} | {' | '.join(cells)} |" in page
+    for row in memory["rows"]:
+        share = 100 * row["peak"] / memory["rows"][0]["peak"]
+        assert f"| {row['cache']} | {row['held'] / 1e6:,.1f} | {row['peak'] / 1e6:,.1f} | {share:.1f} % |" in page
 
 
 def test_python_in_the_docs_compiles_and_names_what_exists():
