@@ -7,10 +7,12 @@ CODE = """
 import sys
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.utils import GenerationMixin
+import peft  # which imports bitsandbytes where it is installed, and that Triton
+loaded = set(sys.modules)
 before = (GenerationMixin.generate, LlamaForCausalLM.__mro__, LlamaForCausalLM.forward)
 import cskv_hf
 assert before == (GenerationMixin.generate, LlamaForCausalLM.__mro__, LlamaForCausalLM.forward)
-heavy = {"datasets", "matplotlib", "triton", "lm_eval", "pandas"} & set(sys.modules)
+heavy = {"datasets", "matplotlib", "triton", "lm_eval", "pandas"} & (set(sys.modules) - loaded)
 assert not heavy, heavy
 config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 model = LlamaForCausalLM(config)
