@@ -138,8 +138,7 @@ class FilledCache:
         self.batch = states.batch
         self.config = planned(setting, sizes, num_layers)
         self.factors = random_factors(self.config, sizes, states.device, states.dtype)
-        inv_freq = 500000 ** -(torch.arange(0, sizes.head_dim, 2, device=states.device) / sizes.head_dim)
-        self.frequencies = RotaryFrequencies(inv_freq, 1.0)
+        self.frequencies = rotary(sizes, states.device)
         self.cache, self.length, self.num_layers = CSKVCache(), 0, num_layers
         while self.length < length:
             count = min(4096, length - self.length)

@@ -79,7 +79,7 @@ CASES = {
     "one KV head": ("head", ((4, 4, 3),), (4, 2), 1, 128),
 }
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-INTERPRETED = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 as integers")
+COMPILED_ONLY = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 as integers")
 
 
 def relative_error(query, kv, *masks):
@@ -103,7 +103,7 @@ def widened(kv):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=INTERPRETED)], ids=str
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=COMPILED_ONLY)], ids=str
 )
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_the_torch_path(case, dtype):

@@ -1,4 +1,4 @@
-"""Attention over a compressed past in plain torch, and the attention function that transformers calls.
+"""Attention over a compressed past, in torch or by the kernels, and the attention function that transformers calls.
 
 Keys of the past are rebuilt in tiles and thrown away; values never are: the attention weights aggregate latents, and
 ``value_B`` is applied once at the end (``P (c_v B_vᵀ + μ) = (P c_v) B_vᵀ + (P 1) μ``). Exact and compressed parts
@@ -93,9 +93,7 @@ def _attend_in_kernels(query, kv: CompressedKV, scaling: float, exact_mask, old_
     q, shared = _rows_by_kv_head(query * scaling, kv.factors.num_key_value_heads)
     exact_scores = _masked((q @ kv.exact_keys.mT).float(), exact_mask, shared)
     scores = _masked(old_scores(q, kv), old_mask, shared)
-    maximum = OnlineSoftmax.finite_max(exact_scores)
-    if scores.shape[-1]:
-        maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+    maximum = torch.maximum(OnlineSoftmax.finite_max(exact_scores), scores.amax(-1, keepdim=True))
     weights = (exact_scores - maximum).exp_()
     exact, exact_sum = weights.to(q.dtype) @ kv.exact_values, weights.sum(-1, keepdim=True)
     latent, old_sum = sum_values(scores.flatten(1, 2), maximum.flatten(1), kv, q.dtype)

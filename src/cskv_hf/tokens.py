@@ -16,9 +16,7 @@ import torch
 
 from .rope import RotaryFrequencies, cos_sin
 
-TURN_CHUNK = (
-    2**11
-)  # tokens whose cos and sin are computed at a time: what is in between takes several times the result
+TURN_CHUNK = 2**11  # tokens whose cos and sin are computed at a time; intermediates are several times the result
 Index = torch.Tensor | slice  # columns to take: a slice for all rows, or (batch, n) with -1 for "nothing here"
 
 
