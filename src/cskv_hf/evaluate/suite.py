@@ -54,23 +54,39 @@ class Suite:
         self.path = out / "results.json"
         self.rows: list[dict[str, Any]] = self._earlier_rows()
 
-    def run(self, tables: dict[str, list[Method]], say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    def run(
+        self,
+        tables: dict[str, list[Method]],
+        only: dict[str, Sequence[str]] | None = None,
+        say: Callable[[str], None] = print,
+    ) -> list[dict[str, Any]]:
         """Measure every method of every table; a method that several tables share is measured once.
 
         Methods that are not possible on this model, or whose package is missing, are said and left out.
+
+        Args:
+            tables: lists of methods by name.
+            only: the benchmarks of a table, by their names; all of them where a table is not named.
+
+        Returns:
+            The rows of ``results.json``.
         """
-        methods = {_key(m.identity): m for table in tables.values() for m in table}
-        by_factors: dict[str, list[Method]] = {}
-        for method in methods.values():
-            by_factors.setdefault(_key(method.factors if method.settings else {"kind": method.kind}), []).append(
-                method
-            )
-        with tqdm(total=len(methods), desc="Measuring", unit="method") as bar:
+        only = only or {}
+        todo: dict[str, tuple[Method, list[Benchmark]]] = {}
+        for name, table in tables.items():
+            wanted = [b for b in self.benchmarks if b.name in only.get(name, [b.name])]
+            for method in table:
+                held = todo.setdefault(_key(method.identity), (method, []))[1]
+                held += [b for b in wanted if all(b is not h for h in held) and not self._measured(method, b)]
+        by_factors: dict[str, list[tuple[Method, list[Benchmark]]]] = {}
+        for method, benchmarks in todo.values():
+            factors = method.factors if method.settings else {"kind": method.kind}
+            if benchmarks:
+                by_factors.setdefault(_key(factors), []).append((method, benchmarks))
+        with tqdm(total=len(todo), desc="Measuring", unit="method") as bar:
+            bar.update(len(todo) - sum(map(len, by_factors.values())))
             for alike in by_factors.values():
-                todo = [m for m in alike if any(not self._measured(m, b) for b in self.benchmarks)]
-                bar.update(len(alike) - len(todo))
-                if todo:
-                    self._measure_alike(todo, bar, say)
+                self._measure_alike(alike, bar, say)
         self._write(tables)
         return self.table_rows(tables)
 
@@ -87,21 +103,20 @@ class Suite:
             for row in by_key.get(_key(method.identity), [])
         ]  # fmt: skip
 
-    def _measure_alike(self, methods: list[Method], bar: tqdm, say: Callable[[str], None]) -> None:
+    def _measure_alike(self, alike: list[tuple[Method, list[Benchmark]]], bar: tqdm, say) -> None:
         """Methods that share their factors, which are fitted and trained once."""
-        fitted, started = self.model, time.perf_counter()
+        fitted, first, started = self.model, alike[0][0], time.perf_counter()
         try:
-            if methods[0].settings is not None:
-                fitted = prepare(self.model, methods[0], self.calibration)
+            if first.settings is not None:
+                fitted = prepare(self.model, first, self.calibration)
         except ValueError as error:
-            say(f"{methods[0].name}: not possible on this model: {error}")
-            bar.update(len(methods))
+            say(f"{first.name}: not possible on this model: {error}")
+            bar.update(len(alike))
             return
         try:
-            for method in methods:
-                for benchmark in self.benchmarks:
-                    if not self._measured(method, benchmark):
-                        self._measure(fitted, method, benchmark, started, say)
+            for method, benchmarks in alike:
+                for benchmark in benchmarks:
+                    self._measure(fitted, method, benchmark, started, say)
                     started = time.perf_counter()
                 bar.update()
         finally:
