@@ -4,7 +4,7 @@ intervals."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from .cases import Case, summarize
 from .divergence import compare_with_full_cache
 from .intervals import wilson_interval
 from .lines import LineRecord, line_retrieval
+
+ALL = "all"  # the group of all groups
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class RecordBenchmark:
             interval = wilson_interval(accuracy.correct, accuracy.total)
             measured.append(Measurement(group, "accuracy", accuracy.value, *interval, accuracy.total))
         if len(measured) > 1:
-            measured.append(Measurement("all", "accuracy", right / asked, *wilson_interval(right, asked), asked))
+            measured.append(Measurement(ALL, "accuracy", right / asked, *wilson_interval(right, asked), asked))
         return measured
 
 
@@ -134,9 +136,12 @@ class CaseBenchmark:
             batch_size=self.batch_size, path=path, settings=settings, description=self.name, progress=True,
         )  # fmt: skip
         details = {case.group: case.details for case in self.cases}
+        scores = summarize(answers)
+        if len(scores) > 1:
+            scores += summarize([replace(answer, group=ALL) for answer in answers])
         return [
-            Measurement(s.group, self.metric, s.value, s.low, s.high, s.total, s.skipped, details[s.group])
-            for s in summarize(answers)
+            Measurement(s.group, self.metric, s.value, s.low, s.high, s.total, s.skipped, details.get(s.group, {}))
+            for s in scores
         ]
 
 

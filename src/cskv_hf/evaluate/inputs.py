@@ -9,21 +9,103 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import ModelShape
 from ..files import calibration_samples, full_rows
+from ..generation import has_active_adapter
 from ..statistics import collect_statistics
+from ..tuner import adapter_config
 from .benchmarks import Benchmark, CaseBenchmark, RecordBenchmark, TextBenchmark, long_generations
 from .cases import Case, sample
+from .format import text_tables
 from .methods import Calibration
+from .suite import Suite
+from .tables import TABLES, adapter_table
 
 BUNDLED = "bundled"
 BUNDLED_LINES = (25, 50, 75, 100)  # lines of a record; 100 are about 900 tokens
 BUNDLED_ROWS = 10  # of 1,024 tokens of text
+BUNDLED_RECORDS = 30  # of each length, with 8 questions each: an interval of about 0.03 over all
+BUNDLED_ONLY = {table: ("lines", "text") for table in TABLES if table != "methods"}
 GENERATION_PROMPT, GENERATION_TOKENS = 64, 448
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FORMS = (
     "text:FILE", "generations:FILE", "lines:COUNT or lines:FILE", "topics:FILE", "needle:FILE", "longbench:FILE or "
     "longbench:DATASET", "lveval:FILE or lveval:DATASET"
 )  # fmt: skip
+
+
+def evaluate(
+    name: str,
+    out: Path,
+    specs: Sequence[str],
+    *,
+    tables: Sequence[str] | None = None,
+    data: Path | None = None,
+    limit: int | None = None,
+    length: int = 2048,
+    batch_size: int = 8,
+    max_tokens: int = 65536,
+    epochs: float = 2.0,
+    learning_rate: float = 1e-3,
+    lm_eval_tasks: Sequence[str] = (),
+    device_map: str | None = None,
+    dtype: str = "auto",
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """What `cskv eval` does; the arguments are its options. Writes ``results.json`` in `out`, and says the tables.
+
+    Returns:
+        The rows of ``results.json``.
+
+    Raises:
+        ValueError: for an unknown table or benchmark, missing files or data, or a folder of another run.
+        ImportError: if the harness is asked for and not installed.
+    """
+    unknown = sorted(set(tables or ()) - set(TABLES))
+    if unknown:
+        raise ValueError(f"`--tables` '{unknown[0]}' is none that is known; use {', '.join(TABLES)}.")
+    if name != BUNDLED and not specs and not lm_eval_tasks:
+        raise ValueError(f"There is nothing to measure on: give `--benchmark`, one of {', '.join(FORMS)}.")
+    model, tokenizer = load_model(name, dtype, device_map)
+    fitted = has_active_adapter(model)
+    if fitted and tables:
+        raise ValueError(f"`--tables` fits adapters to a model; '{name}' is an adapter. Give its base model.")
+    if not fitted and name != BUNDLED and data is None and specs:
+        raise ValueError(
+            "Without an adapter the tables are fitted first, which needs calibration text: give `--data`."
+        )
+    settings = {
+        "model": name, "benchmarks": list(specs), "limit": limit, "length": length,
+        "data": None if data is None else data.name, "max_tokens": max_tokens, "epochs": epochs,
+        "learning_rate": learning_rate,
+    }  # fmt: skip
+    if name == BUNDLED and not specs:
+        benchmarks, only = bundled_benchmarks(model, tokenizer, limit or BUNDLED_RECORDS), BUNDLED_ONLY
+    else:
+        options = {"limit": limit, "length": length, "batch_size": batch_size}
+        benchmarks, only = [parse_benchmark(spec, model, tokenizer, **options) for spec in specs], {}
+
+    def calibration() -> Calibration:
+        if data is None:
+            return bundled_calibration(model, tokenizer, epochs, learning_rate)
+        return file_calibration(model, tokenizer, data, length, max_tokens, epochs, learning_rate)
+
+    if fitted:
+        wanted = {"adapter": adapter_table(adapter_config(model).compression)}
+    else:
+        shape = ModelShape.from_model_config(model.config)
+        chosen = tables or (list(TABLES) if name == BUNDLED else ["methods"])
+        wanted = {table: TABLES[table](shape) for table in chosen}
+    rows = []
+    if benchmarks:
+        rows = Suite(model, tokenizer, benchmarks, out, settings, calibration).run(wanted, only, say)
+        say("\n" + text_tables(rows))
+        say(f"\nSaved {out / 'results.json'}.")
+    if lm_eval_tasks:
+        from .lm_eval import format_results, run_lm_eval
+
+        say(format_results(run_lm_eval(name, lm_eval_tasks, limit=limit, batch_size=batch_size)))
+    return rows
 
 
 def load_model(name: str, dtype: str = "auto", device_map: str | None = None) -> tuple[nn.Module, Any]:
