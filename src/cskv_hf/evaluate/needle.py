@@ -42,7 +42,8 @@ class NeedleTemplate:
         needle: what is hidden, with the space or line break behind it.
         question: asked behind the haystack.
         intro: read before it.
-        answer_prefix: put behind the question, for the model to continue.
+        answer_prefix: put behind the question, for the model to continue. The first token of an answer comes out of
+            the prefill, with exact keys and values: where that is part of the value, a compressed cache is spared it.
         draw: makes a key and a value.
         cut: regular expression of what ends a sentence of the haystack; the needle stands between two sentences.
         stop, max_new_tokens, chat: of the cases (`Case`).
@@ -69,8 +70,16 @@ RULER = NeedleTemplate(
     answer_prefix=" The special magic number for {key} mentioned in the provided text is",
 )
 LINE_NEEDLE = NeedleTemplate(
-    needle=LINE, question=QUESTION, draw=_line, cut=LINE_END, stop="\n", max_new_tokens=24, chat=False
+    needle=LINE,
+    question=QUESTION,
+    answer_prefix=LINE.split("{value}")[0],
+    draw=_line,
+    cut=LINE_END,
+    stop="\n",
+    max_new_tokens=8,
+    chat=False,
 )
+LINE_TOKENS = 24  # of an answer that is a whole line
 
 
 def needle_cases(
@@ -165,9 +174,9 @@ def line_haystack(
                         prompt=record.text + record.question(0),
                         references=(record.value(0),),
                         metric=contained_references,
-                        max_new_tokens=LINE_NEEDLE.max_new_tokens,
+                        max_new_tokens=LINE_TOKENS,
                         chat=False,
-                        stop=LINE_NEEDLE.stop,
+                        stop="\n",
                         details={"num_lines": lines, "depth": depth, "position": position},
                     )
                 )
