@@ -120,7 +120,7 @@ def needle_cases(
     cells = [(length, depth, i) for length in lengths for depth in depths for i in range(needles_per_cell)]
     cases = []
     for length, depth, i in tqdm(cells, desc="Hiding needles", unit="case", disable=not progress):
-        rng = random.Random(f"needle {length} {depth} {i} {seed}")
+        rng = random.Random(f"needle {length} {float(depth)} {i} {seed}")
         key, value = _draw_unseen(template.draw, rng, text)
         start = rng.randrange(len(sentences))
         turned, turned_sizes = sentences[start:] + sentences[:start], sizes[start:] + sizes[:start]
@@ -164,7 +164,7 @@ def line_haystack(
     for lines in num_lines:
         for depth in depths:
             for i in range(needles_per_cell):
-                record = line_record(lines, 1, random.Random(f"line haystack {lines} {depth} {i} {seed}"))
+                record = line_record(lines, 1, random.Random(f"line haystack {lines} {float(depth)} {i} {seed}"))
                 position = round(depth * (lines - 1))
                 record = replace(record, asked=(position,))
                 cases.append(
