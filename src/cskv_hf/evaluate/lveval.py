@@ -108,7 +108,8 @@ def cases(
 def keyword_f1(answer: str, case: Case) -> float:
     """F1 of words as [`metrics.qa_f1`]; 0 where fewer than a fifth of ``case.details["keywords"]`` are in the answer.
 
-    Words of `IGNORED` are never found but count among the keywords.
+    Words of `IGNORED` are never found but count among the keywords. Keywords that are articles and punctuation alone,
+    by whose number the published code would divide, are as none.
     """
     keywords = metrics.words(case.details["keywords"] or "")
     found = Counter(metrics.words(answer)) & Counter(keywords)
