@@ -36,7 +36,7 @@ class Forgetful(Letters):
 
 @pytest.mark.parametrize("tokenizer", [Letters(), Forgetful()], ids=["as it was", "answers rewritten"])
 def test_turns_equal_a_full_cache_that_reads_everything_anew(tokenizer):
-    """Lossless factors: a shared cache, cut back where needed, says what a fresh full cache over the same text does."""
+    """Lossless factors: a shared cache, cut back where needed, says what a fresh full cache does."""
     model = lossless(make_model())
     talk = Conversation(model, tokenizer, CSKVCache(), max_new_tokens=12, do_sample=False)
     messages = []
