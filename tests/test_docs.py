@@ -32,7 +32,8 @@ def test_every_page_is_in_the_nav_of_the_site():
     """And nothing else: a page is where a reader of the site finds it, by its line in zensical.toml."""
     lines = re.findall(r'^[^#\n]*"([\w./-]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8"), re.M)
     pages = [page.name for page in (ROOT / "docs").glob("*.md")]
-    assert sorted(lines) == sorted([*pages, "index.md", "changelog.md"])  # README.md and CHANGELOG.md
+    made = ["index.md", "changelog.md", "examples/index.md"]  # of README.md, CHANGELOG.md, and a listing
+    assert sorted(lines) == sorted([*pages, *made])
 
 
 def test_public_names_are_in_the_reference():
@@ -110,6 +111,32 @@ def test_tables_of_limits_are_the_results(documented):
             documented(page_table, row["name"], "KL", f"{row['kl']:.5f}")
             documented(page_table, row["name"], "perplexity, times the full cache's", f"{row['ratio']:.4f}")
             documented(page_table, row["name"], "lines retrieved", f"{row['accuracy']:.3f} ±{row['margin']:.3f}")
+
+
+def test_numbers_in_sentences_are_the_results():
+    """Those of limits.md and faq.md that no table carries, where they stand."""
+    limits = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    exact = {
+        row["name"]: row["kl"]
+        for row in json.loads((RESULTS / "limits-bundled.json").read_text())["rows"]
+        if row["table"] == "exact"
+    }
+    without, default, wide = (exact[n] for n in ("window 32, sinks 0", "window 32, sinks 4", "window 96, sinks 4"))
+    assert f"is {without:.5f} instead of {default:.5f}" in faq and f"it is {wide:.5f}" in faq
+    rows, stories = rows_of("methods")["bundled"], rows_of("methods")["stories260K"]
+    plain, trained = rows["95 % ours, no training"]["ratio"], rows["95 % ours + QAT"]["ratio"]
+    assert f"{trained:.4f} and {plain:.4f} on the bundled model" in limits
+    asvd = rows["80 % paper: asvd"]["ratio"], rows["80 % paper: asvd + training"]["ratio"]
+    assert f"from {asvd[0]:.3f} to {asvd[1]:.3f} at 80 %" in limits
+    assert f"{stories['95 % ours, no training']['ratio']:.3f} times the perplexity at 95 %" in limits
+    ours = [rows[f"{removed} ours, no training"]["accuracy"] for removed in ("90 %", "95 %")]
+    assert f"{ours[0]:.3f} come back at 90 %, {ours[1]:.3f} at 95 %" in limits
+    steps = rows_of("steps 0.9")["bundled"]
+    uniform = [steps[name]["accuracy"] for name in ("asvd, uniform, 16 bits", "mse", "attention", "about the mean")]
+    assert {f"{accuracy:.3f}" for accuracy in uniform} == {"0.042"} and "retrieves a line: 0.042" in limits
+    for line in re.findall(r"(0\.\d\d) times `DynamicCache`|at 80 % (1\.\d\d) times|at 95 % (0\.\d\d) times", faq):
+        assert f"| {''.join(line)} (" in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 
 
 def test_messages_of_troubleshooting_are_those_of_the_code():
