@@ -1,8 +1,8 @@
 """The documentation against the code: links lead somewhere, quoted messages exist, public names are as written."""
 
 import html
-import importlib
 import json
+import pkgutil
 import re
 from pathlib import Path
 from statistics import median
@@ -41,8 +41,7 @@ def test_public_names_are_in_the_reference():
     documented = re.findall(r"^::: ([\w.]+)$", pages, re.M)
     assert {f"cskv_hf.{name}" for name in cskv_hf.__all__} <= set(documented)
     for name in documented:
-        module, _, attribute = name.rpartition(".")
-        assert hasattr(importlib.import_module(module), attribute), name
+        pkgutil.resolve_name(name)
 
 
 def test_command_line_reference_is_what_typer_says(request):

@@ -12,10 +12,23 @@ from typing import Any
 
 import griffe
 
-PAGES = Path(__file__).resolve().parents[1].glob("api*.md")
-DOCUMENTED = re.findall(r"^::: ([\w.]+)", "\n".join(p.read_text(encoding="utf-8") for p in PAGES), re.M)
+DOCS = Path(__file__).resolve().parents[1]
+SOURCE = DOCS.parent / "src"
 REFERENCE = re.compile(r"\[(`([\w.]+)`)\](?![\[(])")
 TOGETHER = re.compile(r"^( +)(\w+(?:, \w+)+):(.*\n?(?:\1 +.*\n?|\n(?=\1 ))*)", re.M)
+
+
+def documented() -> list[str]:
+    """The names on the API pages: those listed, and the public ones of the modules of a listed package."""
+    names = re.findall(r"^::: ([\w.]+)", "\n".join(p.read_text(encoding="utf-8") for p in DOCS.glob("api*.md")), re.M)
+    for package in [name for name in names if (SOURCE / name.replace(".", "/")).is_dir()]:
+        for file in sorted((SOURCE / package.replace(".", "/")).glob("*.py")):
+            public = re.findall(r"^(?:def|class) ([A-Za-z]\w*)", file.read_text(encoding="utf-8"), re.M)
+            names += [f"{package}.{file.stem}.{name}" for name in public]
+    return names
+
+
+DOCUMENTED = documented()
 
 
 class Docstrings(griffe.Extension):
