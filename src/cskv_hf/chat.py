@@ -73,9 +73,11 @@ class Conversation:
 
 def cache_status(cache: Cache, model: nn.Module) -> str:
     shape, tokens = ModelShape.from_model_config(model.config), cache.get_seq_length()
+    if not tokens:
+        return "empty"
     full = tokens * 2 * shape.num_hidden_layers * shape.kv_dim * model.dtype.itemsize
     held = held_nbytes(cache)
-    return f"{tokens:,} tokens in {held:,} bytes, {100 * held / full:.0f} % of a full cache" if tokens else "empty"
+    return f"{tokens:,} tokens in {held:,} bytes, {100 * held / full:.0f} % of a full cache"
 
 
 class StatusStreamer(TextStreamer):

@@ -138,7 +138,7 @@ def bundled_benchmarks(model: nn.Module, tokenizer: Any, num_records: int) -> li
     generations = long_generations(
         model, text[BUNDLED_ROWS:, :GENERATION_PROMPT].contiguous(), GENERATION_TOKENS, seed=0
     )
-    needles = line_haystack(BUNDLED_LINES, DEPTHS, needles_per_cell=max(1, 2 * num_records // 3), seed=1)
+    needles = line_haystack(BUNDLED_LINES, DEPTHS, needles_per_cell=max(1, num_records // 4), seed=1)
     return [
         RecordBenchmark("lines", records, length=1024),
         TextBenchmark("text", text[:BUNDLED_ROWS]),

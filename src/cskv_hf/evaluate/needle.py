@@ -42,7 +42,8 @@ class NeedleTemplate:
         needle: what is hidden, with the space or line break behind it.
         question: asked behind the haystack.
         intro: read before it.
-        answer_prefix: put behind the question, for the model to continue.
+        answer_prefix: put behind the question, for the model to continue. The first token of an answer comes out of
+            the prefill, with exact keys and values: where that is part of the value, a compressed cache is spared it.
         draw: makes a key and a value.
         cut: regular expression of what ends a sentence of the haystack; the needle stands between two sentences.
         stop, max_new_tokens, chat: of the cases (`Case`).
@@ -69,8 +70,16 @@ RULER = NeedleTemplate(
     answer_prefix=" The special magic number for {key} mentioned in the provided text is",
 )
 LINE_NEEDLE = NeedleTemplate(
-    needle=LINE, question=QUESTION, draw=_line, cut=LINE_END, stop="\n", max_new_tokens=24, chat=False
+    needle=LINE,
+    question=QUESTION,
+    answer_prefix=LINE.split("{value}")[0],
+    draw=_line,
+    cut=LINE_END,
+    stop="\n",
+    max_new_tokens=8,
+    chat=False,
 )
+LINE_TOKENS = 24  # of an answer that is a whole line
 
 
 def needle_cases(
@@ -111,7 +120,7 @@ def needle_cases(
     cells = [(length, depth, i) for length in lengths for depth in depths for i in range(needles_per_cell)]
     cases = []
     for length, depth, i in tqdm(cells, desc="Hiding needles", unit="case", disable=not progress):
-        rng = random.Random(f"needle {length} {depth} {i} {seed}")
+        rng = random.Random(f"needle {length} {float(depth)} {i} {seed}")
         key, value = _draw_unseen(template.draw, rng, text)
         start = rng.randrange(len(sentences))
         turned, turned_sizes = sentences[start:] + sentences[:start], sizes[start:] + sizes[:start]
@@ -155,7 +164,7 @@ def line_haystack(
     for lines in num_lines:
         for depth in depths:
             for i in range(needles_per_cell):
-                record = line_record(lines, 1, random.Random(f"line haystack {lines} {depth} {i} {seed}"))
+                record = line_record(lines, 1, random.Random(f"line haystack {lines} {float(depth)} {i} {seed}"))
                 position = round(depth * (lines - 1))
                 record = replace(record, asked=(position,))
                 cases.append(
@@ -165,9 +174,9 @@ def line_haystack(
                         prompt=record.text + record.question(0),
                         references=(record.value(0),),
                         metric=contained_references,
-                        max_new_tokens=LINE_NEEDLE.max_new_tokens,
+                        max_new_tokens=LINE_TOKENS,
                         chat=False,
-                        stop=LINE_NEEDLE.stop,
+                        stop="\n",
                         details={"num_lines": lines, "depth": depth, "position": position},
                     )
                 )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..config import ModelShape
+from ..config import POSITION_BYTES, CSKVConfig, ModelShape
 from .benchmarks import Benchmark, Measurement
 from .memory import cache_nbytes
 from .methods import Calibration, Method, bytes_of_old_token, cache_maker, prepare
@@ -200,6 +200,9 @@ def _sizes(model: nn.Module, method: Method, make_cache: Callable, benchmark: Be
     ids = torch.ones(1, benchmark.length, dtype=torch.long, device=model.device)
     held = cache_nbytes(model, make_cache, ids, torch.bfloat16)
     per_token = bytes_of_old_token(model, method)
+    if method.clamped:  # which stores its latents unpacked; these are the bytes it stands for
+        old = CSKVConfig(**method.settings).num_old_tokens(benchmark.length)
+        held = round((benchmark.length - old) * (full + POSITION_BYTES) + old * per_token)
     return {
         "bytes_per_token": per_token,
         "share": None if per_token is None else per_token / full,
