@@ -85,8 +85,8 @@ class TextBenchmark:
         group = f"{self.input_ids.shape[0]} rows of {self.length:,} tokens"
         return [
             Measurement(group, "perplexity", result.compressed.value, None, None, tokens),
-            Measurement(group, "perplexity ratio", result.ratio, *intervals["ratio"], tokens),
-            Measurement(group, "KL", result.kl, *intervals["kl"], tokens),
+            Measurement(group, "perplexity_ratio", result.ratio, *intervals["ratio"], tokens),
+            Measurement(group, "kl", result.kl, *intervals["kl"], tokens),
             Measurement(group, "agreement", result.agreement, *intervals["agreement"], tokens),
         ]
 
@@ -163,7 +163,8 @@ def long_generations(
             torch.manual_seed(seed + first)
         rows.append(
             model.generate(
-                input_ids=batch, past_key_values=DynamicCache(), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                input_ids=batch, attention_mask=torch.ones_like(batch), past_key_values=DynamicCache(),
+                max_new_tokens=new_tokens, min_new_tokens=new_tokens,
                 do_sample=seed is not None, top_k=0 if seed is not None else None,
                 pad_token_id=model.generation_config.pad_token_id or 0,
             )

@@ -96,8 +96,7 @@ class Suite:
         for row in self.rows:
             by_key.setdefault(row["key"], []).append(row)
         return [
-            {"table": name, "method": method.name, **{k: v for k, v in row.items() if k not in ("key", "details")},
-             "details": {**method.details, **row["details"]}}
+            {"table": name, **method.labels, **{k: v for k, v in row.items() if k not in ("key", "compression")}}
             for name, table in tables.items()
             for method in table
             for row in by_key.get(_key(method.identity), [])
