@@ -1,4 +1,4 @@
-"""Files in and out for the command line: calibration text, and directories that are replaced only when complete."""
+"""Files in and out for the command line: calibration text, and files and directories replaced only when complete."""
 
 from __future__ import annotations
 
@@ -67,3 +67,10 @@ def replace_directory(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(path, old)
     os.replace(new, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Write a JSON file beside `path`, then put it in its place."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(new, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import POSITION_BYTES, CSKVConfig, ModelShape
+from ..files import replace_json
 from .benchmarks import Benchmark, Measurement
 from .memory import cache_nbytes
 from .methods import Calibration, Method, bytes_of_old_token, cache_maker, prepare
@@ -166,7 +166,7 @@ class Suite:
     def _write(self, tables: dict[str, list[Method]] | None = None) -> None:
         """``measured.json``, what is known so far; with tables ``results.json`` too."""
         self.out.mkdir(parents=True, exist_ok=True)
-        _replace(self.out / "measured.json", {"settings": self.settings, "rows": self.rows})
+        replace_json(self.out / "measured.json", {"settings": self.settings, "rows": self.rows})
         if tables is not None:
             content = {
                 "version": VERSION,
@@ -175,7 +175,7 @@ class Suite:
                 "settings": self.settings,
                 "rows": self.table_rows(tables),
             }
-            _replace(self.path, content)
+            replace_json(self.path, content)
 
 
 def _row(
@@ -242,9 +242,3 @@ def _digest(text: str) -> str:
 
 def _slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in text)
-
-
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(new, path)
