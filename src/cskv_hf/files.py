@@ -67,3 +67,10 @@ def replace_directory(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(path, old)
     os.replace(new, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file beside `path`, then put it in the place of `path`, which is kept until then."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
