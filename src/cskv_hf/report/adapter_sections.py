@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .charts import Axis, Band, Column, Point, Series, line_chart, stacked_bars
-from .formats import SPACE, Style, count, exact, is_number, percent, short_percent, significant, size
+from .formats import Style, count, exact, is_number, percent, short_percent, significant, size
 from .markup import Safe, join, tag
 from .scales import log_domain
 from .sections import Section, figure, grid
@@ -65,9 +65,9 @@ def memory_section(data: dict[str, Any]) -> Section:
         [
             tag(
                 "p",
-                f"Bytes of one sequence of n tokens in a 16-bit model. All but the first {adapter['sinks']} and at least "
-                f"the last {adapter['window']} tokens are latents; they leave the window {block} at a time, which is the "
-                "band in the picture. Every token has a position.",
+                f"Bytes of one sequence of n tokens in a 16-bit model. All but the first {adapter['sinks']} and at "
+                f"least the last {adapter['window']} tokens are latents; tokens leave the window {block} at a time, "
+                "which is the band in the picture. Every token has a position.",
             ),
             tag("pre", "\n".join(formula)),
             tag(
@@ -88,7 +88,7 @@ def layers_section(data: dict[str, Any]) -> Section:
     """What each layer keeps, and what that loses."""
     layers, kv_dim = data["adapter"]["layers"], data["adapter"]["model"]["kv_dim"]
     used = sorted(
-        {bits for l in layers for side in ("key", "value") for bits, _ in l[f"{side}_channels"]}, reverse=True
+        {bits for layer in layers for side in ("key", "value") for bits, _ in layer[f"{side}_channels"]}, reverse=True
     )
     most = max(layer[f"{side}_rank"] for layer in layers for side in ("key", "value"))
     y = Axis(f"channels kept, of {kv_dim:,}", 0, most * 1.05, format=count)
@@ -113,7 +113,8 @@ def layers_section(data: dict[str, Any]) -> Section:
     key = [tag("span", tag("i", class_=f"swatch bits-{bits}"), f"{bits} bits") for bits in used]
     parts = [tag("p", "Bits of a channel: ", key, class_="legend"), grid(charts)]
     parts.append(grid(_error_charts(layers)))
-    note = "Errors are those of the ranks on the calibration data, as the fit measured them: before quantisation and any training."
+    note = "Errors are those of the ranks, on the calibration data, as the fit measured them: "
+    note += "before quantisation and any training."
     if any(layer["key_error"] is None for layer in layers):
         note += " Layers without errors were cut since, or fitted by a version that did not record them."
     parts += [tag("p", note, class_="note"), _layer_table(layers)]
@@ -123,7 +124,7 @@ def layers_section(data: dict[str, Any]) -> Section:
 def _error_charts(layers: list[dict[str, Any]]) -> list[Safe]:
     charts = []
     names = [f"{side}{kind}" for side in ("key", "value") for kind in ("_error", "_attention_error")]
-    values = [l[name] for l in layers for name in names if is_number(l[name]) and l[name] > 0]
+    values = [layer[name] for layer in layers for name in names if is_number(layer[name]) and layer[name] > 0]
     if not values:
         return []
     y = Axis("share of the energy lost", *log_domain(values), "log", short_percent, count=6)
@@ -138,12 +139,12 @@ def _error_charts(layers: list[dict[str, Any]]) -> list[Safe]:
         ):
             points = tuple(
                 Point(
-                    l["layer_idx"],
-                    l[side + kind],
-                    title=f"layer {l['layer_idx']}: {short_percent(l[side + kind])} lost {label}",
+                    layer["layer_idx"],
+                    layer[side + kind],
+                    title=f"layer {layer['layer_idx']}: {short_percent(layer[side + kind])} lost {label}",
                 )
-                for l in layers
-                if is_number(l[side + kind]) and l[side + kind] > 0
+                for layer in layers
+                if is_number(layer[side + kind]) and layer[side + kind] > 0
             )
             if points:
                 series.append(Series(label, style, points))
@@ -212,9 +213,9 @@ def spectra_section(data: dict[str, Any]) -> Section:
     by = {"head": "per KV head", "joint": "of all heads jointly"}.get(
         ours["key_layout"], f"in {groups} groups of heads"
     )
+    seen = "as attention weighs it" if ours["init"] == "attention" else f"as the initialisation {ours['init']} sees it"
     text = (
-        "Energy (squared singular value) of every channel kept, relative to the strongest of its group, as "
-        f"{'attention weighs it' if ours['init'] == 'attention' else 'the initialisation ' + ours['init'] + ' sees it'}. "
+        f"Energy (squared singular value) of every channel kept, relative to the strongest of its group, {seen}. "
         "A curve that falls fast needs few channels; one that ends high was cut where it still carried something."
     )
     legend = tag(
@@ -242,4 +243,4 @@ def _points(line: list[float]) -> tuple[Point, ...]:
 
 
 def _power(value: float) -> str:
-    return significant(value, 1) if value >= 0.001 else f"{value:.0e}".replace("e-0", "e−").replace("e-", "e−")
+    return significant(value, 1)

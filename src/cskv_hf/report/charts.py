@@ -139,7 +139,7 @@ def line_chart(
 
 def _frame(x: Axis, y: Axis, width: float, height: float, right: float) -> Frame:
     left = 12.0 + max((text_width(y.format(tick), TICK) for tick in y.tick_values()), default=0.0)
-    top, bottom = 26.0, height - 40.0
+    top, bottom = 30.0, height - 40.0
     return Frame(left, width - right, top, bottom, x.scale(left, width - right), y.scale(bottom, top))
 
 
@@ -183,11 +183,10 @@ def _reference(frame: Frame, reference: Reference) -> Safe:
 
 def _mark(frame: Frame, place: float, text: str) -> Safe:
     x = frame.x(place)
-    right = x > (frame.left + frame.right) / 2
     return join(
         [
             tag("path", d=f"M{_xy(x, frame.bottom)}V{number(frame.top)}", class_="mark"),
-            _text(text, x - 5 if right else x + 5, frame.bottom - 7, "tick", "end" if right else None),
+            _text(text, x, frame.top - 3, "tick", "middle"),
         ]
     )
 
@@ -239,7 +238,8 @@ def _end_labels(frame: Frame, series: Sequence[Series], references: Sequence[Ref
 def marker(kind: str, x: float, y: float, radius: float = 4.0) -> str:
     """The path of a marker around a point; all kinds of about the same area."""
     if kind == "circle":
-        return f"M{_xy(x - radius, y)}a{number(radius)} {number(radius)} 0 1 0 {number(2 * radius)} 0a{number(radius)} {number(radius)} 0 1 0 {number(-2 * radius)} 0Z"
+        half = f"a{number(radius)} {number(radius)} 0 1 0"
+        return f"M{_xy(x - radius, y)}{half} {number(2 * radius)} 0{half} {number(-2 * radius)} 0Z"
     corners = {
         "square": ((-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)),
         "triangle": ((0, -1.2), (1.1, 0.8), (-1.1, 0.8)),

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def adapter_data(config: CSKVConfig, folder: Path) -> dict[str, Any]:
 
 
 def memory_data(config: CSKVConfig, shape: ModelShape, lengths: Sequence[int]) -> list[dict[str, float]]:
-    """Bytes of one sequence's cache in a 16-bit model; `before_bytes` one token earlier, when the window may still have
-    held a block more."""
+    """Bytes of one sequence's cache in a 16-bit model; `before_bytes` one token earlier, when the window may have held
+    a block more."""
     full = shape.num_hidden_layers * 2 * shape.kv_dim * PLAIN_BYTES
     return [
         {
@@ -125,8 +126,8 @@ def memory_data(config: CSKVConfig, shape: ModelShape, lengths: Sequence[int]) -
 
 
 def curve_lengths(config: CSKVConfig, longest: int) -> list[int]:
-    """Lengths for a curve from 16 tokens on, 16 to an octave; beyond the window each is moved back to where a block has
-    just left it."""
+    """Lengths for a curve from 16 tokens on, 16 to an octave; beyond the window each is moved back to where a block
+    has just left it."""
     exact = config.sinks + config.window
     peak = exact + config.block_size - 1  # the most that is ever exact
     lengths = {peak, longest - (longest - exact) % config.block_size if longest > peak else longest}
@@ -178,7 +179,7 @@ def spectra_data(config: CSKVConfig, weights_file: Path) -> list[dict[str, Any]]
         if keys is None or values is None or len(keys) != sum(key_ranks) or len(values) != value_rank:
             return None
         starts = [sum(key_ranks[:g]) for g in range(len(key_ranks) + 1)]
-        groups = [_short(keys[a:b]) for a, b in zip(starts, starts[1:])]
+        groups = [_short(keys[a:b]) for a, b in pairwise(starts)]
         layers.append({"layer_idx": layer_idx, "keys": groups, "values": _short(values)})
     return layers
 

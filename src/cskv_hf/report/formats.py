@@ -55,9 +55,9 @@ METRICS = {
     "edit_similarity": Metric("edit similarity", "higher", share=True),
     "exact_match": Metric("exact match", "higher", share=True),
     "score": Metric("score", "higher", share=True),
-    "agreement": Metric("same next token", "higher", share=True),
     "perplexity_ratio": Metric("perplexity, times the full cache's", "lower", digits=4),
     "kl": Metric("KL divergence, nats per token", "lower"),
+    "agreement": Metric("same next token", "higher", share=True),
     "perplexity": Metric("perplexity", "lower", digits=2),
 }
 
@@ -150,17 +150,19 @@ def short_percent(value: object) -> str:
     return f"{100 * value:.3g}{SPACE}%" if is_number(value) else MISSING
 
 
-def significant(value: object, digits: int = 4) -> str:
-    """At least as many digits as asked for, no power of ten between 0.0001 and 1,000,000."""
+def significant(value: object, digits: int = 4, zeros: bool = False) -> str:
+    """As many digits as asked for, the power of ten apart where the number is below 0.0001 or long; `zeros` keeps
+    those at the end."""
     if not is_number(value):
         return MISSING
     if value == 0:
         return "0"
-    power = math.floor(math.log10(abs(value)))
-    if not -5 <= power < 6:
-        return f"{value:.{digits - 1}e}"
-    text = f"{value:,.{max(0, digits - 1 - power)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    power = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    short = -4 <= power < 6
+    text = f"{value:,.{max(0, digits - 1 - power)}f}" if short else f"{value / 10.0**power:.{digits - 1}f}"
+    if "." in text and not zeros:
+        text = text.rstrip("0").rstrip(".")
+    return text if short else f"{text}e{power}"
 
 
 def measured(metric: str, value: object) -> str:
@@ -170,7 +172,7 @@ def measured(metric: str, value: object) -> str:
     kind = metric_of(metric)
     if kind.share:
         return percent(value)
-    return f"{value:,.{kind.digits}f}" if kind.digits is not None else significant(value)
+    return f"{value:,.{kind.digits}f}" if kind.digits is not None else significant(value, zeros=True)
 
 
 def interval(metric: str, low: object, high: object) -> str:

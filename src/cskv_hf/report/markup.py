@@ -1,4 +1,4 @@
-"""HTML and SVG as strings. Text is escaped unless it was made here, so that nothing read from a file becomes markup."""
+"""HTML and SVG as strings. Text is escaped unless it was made here: nothing read from a file becomes markup."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def page(data: dict[str, Any]) -> str:
     ]
     shown = [section for section in sections if section is not None]
     whole = [Section("summary", "Summary", summary(data, shown)), *shown, environment_section(data)]
-    name, base = data["adapter"]["name"], data["adapter"]["base_model"]
+    named = [str(result["model"]["name"]) for result in data["results"] if result["model"].get("name")]
+    name, base = data["adapter"]["name"], (named or [data["adapter"]["base_model"]])[0]
     title = f"CSKV report: {name}"
     contents = [tag("a", section.title, href=f"#{section.id}") for section in whole]
     body = tag(
@@ -118,8 +119,8 @@ def _description(adapter: dict[str, Any]) -> list[object]:
         f"{adapter['window']} and the first {adapter['sinks']} tokens, keys and values are kept as low-rank latents, "
         f"{packed}: ",
         tag("strong", f"{percent(adapter['bytes_per_token'] / adapter['full_bytes_per_token'])} of the bytes"),
-        f" of a 16-bit cache, {budget}. {model['model_type']}, {model['num_hidden_layers']} layers of "
-        f"{model['num_key_value_heads']} KV heads × {model['head_dim']}; {INITS[adapter['init']]}"
+        f" of a 16-bit cache, {budget}. Made for {model['model_type']} with {model['num_hidden_layers']} layers of "
+        f"{model['num_key_value_heads']} KV heads × {model['head_dim']}: {INITS[adapter['init']]}"
         f"{', about the mean' if adapter['centers'] else ''}; {spent}; key layout {adapter['key_layout']}.{fitted}",
     ]
 
@@ -144,7 +145,13 @@ def _tiles(data: dict[str, Any]) -> list[Safe]:
     for facet in facets(rows):
         row = next(r for r in rows if facet_of(r) == facet)
         kind = metric_of(facet.metric)
-        if facet.metric in ("perplexity_ratio", "accuracy", "f1") and len(tiles) < 4 and is_number(row["value"]):
+        known = {f.metric for f in facets(rows[: rows.index(row)])}  # one tile for a measure, the first
+        if (
+            facet.metric not in known
+            and facet.metric in ("perplexity_ratio", "accuracy", "f1")
+            and len(tiles) < 4
+            and is_number(row["value"])
+        ):
             name = (
                 kind.name[0].upper() + kind.name[1:]
                 if facet.metric != "perplexity_ratio"
@@ -193,7 +200,7 @@ def _evaluation_rows(data: dict[str, Any]) -> list[Row]:
 
 
 def _headline_rows(data: dict[str, Any]) -> list[Row]:
-    """Measurements of ours at this adapter's compression and window: of the fit, then of the table of methods."""
+    """Measurements of ours at this adapter's compression and window: of the table of methods, then of the fit."""
     adapter = data["adapter"]
 
     def fits(row: Row) -> bool:
@@ -203,7 +210,7 @@ def _headline_rows(data: dict[str, Any]) -> list[Row]:
 
     methods = [row for row in of_table(data["rows"], "methods") if fits(row)]
     plain = [row for row in methods if "+" not in row["method"]]
-    return [row for row in _evaluation_rows(data) if row["method"] != FULL] + (plain or methods)
+    return (plain or methods) + [row for row in _evaluation_rows(data) if row["method"] != FULL]
 
 
 def _quality_table(data: dict[str, Any]) -> Safe:
@@ -226,8 +233,7 @@ def _quality_table(data: dict[str, Any]) -> Safe:
             lines.append(
                 Line(
                     [
-                        benchmark_name(facet.benchmark),
-                        facet.group,
+                        (benchmark_name(facet.benchmark), facet.group),
                         metric_of(facet.metric).name,
                         value_of(row),
                         other,
@@ -238,7 +244,6 @@ def _quality_table(data: dict[str, Any]) -> Safe:
     name = f"ours, {short_percent(data['adapter']['compression'])} removed"
     heads = [
         Head("benchmark", text=True),
-        Head("group", text=True),
         Head("measure", text=True),
         Head(name),
         Head("full cache"),

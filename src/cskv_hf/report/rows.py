@@ -64,7 +64,7 @@ def facets(rows: Sequence[Row]) -> list[Facet]:
 
 
 def charted(rows: Sequence[Row]) -> list[Facet]:
-    """The facets worth a chart: those with a number, and no perplexity where its ratio to the full cache's is there."""
+    """The facets worth a chart: those with a number, and no perplexity where its ratio is there."""
     found = facets([row for row in rows if is_number(row["value"])])
     ratios = {(f.benchmark, f.group) for f in found if f.metric == "perplexity_ratio"}
     return [f for f in found if f.metric != "perplexity" or (f.benchmark, f.group) not in ratios]
@@ -127,7 +127,8 @@ def value_axis(facet: Facet, rows: Sequence[Row]) -> Axis:
     if not kind.share and len(positive) > 1 and min(values) >= 0 and max(positive) / min(positive) > WIDE_RATIO:
         return Axis(label, *log_domain(positive), "log", significant)
     if kind.share:
-        low, high = linear_domain(values, low=0.0 if min(values) < 0.9 else None, high=1.0)
+        low, high = linear_domain(values)
+        low, high = 0.0 if low < 0.6 else low, 1.0 if high > 0.7 else high
         return Axis(label, low, high, format=short_percent)
     return Axis(label, *linear_domain(values), format=significant)
 

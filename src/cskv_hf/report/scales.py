@@ -93,8 +93,8 @@ def log_domain(values: Sequence[float]) -> tuple[float, float]:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions moved as little as possible (in squares) so that neighbours are `gap` apart, within `low` and `high` as
-    long as there is room; the order stays."""
+    """Positions moved as little as possible (in squares) so that neighbours are `gap` apart, within `low` and `high`
+    as long as there is room; the order stays."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     pools: list[list[float]] = []  # [sum, count] of what has to move together, gaps taken out
     for rank, i in enumerate(order):

@@ -33,7 +33,6 @@ from .rows import (
     facets,
     in_order,
     of_table,
-    reference_of,
     removed,
     series_by,
     share_of,
@@ -45,7 +44,6 @@ from .tables import Head, Line, table
 
 KNOWN_TABLES = ("methods", "initialisation", "window", "budget", "quantisation", "needle")
 MEASURE = "cskv eval {adapter} --tables {table} --out results.json"
-MOST_COLUMNS = 12  # of a heat map
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ def quantisation_section(data: dict[str, Any]) -> Section:
     for facet in facets(rows):
         mine = [row for row in rows if facet_of(row) == facet]
         compressions = sorted({row["compression"] for row in mine if is_number(row["compression"])})
-        columns = [c for c in compressions] + ([None] if any(not is_number(r["compression"]) for r in mine) else [])
+        columns = list(compressions) + ([None] if any(not is_number(r["compression"]) for r in mine) else [])
         names = list(dict.fromkeys((row["method"], detail_text(row)) for row in mine))
         heads = [Head("method", text=True)]
         heads += [Head(MISSING if c is None else f"{short_percent(c)} removed") for c in columns]
@@ -294,8 +292,8 @@ def comparison_section(data: dict[str, Any]) -> Section:
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         mine = [row for row in rows if row["benchmark"] == benchmark]
         heads = [
-            Head("method", text=True), Head("removed"), Head("bytes", "per old token"), Head("share", "of the full cache"),
-            Head("cache", "as measured"),
+            Head("method", text=True), Head("removed"), Head("bytes", "per old token"),
+            Head("share", "of the full cache"), Head("cache", "as measured"),
         ]  # fmt: skip
         full_bytes = data["adapter"]["full_bytes_per_token"]
         lines = [
@@ -334,12 +332,13 @@ def pivot(
         if len(totals) == 1 and is_number(next(iter(totals))):
             notes.append(f"{count(next(iter(totals)))} cases")
         all_heads.append(Head(metric_of(facet.metric).name, ", ".join(n for n in notes if n)))
+    mixed = not all(is_ours(row["method"]) for row in rows)  # else there is nothing to point out
     lines, last = [], None
     for key, cells in found.items():
         some = next(iter(cells.values()))
         values = [value_of(cells[facet]) if facet in cells else "" for facet in columns]
         starts = groups and last is not None and some["compression"] != last["compression"]
-        lines.append(Line([*key[: len(heads)], *values], is_ours(some["method"]), starts))
+        lines.append(Line([*key[: len(heads)], *values], mixed and is_ours(some["method"]), starts))
         last = some
     return table(caption, all_heads, lines)
 

@@ -19,7 +19,7 @@ def write_report(
 
     Args:
         adapter_dir: directory of a fitted adapter.
-        results_paths: results files of `cskv eval`, of the adapter's model; may be empty, then sections without data say
+        results_paths: results files of `cskv eval`, of the adapter's model. May be empty: sections without data say
             what to run.
         out: the page, a file ending in ``.html``; the JSON gets the same name ending in ``.json``. A directory gets
             ``report.html`` and ``report.json``.
