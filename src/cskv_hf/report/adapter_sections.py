@@ -33,7 +33,7 @@ def memory_section(data: dict[str, Any]) -> Section:
     )
     tokens, sizes = [p["tokens"] for p in curve], [p["cache_bytes"] for p in curve] + [p["full_bytes"] for p in curve]
     x = Axis("tokens in the cache", tokens[0], tokens[-1], "log2", count, count=6)
-    y = Axis("bytes of the cache, one sequence", *log_domain(sizes), "log", size, count=6)
+    y = Axis("bytes of the cache, one sequence", *log_domain(sizes), "log", lambda v: size(v, zeros=False), count=6)
     last = curve[-1]
     description = (
         f"At {count(last['tokens'])} tokens the full cache takes {size(last['full_bytes'])}, this adapter "

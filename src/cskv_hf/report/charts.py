@@ -16,6 +16,7 @@ from .scales import Scale, linear_ticks, log_ticks, power_ticks, spread, text_wi
 WIDTH, HEIGHT = 420, 270
 LABEL, TICK = 12.0, 11.0  # text, pixels
 LONGEST_LABEL = 24  # characters
+HEAT_TEXT = 0.66  # the share from which on the text of a field has the other colour
 
 
 @dataclass(frozen=True)
@@ -327,10 +328,10 @@ def heat_map(
                 continue
             share = min(1.0, max(0.0, cell.share))
             parts.append(
-                tag("rect", tag("title", cell.title), **box, class_="heat", fill_opacity=f"{0.04 + 0.96 * share:.2f}")
+                tag("rect", tag("title", cell.title), **box, class_="heat", fill_opacity=f"{heat_opacity(share):.2f}")
             )
             if widest < field - 4:
-                style = "heat-text high" if share > 0.62 else "heat-text"
+                style = "heat-text high" if share > HEAT_TEXT else "heat-text"
                 parts.append(_text(cell.text, box["x"] + box["width"] / 2, box["y"] + 17, style, "middle"))
     last = -1e9
     for c, column in enumerate(columns):
@@ -340,6 +341,11 @@ def heat_map(
             last = place + half
     parts.append(_text(x_label, left + field * len(columns) / 2, height - 5, "unit", "middle"))
     return _svg(title, description, width, height, parts)
+
+
+def heat_opacity(share: float) -> float:
+    """Of the colour of a field over the page's: even 0 is told from a field without a value."""
+    return 0.04 + 0.96 * share
 
 
 def _svg(title: str, description: str, width: float, height: float, parts: Sequence[Safe]) -> Safe:

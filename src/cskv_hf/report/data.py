@@ -147,7 +147,7 @@ def layer_data(config: CSKVConfig, layer_idx: int) -> dict[str, Any]:
     for side, format in (("key", keys), ("value", values)):
         data |= {
             f"{side}_rank": format.rank,
-            f"{side}_bits": mean_bits(format),
+            f"{side}_bits": mean_bits(format) if format.rank else 0.0,
             f"{side}_channels": channels_by_bits(format),
             f"{side}_bytes": format.bytes_per_token(torch.bfloat16),
         }

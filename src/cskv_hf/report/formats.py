@@ -130,14 +130,21 @@ def exact(value: object) -> str:
     return f"{value:,.4f}".rstrip("0").rstrip(".") if is_number(value) else MISSING
 
 
-def size(value: object) -> str:
-    """A number of bytes in a unit that suits it, three significant digits; 1 kB is 1,000 bytes."""
+def size(value: object, zeros: bool = True) -> str:
+    """A number of bytes in a unit that suits it, three significant digits; 1 kB is 1,000 bytes.
+
+    Args:
+        zeros: whether to keep those at the end.
+    """
     if not is_number(value):
         return MISSING
     unit = 0
     while unit < 4 and float(f"{value:.3g}") >= 1000:
         value, unit = value / 1000, unit + 1
-    text = f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    places = 0 if unit == 0 and float(value).is_integer() else 2 if value < 9.995 else 1 if value < 99.95 else 0
+    text = f"{value:,.{places}f}"
+    if places and not zeros:
+        text = text.rstrip("0").rstrip(".")
     return f"{text}{SPACE}{('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 

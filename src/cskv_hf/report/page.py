@@ -241,13 +241,14 @@ def _quality_table(data: dict[str, Any]) -> Safe:
                     ]
                 )
             )
-    name = f"ours, {short_percent(data['adapter']['compression'])} removed"
+    asked = data["adapter"]["compression"]
+    name = f"ours, {short_percent(asked)} removed" if is_number(asked) else "this adapter"
     heads = [
         Head("benchmark", text=True),
         Head("measure", text=True),
         Head(name),
         Head("full cache"),
-        Head("cases"),
+        Head("n"),
     ]
     note = tag("p", "Small numbers are 95\u00a0% intervals.", class_="note")
     return join([tag("h3", "Quality at a glance"), table("Quality at a glance", heads, lines), note])

@@ -114,7 +114,7 @@ def tooltip(row: Row) -> str:
     if is_number(row["bytes_per_token"]):
         parts.append(f"{exact(row['bytes_per_token'])}{SPACE}bytes per old token")
     if is_number(row["total"]):
-        parts.append(f"{row['total']:,}{SPACE}cases")
+        parts.append(f"n{SPACE}={SPACE}{row['total']:,}")
     return "; ".join(parts)
 
 

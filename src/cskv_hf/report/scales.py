@@ -57,6 +57,8 @@ def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
         for t in (10.0**e, 2 * 10.0**e, 5 * 10.0**e)
         if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)
     ]
+    if len(fine) < 2:
+        return linear_ticks(low, high, count)
     if len(fine) <= count:
         return fine
     decades = [e for e in range(first, last + 1) if low * (1 - 1e-9) <= 10.0**e <= high * (1 + 1e-9)]
@@ -66,7 +68,7 @@ def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
 def power_ticks(low: float, high: float, count: int = 6) -> list[float]:
     """At most `count` powers of two between `low` and `high`, in equal ratios."""
     first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
-    return [2.0**e for e in _every(list(range(first, last + 1)), count)]
+    return [2.0**e for e in _every(list(range(first, last + 1)), count)] or linear_ticks(low, high, count)
 
 
 def _every(exponents: list[int], count: int) -> list[int]:

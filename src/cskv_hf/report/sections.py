@@ -330,7 +330,7 @@ def pivot(
         totals = {row["total"] for row in (cells.get(facet) for cells in found.values()) if row}
         notes = [facet.group if one else facet.name]
         if len(totals) == 1 and is_number(next(iter(totals))):
-            notes.append(f"{count(next(iter(totals)))} cases")
+            notes.append(f"n = {count(next(iter(totals)))}")
         all_heads.append(Head(metric_of(facet.metric).name, ", ".join(n for n in notes if n)))
     mixed = not all(is_ours(row["method"]) for row in rows)  # else there is nothing to point out
     lines, last = [], None
@@ -362,7 +362,7 @@ def all_rows(rows: Sequence[Row]) -> Safe:
     heads = [
         Head("table", text=True), Head("method", text=True), Head("removed"), Head("window"), Head("keys"),
         Head("bytes", "per old token"), Head("share"), Head("cache", "bytes"), Head("benchmark", text=True),
-        Head("group", text=True), Head("measure", text=True), Head("value"), Head("cases"), Head("skipped"),
+        Head("group", text=True), Head("measure", text=True), Head("value"), Head("n"), Head("skipped"),
         Head("seconds"), Head("details", text=True),
     ]  # fmt: skip
     lines = [
