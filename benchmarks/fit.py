@@ -1,9 +1,10 @@
 """How long a fit computes per layer of an 8B-shaped model, the pass over the data aside: python benchmarks/fit.py
 
 One attention layer of Llama-3.1-8B's sizes (hidden 4096, 32 query heads, 8 KV heads x 128) with random weights and
-moments, through the functions that `fit` calls: error weights, factors of keys and values, and the layer's report; and
-the allocation of bits to all channels of 32 such layers at 95 %. The pass over the data is one forward of the model;
-probing the sensitivity is two forwards per layer over 1,024 tokens, and is not part of this either.
+moments, through the functions that `fit` calls: error weights, factors of keys and values, and the layer's report; the
+allocation of bits to all channels of 32 such layers at 95 %; and with ``--probe LAYERS`` the probing of the
+sensitivity over 1,024 tokens, on a model of so many layers of Mistral-7B's sizes that share one layer's weights. The
+pass over the data is one forward of the model and not part of this.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from cskv_hf import CSKVConfig, KVStatistics, ModelShape
 from cskv_hf.config import num_key_groups
 from cskv_hf.fitting import layer_bases, layer_report
 from cskv_hf.plan import plan
+from cskv_hf.sensitivity import measure_sensitivity
+from cskv_hf.statistics import collect_statistics
 
 SIZES = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, num_hidden_layers=1)
 TOKENS = 8192
+PROBE_TOKENS = 1024
 
 
 def moment(size: int) -> torch.Tensor:
@@ -72,10 +76,46 @@ def allocate_model(key_layout: str) -> float:
     return seconds
 
 
+def deep_model(num_layers: int) -> LlamaForCausalLM:
+    """A model of Mistral-7B's sizes and so many layers, which compute as many would and hold the weights of one."""
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": num_layers}, intermediate_size=14336, vocab_size=32000)
+    config.num_hidden_layers = 1
+    model = LlamaForCausalLM(config).eval()
+    first = model.model.layers[0]
+    config.num_hidden_layers = num_layers
+    for index in range(1, num_layers):
+        with torch.device("meta"):
+            layer = type(first)(config, index)
+        layer.load_state_dict(first.state_dict(), assign=True)
+        model.model.layers.append(layer.eval())
+    return model
+
+
+def probe_model(num_layers: int) -> dict[str, float]:
+    """Seconds of the probing, of one forward, and what they come to for 32 layers: L + L (L + 1) runs of a layer."""
+    model, ids = deep_model(num_layers), torch.randint(32000, (PROBE_TOKENS,))
+    statistics = collect_statistics(model, [ids], progress=False)
+    attention = model.model.layers[0].self_attn
+    bases = [layer_bases(attention, statistics, i, CSKVConfig(), 8) for i in range(num_layers)]
+    started = time.perf_counter()
+    measure_sensitivity(model, bases, [ids], progress=False)
+    probing = time.perf_counter() - started
+    started = time.perf_counter()
+    with torch.no_grad():
+        model.lm_head(model.model.embed_tokens(ids)).log_softmax(-1)
+    head = time.perf_counter() - started
+    layer = (probing - (1 + 2 * num_layers) * head) / (num_layers + num_layers * (num_layers + 1))
+    return {
+        "layers": num_layers, "probing": probing, "head": head, "layer": layer,
+        "of_32_layers": (32 + 32 * 33) * layer + 65 * head,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--probe", type=int, default=0, metavar="LAYERS", help="also probe a model of so many layers")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -92,9 +132,19 @@ def main() -> None:
     allocation = {layout: allocate_model(layout) for layout in results}
     for layout, seconds in allocation.items():
         print(f"{layout:<12}{seconds:>10.2f}           allocation, 32 layers")
+    probe = None
+    if args.probe:
+        probe = probe_model(args.probe)
+        print(
+            f"probing     {probe['probing']:>10.0f}           {args.probe} layers, {PROBE_TOKENS} tokens; a layer "
+            f"{probe['layer']:.1f}, the head {probe['head']:.1f}\n"
+            f"            {probe['of_32_layers'] / 60:>10.0f} min       32 layers, by these"
+        )
     if args.out:
         machine = {"cpu": platform.machine(), "threads": args.threads, "torch": torch.__version__}
-        args.out.write_text(json.dumps({"machine": machine, "seconds": results, "allocation": allocation}, indent=1))
+        args.out.write_text(
+            json.dumps({"machine": machine, "seconds": results, "allocation": allocation, "probe": probe}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -75,6 +75,27 @@ def test_numbers_of_the_speed_page_are_those_of_the_results():
         assert f"| {row['cache']} | {row['held'] / 1e6:,.1f} | {row['peak'] / 1e6:,.1f} | {share:.1f} % |" in page
 
 
+def test_needle_numbers_are_those_of_the_results():
+    """Every row of both tables, and the means over all cases."""
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results" / "needle.json").read_text())["results"]
+    rows, caches = {}, {}
+    for result in results:
+        scores = result["scores"]
+        share = sum(s["value"] * s["total"] for s in scores) / sum(s["total"] for s in scores)
+        assert f" {share:.3f} (" in page
+        caches.setdefault(result["haystack"].split(",")[0], []).append(result["cache"])
+        if result["cache"] != "window":
+            late = result["haystack"] == "prose, no prefix"  # the last number of a cell
+            for score in scores:
+                size, depth = score["group"].split(", depth ")
+                rows.setdefault(size, {}).setdefault(depth, []).append((late, f"{score['value']:.2f}"))
+    for size, cells in rows.items():
+        texts = [" / ".join(value for _, value in sorted(cell, key=lambda c: c[0])) for cell in cells.values()]
+        assert f"| {size} | {' | '.join(texts)} |" in page
+    assert caches["lines"] == ["full cache", "window", "80% removed", "95% removed"] and len(rows) == 8
+
+
 def test_python_in_the_docs_compiles_and_names_what_exists():
     for page in PAGES:
         for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):

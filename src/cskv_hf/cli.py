@@ -186,6 +186,117 @@ def inspect(
         raise typer.BadParameter(str(error)) from error
 
 
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[str, typer.Argument(help="Adapter or model, id or directory; or 'bundled'.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json and the answers.")],
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text:FILE, generations:FILE, lines:COUNT, lines:FILE, topics:FILE, needle:FILE, longbench:FILE, "
+            "lveval:FILE; may be given several times. 'bundled' has its own."
+        ),
+    ] = None,
+    tables: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the paper, fitted to a model without adapter: methods, initialisation, window, budget, "
+            "quantisation; separated by commas. Default: all for 'bundled', methods for another model."
+        ),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Text to fit the tables' adapters on.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Cases of a group, or rows of text, at most.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a row of text, and of the longest haystack.")] = 2048,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Calibration tokens at most.")] = 65536,
+    epochs: Annotated[float, typer.Option(help="Of training, for the paper's recipe.")] = 2.0,
+    learning_rate: Annotated[float, typer.Option(help="Of training; the paper's is 5e-5, for 7B.")] = 1e-3,
+    lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
+    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+) -> None:
+    """Measure an adapter, or the paper's tables on a model, and print and save the numbers with their intervals.
+
+    An interrupted run continues where it was when started again with the same --out.
+    """
+    from .evaluate.inputs import evaluate
+
+    try:
+        evaluate(
+            model,
+            out,
+            benchmark or [],
+            tables=tables.split(",") if tables else None,
+            data=data,
+            limit=limit,
+            length=length,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            lm_eval_tasks=lm_eval.split(",") if lm_eval else [],
+            device_map=device_map,
+            dtype=dtype,
+            say=typer.echo,
+        )
+    except (ValueError, ImportError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Adapter or model, id or directory; or 'bundled'.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 512,
+    full_cache: Annotated[bool, typer.Option("--full-cache", help="Hold the conversation in a full cache.")] = False,
+    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
+    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+) -> None:
+    """Talk to a model, with the whole conversation in one cache, and see what that holds.
+
+    An empty line or end of input ends it; /cache shows what is held, part by part; /new starts over.
+    """
+    import sys
+
+    from transformers import DynamicCache
+
+    from .cache import CSKVCache
+    from .chat import Conversation, StatusStreamer
+    from .evaluate.inputs import load_model
+    from .generation import has_active_adapter
+
+    try:
+        loaded, tokenizer = load_model(model, dtype, device_map)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    compressed = has_active_adapter(loaded) and not full_cache
+
+    def new() -> Conversation:
+        return Conversation(
+            loaded, tokenizer, CSKVCache() if compressed else DynamicCache(), max_new_tokens=max_new_tokens
+        )
+
+    talk, interactive = new(), sys.stdin.isatty()
+    typer.echo(f"{'Compressed' if compressed else 'Full'} cache. An empty line ends; /cache, /new.", err=True)
+    while True:
+        try:
+            text = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        if text == "/new":
+            talk = new()
+        elif text == "/cache":
+            typer.echo(talk.cache.report() if compressed else talk.status())
+        else:
+            try:
+                talk.say(text, StatusStreamer(tokenizer, talk.cache, loaded, interactive))
+            except ValueError as error:
+                typer.echo(str(error), err=True)
+                continue
+            typer.echo(f"[{talk.status()}]\n", err=True)
+
+
 @app.command()
 def push(
     adapter: Annotated[

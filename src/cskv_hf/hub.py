@@ -114,6 +114,22 @@ def local_adapter(adapter: str | os.PathLike, *, subfolder: str | None = None, *
     return Path(files[0]).parent
 
 
+def dataset_file(repo_id: str, filename: str) -> Path:
+    """A file of a Hub dataset, downloaded unless it is already on this machine.
+
+    Raises:
+        ValueError: if it cannot be had, with the reason and the way around.
+    """
+    try:
+        return Path(hf_hub_download(repo_id, filename, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"'{filename}' of the Hub dataset '{repo_id}' cannot be downloaded "
+            f"({str(error).strip().splitlines()[0]}). Download it where there is a network, unpack it, and give the "
+            "path of its .jsonl file."
+        ) from error
+
+
 def check_adapter_files(folder: Path) -> None:
     """Refuse an adapter directory that cannot be loaded, saying which file is at fault and what to do.
 

@@ -4,17 +4,21 @@ The spectra of a fit say how much of a layer's attention a channel carries, but 
 worth, and energies of keys (errors of scores) and of values (errors of outputs) are in different units. So each side
 of each layer is cut alone, on a few calibration tokens, and the divergence of the next-token distribution is divided
 by the energy that the cut lost. The quotient is the exchange rate that makes all channels of the model comparable.
+
+A cut changes nothing before its layer, so a probe starts there, from the hidden states of the uncut model: half the
+work of whole forwards, and the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from .decompose import Factors
-from .families import attention_layers, key_source
+from .families import decoder_of, key_source
 
 LOST_SHARE = 0.1  # of a side's energy, taken away by a probe; 0.02 to 0.4 measured, 0.05 to 0.2 make little difference
 LEAST = 1e-12  # of a divergence, so that a layer nobody reads still gets a price
@@ -51,6 +55,43 @@ def _replace_by(projection: torch.Tensor, mean: torch.Tensor):
         return projected.reshape(output.shape).to(output.dtype)
 
     return hook
+
+
+@contextmanager
+def _inputs_kept(layers: nn.ModuleList) -> Iterator[list[list[torch.Tensor]]]:
+    """Collects, per layer, the hidden states that it reads in every forward, (batch, length, hidden_size), on the
+    CPU."""
+    inputs: list[list[torch.Tensor]] = [[] for _ in layers]
+
+    def keep(index: int):
+        return lambda layer, args: inputs[index].append(args[0].cpu())
+
+    handles = [layer.register_forward_pre_hook(keep(index)) for index, layer in enumerate(layers)]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _starting_at(layers: nn.ModuleList, index: int, hidden_states: torch.Tensor) -> Iterator[None]:
+    """Within it a forward of the model starts at layer `index`, which reads `hidden_states`; those before it hand on
+    what they get."""
+    before = list(layers[:index])
+    forwards = [layer.__dict__.get("forward") for layer in before]  # of offloaded layers
+    handle = layers[index].register_forward_pre_hook(lambda layer, args: (hidden_states.to(args[0].device), *args[1:]))
+    for layer in before:
+        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    try:
+        yield
+    finally:
+        handle.remove()
+        for layer, forward in zip(before, forwards):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def _divergence(full: torch.Tensor, cut: torch.Tensor) -> float:
@@ -93,22 +134,25 @@ def measure_sensitivity(
 
     was_training = model.training
     model.eval()
-    reference = [log_probabilities(ids) for ids in batches]
+    layers = decoder_of(model).layers
+    tokens = sum(ids.shape[1] for ids in batches)
     sensitivity = []
     try:
-        layers = list(zip(attention_layers(model), bases))
-        for attention, sides in tqdm(layers, desc="Probing", unit="layer", disable=not progress):
+        with _inputs_kept(layers) as inputs:
+            reference = [log_probabilities(ids) for ids in batches]
+        probed = list(zip(layers, bases))
+        for index, (layer, sides) in enumerate(tqdm(probed, desc="Probing", unit="layer", disable=not progress)):
             rates = []
-            for module, factors in zip((key_source(attention), attention.v_proj), sides):
+            for module, factors in zip((key_source(layer.self_attn), layer.self_attn.v_proj), sides):
                 projection, lost = probe_cut(factors)
                 handle = module.register_forward_hook(_replace_by(projection, factors.mean))
                 try:
-                    divergence = sum(
-                        _divergence(full, log_probabilities(ids)) for full, ids in zip(reference, batches)
-                    )
+                    divergence = 0.0
+                    for full, ids, hidden_states in zip(reference, batches, inputs[index]):
+                        with _starting_at(layers, index, hidden_states):
+                            divergence += _divergence(full, log_probabilities(ids))
                 finally:
                     handle.remove()
-                tokens = sum(ids.shape[1] for ids in batches)
                 rates.append(max(divergence / tokens, LEAST) / max(lost, torch.finfo(torch.float64).tiny))
             sensitivity.append(rates)
     finally:

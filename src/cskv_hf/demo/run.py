@@ -4,7 +4,6 @@ initialisation."""
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +14,16 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache
-from transformers.trainer_callback import PrinterCallback
 
 from ..cache import CSKVCache
 from ..config import CSKVConfig
 from ..evaluate.baselines import WindowOnlyCache
 from ..evaluate.lines import LineRecord, line_record, line_retrieval
 from ..evaluate.memory import cache_nbytes
+from ..evaluate.methods import Calibration, train_in_place
 from ..evaluate.perplexity import Perplexity, compressed_perplexity
 from ..fitting import fit
-from ..statistics import KVStatistics, collect_statistics
-from ..train import CSKVTrainer, training_arguments
+from ..statistics import collect_statistics
 from . import MODEL_PATH
 from .corpus import reference_topics
 from .present import NUM_LINES, Row, format_table, save_results
@@ -148,26 +146,6 @@ def ways() -> list[Way]:
     return [*plain, *ours]
 
 
-def train_in_place(
-    model: nn.Module,
-    data: list[torch.Tensor],
-    statistics: KVStatistics,
-    objective: str = "attention",
-    epochs: float = TRAIN_EPOCHS,
-    learning_rate: float = TRAIN_LR,
-) -> None:
-    """A short training on the calibration data, quantisation-aware for packed latents; leaves no files."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(
-            folder, num_train_epochs=epochs, learning_rate=learning_rate, lr_scheduler_type="linear",
-            disable_tqdm=True, save_strategy="no", logging_strategy="no",
-        )  # fmt: skip
-        rows = [{"input_ids": row} for row in data]
-        trainer = CSKVTrainer(model, arguments, rows, objective=objective, statistics=statistics)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-
-
 def run_demo(out: Path, num_records: int = 30, say: Callable[[str], None] = print) -> list[Row]:
     """Fit, generate, measure, print; saves ``demo.json`` and ``demo.png`` in `out`.
 
@@ -196,7 +174,7 @@ def run_demo(out: Path, num_records: int = 30, say: Callable[[str], None] = prin
         for i, way in enumerate(todo):
             model = fit(model, statistics, way.config, adapter_name=f"way{i}", progress=False)
             if way.train:
-                train_in_place(model, data, statistics)
+                train_in_place(model, Calibration(statistics, data, TRAIN_EPOCHS, TRAIN_LR), "attention")
             compression = way.config.compression
             rows.append(measure(way.name, compression, model, tokenizer, CSKVCache, text, records, full)[0])
             bar.update()

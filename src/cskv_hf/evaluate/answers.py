@@ -57,9 +57,10 @@ def answer_cases(
     limit = context_length(model)
     prompts = [encode_prompt(tokenizer, case) for case in cases]
     order = sorted(range(len(cases)), key=lambda i: len(prompts[i]))  # of like length: little padding
-    fits = [i for i in order if len(prompts[i]) + cases[i].max_new_tokens <= limit]
+    sizes = [len(prompt) + case.max_new_tokens for prompt, case in zip(prompts, cases)]
+    fits = [i for i in order if sizes[i] <= limit]
     answers = {
-        keys[i]: Answer(cases[i].id, cases[i].group, None, None, len(prompts[i])) for i in order if i not in set(fits)
+        keys[i]: Answer(cases[i].id, cases[i].group, None, None, len(prompts[i])) for i in order if sizes[i] > limit
     }
     batches = [fits[start : start + batch_size] for start in range(0, len(fits), batch_size)]
     with tqdm(total=len(fits), desc=description, unit="case", disable=not progress) as bar:
@@ -95,7 +96,7 @@ def generate_answers(
     stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops and len({c.stop for c in cases}) == 1 else {}
     output = model.generate(
         input_ids=input_ids,
-        attention_mask=mask if longest > min(len(p) for p in prompts) else None,
+        attention_mask=mask,
         past_key_values=make_cache(),
         max_new_tokens=max(case.max_new_tokens for case in cases),
         do_sample=False,

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from ..cache import CSKVCache
+from .intervals import mean_interval
 from .perplexity import Perplexity
 
 
@@ -24,18 +25,34 @@ class Comparison:
 
     Attributes:
         full, compressed: perplexity over the full cache and over the one measured.
-        kl: KL(full || compressed) of the next-token distribution, in nats per token.
-        agreement: share of tokens at which both predict the same.
+        kl_by_row: (rows,) KL(full || compressed) of the next-token distribution, in nats per token.
+        agreement_by_row: (rows,) share of tokens at which both predict the same.
     """
 
     full: Perplexity
     compressed: Perplexity
-    kl: float
-    agreement: float
+    kl_by_row: torch.Tensor
+    agreement_by_row: torch.Tensor
+
+    @property
+    def kl(self) -> float:
+        return float(self.kl_by_row.mean())
+
+    @property
+    def agreement(self) -> float:
+        return float(self.agreement_by_row.mean())
 
     @property
     def ratio(self) -> float:
         return self.compressed.value / self.full.value
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % intervals of ``ratio`` (paired), ``kl`` and ``agreement``, by a bootstrap over rows."""
+        return {
+            "ratio": self.compressed.ratio_interval(self.full),
+            "kl": mean_interval(self.kl_by_row),
+            "agreement": mean_interval(self.agreement_by_row),
+        }
 
 
 @torch.no_grad()
@@ -60,10 +77,11 @@ def compare_with_full_cache(
     rows, length = input_ids.shape
     if length <= skip + 1:
         raise ValueError(f"Rows of {length} tokens leave nothing to score after `skip`={skip}.")
-    losses, divergence, same = torch.zeros(2, rows, dtype=torch.float64), 0.0, 0
+    losses = torch.zeros(2, rows, dtype=torch.float64)
+    divergence, same = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
     for first in range(0, rows, batch_size):
         batch = input_ids[first : first + batch_size].to(model.device)
-        caches = DynamicCache(), make_cache()
+        caches, here = (DynamicCache(), make_cache()), slice(first, first + len(batch))
         for start in range(0, length - 1, stride):
             piece = batch[:, start : min(start + stride, length - 1)]
             scored = slice(max(0, skip - start - 1), None)
@@ -73,14 +91,12 @@ def compare_with_full_cache(
             )
             targets = batch[:, start + 1 : start + 1 + piece.shape[1]][:, scored, None]
             for side, likelihood in enumerate((full, other)):
-                losses[side, first : first + len(batch)] -= (
-                    likelihood.gather(-1, targets)[..., 0].sum(1).double().cpu()
-                )
-            divergence += float((full.exp() * (full - other)).sum())
-            same += int((full.argmax(-1) == other.argmax(-1)).sum())
-    tokens = rows * (length - skip)
-    full, compressed = (Perplexity(loss / (length - skip), tokens) for loss in losses)
-    return Comparison(full, compressed, divergence / tokens, same / tokens)
+                losses[side, here] -= likelihood.gather(-1, targets)[..., 0].sum(1).double().cpu()
+            divergence[here] += (full.exp() * (full - other)).sum((1, 2)).double().cpu()
+            same[here] += (full.argmax(-1) == other.argmax(-1)).sum(1).double().cpu()
+    scored = length - skip
+    full, compressed = (Perplexity(loss / scored, rows * scored) for loss in losses)
+    return Comparison(full, compressed, divergence / scored, same / scored)
 
 
 def evaluation_record(model: nn.Module, input_ids: torch.Tensor, source: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Nothing but attention over the whole record can answer it, which makes it the sh
 from __future__ import annotations
 
 import copy
-import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+
+from .intervals import wilson_interval
 
 QUESTION = "what is the content in line {key}?\n"
 LINE = "line {key}: REGISTER_CONTENT is <{value}>\n"
@@ -86,9 +87,9 @@ class Accuracy:
 
     @property
     def margin(self) -> float:
-        """Half the width of the 95 % Wilson interval."""
-        n, p, z = self.total, self.value, 1.96
-        return z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        """Half the width of the 95 % Wilson interval, which is never clipped but for rounding."""
+        low, high = wilson_interval(self.correct, self.total)
+        return (high - low) / 2
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +21,22 @@ def held_nbytes(cache: Cache, dtype: torch.dtype | None = None) -> int:
         groups = [tensors for layer in cache.layers for tensors in layer.tensors().values()]
         held, rest = [t for tensors in groups for t in tensors], cache.tokens.nbytes
     else:
-        held, rest = [t for layer in cache.layers for t in (layer.keys, layer.values)], 0
+        layers = cache.layers
+        held = [t for layer in layers for value in vars(layer).values() for t in _plain_tensors(value)]
+        rest = 0
     if dtype is None:
         return rest + sum(t.untyped_storage().nbytes() for t in held)
     model_dtype = cache.layers[0].keys.dtype
     return rest + sum(t.numel() * (dtype.itemsize if t.dtype == model_dtype else t.itemsize) for t in held)
+
+
+def _plain_tensors(value: Any) -> list[torch.Tensor]:
+    """A tensor, or the tensors that one of a quantised class is made of."""
+    if not isinstance(value, torch.Tensor):
+        return []
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [t for name in value.__tensor_flatten__()[0] for t in _plain_tensors(getattr(value, name))]
 
 
 @torch.no_grad()

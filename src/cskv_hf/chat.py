@@ -1,0 +1,93 @@
+"""A conversation in one cache: every turn reads what the cache kept of the turns before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TextStreamer
+from transformers.cache_utils import Cache
+
+from .config import ModelShape
+from .evaluate.memory import held_nbytes
+
+
+class Conversation:
+    """Turns of a user and a model that share one cache.
+
+    The history is rendered anew for every turn, with the tokenizer's chat template where it has one. What the cache
+    holds of it stays; where a template renders earlier turns differently (some drop the model's reasoning), the cache
+    is cut back to where they still agree.
+
+    Args:
+        model: with or without a CSKV adapter.
+        cache: an empty one, which holds the conversation.
+        generate: further arguments of `generate`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, cache: Cache, **generate: Any) -> None:
+        self.model, self.tokenizer, self.cache, self.arguments = model, tokenizer, cache, generate
+        self.messages: list[dict[str, str]] = []
+        self.held: list[int] = []  # tokens that the cache has seen
+
+    def say(self, text: str, streamer: TextStreamer | None = None) -> str:
+        """One turn; returns the answer, and streams it on the way.
+
+        Raises:
+            ValueError: if the conversation is longer than the model's context; nothing is changed then.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._render(messages)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and len(ids) >= limit:
+            raise ValueError(
+                f"The conversation has {len(ids):,} tokens, the model's context {limit:,}. Start a new one."
+            )
+        agreed = next((i for i, (a, b) in enumerate(zip(self.held, ids)) if a != b), min(len(self.held), len(ids) - 1))
+        if agreed < len(self.held):
+            self.cache.crop(agreed - len(self.held))
+        output = self.model.generate(
+            input_ids=torch.tensor([ids], device=self.model.device),
+            past_key_values=self.cache,
+            streamer=streamer,
+            **self.arguments,
+        )
+        self.held = output[0, : self.cache.get_seq_length()].tolist()
+        answer = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return answer
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+        if getattr(self.tokenizer, "chat_template", None):
+            return list(
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            )
+        text = "".join(message["content"] + "\n" for message in messages)  # a base model goes on with the text
+        return list(self.tokenizer(text)["input_ids"])
+
+    def status(self) -> str:
+        """What the cache holds, and what a full one would."""
+        return cache_status(self.cache, self.model)
+
+
+def cache_status(cache: Cache, model: nn.Module) -> str:
+    shape, tokens = ModelShape.from_model_config(model.config), cache.get_seq_length()
+    if not tokens:
+        return "empty"
+    full = tokens * 2 * shape.num_hidden_layers * shape.kv_dim * model.dtype.itemsize
+    held = held_nbytes(cache)
+    return f"{tokens:,} tokens in {held:,} bytes, {100 * held / full:.0f} % of a full cache"
+
+
+class StatusStreamer(TextStreamer):
+    """Streams the answer, and shows what the cache holds in the title of the terminal as it grows."""
+
+    def __init__(self, tokenizer: Any, cache: Cache, model: nn.Module, show: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.cache, self.model, self.show = cache, model, show
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if self.show:
+            print(f"\033]0;cache: {cache_status(self.cache, self.model)}\007", end="", flush=True)

@@ -1,0 +1,147 @@
+"""Ways of holding a KV cache that are measured side by side: the full one, this project's, the paper's recipe, a
+window alone, and transformers' own quantised cache."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, QuantizedCache
+from transformers.cache_utils import Cache
+from transformers.trainer_callback import PrinterCallback
+
+from ..cache import CSKVCache
+from ..config import CSKVConfig, ModelShape
+from ..fitting import fit
+from ..statistics import KVStatistics
+from ..train import CSKVTrainer, training_arguments
+from ..tuner import sidecars
+from .baselines import WindowOnlyCache, clamp_formats
+
+KINDS = ("cskv", "full", "window", "quantized")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of holding a cache.
+
+    Attributes:
+        name: as tables call it.
+        kind: ``"cskv"`` (an adapter), ``"full"`` (DynamicCache), ``"window"`` (sinks and as many recent tokens as
+            the bytes allow, StreamingLLM-style), ``"quantized"`` (transformers' QuantizedCache, quanto).
+        compression: of the bytes of an old token that is asked for; None where the kind has none.
+        settings: of [`CSKVConfig`], for an adapter to be fitted; None for the adapter that the model has.
+        train: whether the factors are fine-tuned after the fit, quantisation-aware where they are packed.
+        clamped: whether latents are stored with the quantiser of the paper's published code.
+        cache: further arguments of the cache: ``window`` of a CSKVCache, ``nbits`` of a QuantizedCache.
+        details: what a table wants to say about it.
+    """
+
+    name: str
+    kind: str = "cskv"
+    compression: float | None = None
+    settings: dict[str, Any] | None = None
+    train: bool = False
+    clamped: bool = False
+    cache: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def factors(self) -> dict[str, Any]:
+        """What the adapter depends on: methods alike in it share one fit and one training."""
+        return {"settings": self.settings, "train": self.train, "clamped": self.clamped}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its measurements depend on, as JSON values; not what it is called."""
+        return {k: v for k, v in asdict(self).items() if k not in ("name", "details")}
+
+
+@dataclass
+class Calibration:
+    """What adapters are fitted and trained with.
+
+    Attributes:
+        statistics: of the model, over `rows`.
+        rows: token ids, one tensor a row; not of the text that is evaluated.
+        epochs, learning_rate: of the training, over `rows`.
+    """
+
+    statistics: KVStatistics
+    rows: Sequence[torch.Tensor]
+    epochs: float = 1.0
+    learning_rate: float = 1e-3
+
+
+def prepare(model: nn.Module, method: Method, calibration: Calibration | None) -> nn.Module:
+    """The model with the method's adapter fitted (and trained), as the only one; unload it afterwards.
+
+    Raises:
+        ValueError: without calibration, or if the settings are not possible on this model.
+    """
+    if calibration is None:
+        raise ValueError(f"'{method.name}' is fitted first, which needs calibration data; give it with `--data`.")
+    fitted = fit(model, calibration.statistics, CSKVConfig(**method.settings), progress=False)
+    if method.clamped:
+        clamp_formats(fitted)
+    if method.train:
+        objective = "mse" if method.settings.get("init") in ("asvd", "svd", "random") else "attention"
+        train_in_place(fitted, calibration, objective)
+    return fitted
+
+
+def train_in_place(model: nn.Module, calibration: Calibration, objective: str) -> None:
+    """A short training on the calibration rows, quantisation-aware for packed latents; leaves no files."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(
+            folder, num_train_epochs=calibration.epochs, learning_rate=calibration.learning_rate,
+            lr_scheduler_type="linear", disable_tqdm=True, save_strategy="no", logging_strategy="no",
+        )  # fmt: skip
+        rows = [{"input_ids": row} for row in calibration.rows]
+        trainer = CSKVTrainer(model, arguments, rows, objective=objective, statistics=calibration.statistics)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def cache_maker(method: Method, model: nn.Module, length: int) -> Callable[[], Cache]:
+    """A function that makes the method's cache for the prepared model.
+
+    Args:
+        length: tokens of the context that is measured; a window alone gets the bytes that an adapter of the same
+            `compression` needs for so many.
+    """
+    if method.kind == "full":
+        return DynamicCache
+    if method.kind == "quantized":
+        return lambda: QuantizedCache("quanto", model.config, **method.cache)
+    if method.kind == "window":
+        window = equal_bytes_window(method.compression, length, **method.cache)
+        return lambda: WindowOnlyCache(window)
+    return lambda: CSKVCache(**method.cache)
+
+
+def equal_bytes_window(compression: float, length: int, window: int = 32, sinks: int = 4, block_size: int = 32) -> int:
+    """Recent tokens that a window with sinks may keep, at the bytes that CSKV holds after `length` tokens.
+
+    CSKV's own exact tokens, and the share that `compression` leaves of every other one.
+    """
+    old = max(0, (length - sinks - window) // block_size) * block_size
+    return max(window, length - sinks - old + int((1 - compression) * old))
+
+
+def bytes_of_old_token(model: nn.Module, method: Method) -> float | None:
+    """Bytes of one more old token in a 16-bit model, all layers; None where a cache has no such number."""
+    shape = ModelShape.from_model_config(model.config)
+    full = 2.0 * 2 * shape.num_hidden_layers * shape.kv_dim
+    if method.kind == "full":
+        return full
+    if method.kind == "window":
+        return 0.0
+    if method.kind != "cskv":
+        return None
+    held = [sidecar.formats[sidecar.adapter_in_use] for sidecar in sidecars(model)]
+    return sum(f.bytes_per_token(torch.bfloat16) for formats in held for f in formats) + 4.0  # and the position

@@ -1,0 +1,251 @@
+"""Measuring a list of methods on a list of benchmarks: one file of results, which an interrupted run goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..config import POSITION_BYTES, CSKVConfig, ModelShape
+from .benchmarks import Benchmark, Measurement
+from .memory import cache_nbytes
+from .methods import Calibration, Method, bytes_of_old_token, cache_maker, prepare
+
+VERSION = 1
+
+
+class Suite:
+    """One model, the benchmarks it is measured on, and the results so far.
+
+    Args:
+        model: without an adapter, or with one, which then is what ``Method.settings=None`` stands for.
+        out: folder of ``results.json`` and of answers.
+        settings: what the results depend on besides the methods: model, data, sizes; an interrupted run goes on only
+            under the same.
+        calibration: makes what adapters are fitted with; called once, when first needed.
+
+    Raises:
+        ValueError: if `out` holds results under other settings, or a file that is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        benchmarks: Sequence[Benchmark],
+        out: Path,
+        settings: dict[str, Any],
+        calibration: Callable[[], Calibration] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.benchmarks, self.out = model, tokenizer, benchmarks, out
+        self.settings = json.loads(json.dumps(settings))
+        self._make_calibration, self._calibration = calibration, None
+        self.path = out / "results.json"
+        self.rows: list[dict[str, Any]] = self._earlier_rows()
+
+    def run(
+        self,
+        tables: dict[str, list[Method]],
+        only: dict[str, Sequence[str]] | None = None,
+        say: Callable[[str], None] = print,
+    ) -> list[dict[str, Any]]:
+        """Measure every method of every table; a method that several tables share is measured once.
+
+        Methods that are not possible on this model, or whose package is missing, are said and left out.
+
+        Args:
+            tables: lists of methods by name.
+            only: the benchmarks of a table, by their names; all of them where a table is not named.
+
+        Returns:
+            The rows of ``results.json``.
+        """
+        only = only or {}
+        todo: dict[str, tuple[Method, list[Benchmark]]] = {}
+        for name, table in tables.items():
+            wanted = [b for b in self.benchmarks if b.name in only.get(name, [b.name])]
+            for method in table:
+                held = todo.setdefault(_key(method.identity), (method, []))[1]
+                held += [b for b in wanted if all(b is not h for h in held) and not self._measured(method, b)]
+        by_factors: dict[str, list[tuple[Method, list[Benchmark]]]] = {}
+        for method, benchmarks in todo.values():
+            factors = method.factors if method.settings else {"kind": method.kind}
+            if benchmarks:
+                by_factors.setdefault(_key(factors), []).append((method, benchmarks))
+        with tqdm(total=len(todo), desc="Measuring", unit="method") as bar:
+            bar.update(len(todo) - sum(map(len, by_factors.values())))
+            for alike in by_factors.values():
+                self._measure_alike(alike, bar, say)
+        self._write(tables)
+        return self.table_rows(tables)
+
+    def table_rows(self, tables: dict[str, list[Method]]) -> list[dict[str, Any]]:
+        """The measurements, per table and in its order."""
+        by_key: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            by_key.setdefault(row["key"], []).append(row)
+        return [
+            {"table": name, "method": method.name, **{k: v for k, v in row.items() if k not in ("key", "details")},
+             "details": {**method.details, **row["details"]}}
+            for name, table in tables.items()
+            for method in table
+            for row in by_key.get(_key(method.identity), [])
+        ]  # fmt: skip
+
+    def _measure_alike(self, alike: list[tuple[Method, list[Benchmark]]], bar: tqdm, say) -> None:
+        """Methods that share their factors, which are fitted and trained once."""
+        fitted, first, started = self.model, alike[0][0], time.perf_counter()
+        try:
+            if first.settings is not None:
+                fitted = prepare(self.model, first, self.calibration)
+        except ValueError as error:
+            say(f"{first.name}: not possible on this model: {error}")
+            bar.update(len(alike))
+            return
+        try:
+            for method, benchmarks in alike:
+                for benchmark in benchmarks:
+                    self._measure(fitted, method, benchmark, started, say)
+                    started = time.perf_counter()
+                bar.update()
+        finally:
+            if fitted is not self.model:
+                self.model = fitted.unload()
+
+    def _measure(self, model: nn.Module, method: Method, benchmark: Benchmark, started: float, say) -> None:
+        make_cache, key = cache_maker(method, model, benchmark.length), _key(method.identity)
+        try:
+            make_cache()
+        except (ImportError, ValueError) as error:  # a backend that is not installed, a model that it does not serve
+            say(f"{method.name}: left out: {' '.join(str(error).split())}")
+            return
+        settings = {**self.settings, "method": method.identity, "benchmark": benchmark.name}
+        answers = self.out / "answers" / f"{_slug(benchmark.name)}-{_digest(key)}.jsonl"
+        measured = benchmark.run(model, self.tokenizer, make_cache, answers, settings)
+        seconds = time.perf_counter() - started
+        sizes = _sizes(model, method, make_cache, benchmark)
+        self.rows += [_row(key, method, benchmark, m, sizes, seconds) for m in measured]
+        self._write()
+
+    @property
+    def calibration(self) -> Calibration | None:
+        if self._calibration is None and self._make_calibration is not None:
+            self._calibration = self._make_calibration()
+        return self._calibration
+
+    def _measured(self, method: Method, benchmark: Benchmark) -> bool:
+        key = _key(method.identity)
+        return any(row["key"] == key and row["benchmark"] == benchmark.name for row in self.rows)
+
+    def _earlier_rows(self) -> list[dict[str, Any]]:
+        working = self.out / "measured.json"
+        if not working.exists():
+            return []
+        try:
+            held = json.loads(working.read_text(encoding="utf-8"))
+            settings, rows = held["settings"], held["rows"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"'{working}' is no file of measurements; remove it to start over.") from error
+        if settings != self.settings:
+            raise ValueError(
+                f"'{working}' was measured under other settings ({settings}) than these ({self.settings}). Give "
+                "another folder, or remove it to start over."
+            )
+        return rows
+
+    def _write(self, tables: dict[str, list[Method]] | None = None) -> None:
+        """``measured.json``, what is known so far; with tables ``results.json`` too."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        _replace(self.out / "measured.json", {"settings": self.settings, "rows": self.rows})
+        if tables is not None:
+            content = {
+                "version": VERSION,
+                "environment": environment(),
+                "model": describe(self.model, self.settings.get("model", "")),
+                "settings": self.settings,
+                "rows": self.table_rows(tables),
+            }
+            _replace(self.path, content)
+
+
+def _row(
+    key: str, method: Method, benchmark: Benchmark, measured: Measurement, sizes: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    return {
+        "key": key,
+        "kind": method.kind,
+        "compression": method.compression,
+        "benchmark": benchmark.name,
+        **asdict(measured),
+        **sizes,
+        "seconds": round(seconds, 2),
+    }
+
+
+def _sizes(model: nn.Module, method: Method, make_cache: Callable, benchmark: Benchmark) -> dict[str, Any]:
+    """Bytes of an old token and of a whole context, in a 16-bit model, counted on tensors."""
+    shape = ModelShape.from_model_config(model.config)
+    full = 2 * 2 * shape.num_hidden_layers * shape.kv_dim
+    ids = torch.ones(1, benchmark.length, dtype=torch.long, device=model.device)
+    held = cache_nbytes(model, make_cache, ids, torch.bfloat16)
+    per_token = bytes_of_old_token(model, method)
+    if method.clamped:  # which stores its latents unpacked; these are the bytes it stands for
+        old = CSKVConfig(**method.settings).num_old_tokens(benchmark.length)
+        held = round((benchmark.length - old) * (full + POSITION_BYTES) + old * per_token)
+    return {
+        "bytes_per_token": per_token,
+        "share": None if per_token is None else per_token / full,
+        "context_tokens": benchmark.length,
+        "cache_bytes": held,
+        "cache_share": held / (full * benchmark.length),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, as results carry them."""
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        **versions, "cskv_hf": version("cskv-hf"), "python": platform.python_version(), "machine": platform.machine(),
+        "device": device, "threads": str(torch.get_num_threads()),
+    }  # fmt: skip
+
+
+def describe(model: nn.Module, name: str) -> dict[str, Any]:
+    shape = ModelShape.from_model_config(model.config)
+    return {
+        "name": name,
+        "layers": shape.num_hidden_layers,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "parameters": sum(p.numel() for n, p in model.named_parameters() if "cskv" not in n),
+    }
+
+
+def _key(value: dict[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text)
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(new, path)

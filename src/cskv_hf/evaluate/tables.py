@@ -1,0 +1,170 @@
+"""The tables of the CSKV paper as lists of methods, with this project's beside them (Wang et al. 2024, section 3).
+
+"Removed" is the share of an old token's bytes in a 16-bit model. The paper's recipe keeps the same rank in every
+layer, in 16 bits, and trains the factors on the calibration text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..config import ModelShape
+from .methods import Method
+
+PLAIN = {"bits": 16, "allocation": "uniform"}
+FULL = Method("full cache", kind="full")
+RATIOS = (0.5, 0.6, 0.7, 0.8)
+WINDOWS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+FEW_WINDOWS = (2, 8, 32, 128, 512)
+SPLITS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # of the channels kept, those of keys
+FEW_SPLITS = (0.25, 0.5, 0.75)
+
+
+def percent(compression: float) -> str:
+    return f"{100 * compression:g} %"
+
+
+def paper(compression: float, init: str = "asvd", train: bool = True, **details) -> Method:
+    """The paper's recipe: uniform ranks, 16 bits, an initialisation and, unless told otherwise, training."""
+    name = f"{percent(compression)} {init}" + (" + training" if train else "")
+    settings = {"compression": compression, "init": init, **PLAIN}
+    return Method(name, compression=compression, settings=settings, train=train, details=details)
+
+
+def ours(compression: float, **settings) -> Method:
+    """What `compression` gives by default: no training, ranks and bits by one budget."""
+    return Method(
+        f"{percent(compression)} ours", compression=compression, settings={"compression": compression, **settings}
+    )
+
+
+def packed_paper(rank_removed: float, kv_dim: int, *, train: bool, clamped: bool) -> Method:
+    """The paper's ranks at `rank_removed`, packed in 4 bits in its layout: keys per channel, values per token."""
+    rank = kept_rank(rank_removed, kv_dim)
+    quantiser, way = "its quantiser" if clamped else "our quantiser", "QAT" if train else "PTQ"
+    settings = {
+        "key_rank": rank, "value_rank": rank, "init": "asvd", "bits": 4, "allocation": "uniform",
+        "key_group": [32, 1], "value_group": [1, rank],
+    }  # fmt: skip
+    return Method(
+        f"{percent(rank_removed)} of the channels, 4 bits, {quantiser}, {way}",
+        settings=settings,
+        train=train,
+        clamped=clamped,
+        details={"rank_removed": rank_removed, "quantiser": quantiser, "way": way},
+    )
+
+
+def kept_rank(removed: float, kv_dim: int) -> int:
+    """Channels that the paper keeps of a layer's keys or values."""
+    return max(1, round((1 - removed) * kv_dim))
+
+
+def methods_table(shape: ModelShape) -> list[Method]:
+    """Table 1: the methods at 50, 80 and 95 %, at equal bytes, and transformers' quantised cache at its own."""
+    table = [FULL]
+    table += [
+        Method(f"quantised, {nbits} bits (quanto)", kind="quantized", cache={"nbits": nbits, "residual_length": 32})
+        for nbits in (4, 2)
+    ]
+    for compression in (0.5, 0.8):
+        window = Method(f"{percent(compression)} window + sinks", kind="window", compression=compression)
+        table += [window, paper(compression, train=False), paper(compression), ours(compression)]
+    table.append(Method(f"{percent(0.95)} window + sinks", kind="window", compression=0.95))
+    table += [packed_paper(0.8, shape.kv_dim, train=train, clamped=True) for train in (False, True)]
+    table.append(ours(0.95))
+    return table
+
+
+def initialisation_table(shape: ModelShape) -> list[Method]:
+    """Table 2: where training starts from; and the closed form, not trained, in the same ranks and bits."""
+    table = [FULL]
+    for compression in RATIOS:
+        table += [paper(compression, init) for init in ("random", "svd", "asvd")]
+        table += [paper(compression, init, train=False) for init in ("mse", "attention")]
+        table.append(ours(compression))
+    return table
+
+
+def window_table(shape: ModelShape) -> list[Method]:
+    """Table 3: exact tokens at 80 %, in the paper's recipe and in ours."""
+    table = [FULL]
+    for method, windows in ((paper(0.8), WINDOWS), (ours(0.8), FEW_WINDOWS)):
+        for window in windows:
+            table.append(
+                Method(
+                    f"{method.name}, window {window}",
+                    compression=method.compression,
+                    settings=method.settings,
+                    train=method.train,
+                    cache={"window": window},
+                    details={"window": window, "recipe": method.name},
+                )
+            )
+    return table
+
+
+def budget_table(shape: ModelShape) -> list[Method]:
+    """Table 4: how the channels are split between keys and values, in the paper's recipe and with the closed form, in
+    16 bits; and the split that the allocation finds."""
+    table = [FULL]
+    for removed in (0.5, 0.75):
+        channels = 2 * kept_rank(removed, shape.kv_dim)
+        for init, train, shares in (("asvd", True, SPLITS), ("attention", False, FEW_SPLITS)):
+            for share in shares:
+                key_rank = max(1, round(share * channels))
+                settings = {"key_rank": key_rank, "value_rank": channels - key_rank, "init": init, **PLAIN}
+                if max(key_rank, channels - key_rank) > shape.kv_dim:
+                    continue
+                recipe = init + (" + training" if train else "")
+                table.append(
+                    Method(
+                        f"{percent(removed)} {recipe}, {percent(share)} for keys",
+                        settings=settings,
+                        train=train,
+                        details={"key_share": share, "recipe": recipe, "removed": removed},
+                    )
+                )
+        automatic = ours(removed, bits=16)
+        table.append(
+            Method(f"{automatic.name}, allocated", compression=removed, settings=automatic.settings,
+                   details={"recipe": "allocated", "removed": removed})
+        )  # fmt: skip
+    return table
+
+
+def quantisation_table(shape: ModelShape) -> list[Method]:
+    """Table 5: none, post-training and quantisation-aware, at four ratios, with the paper's quantiser and with ours;
+    and this project's allocation at the bytes of each."""
+    table = [FULL]
+    full = 2 * shape.kv_dim * 2
+    for removed in RATIOS:
+        table.append(paper(removed))
+        packed = [
+            packed_paper(removed, shape.kv_dim, train=train, clamped=clamped)
+            for clamped in (True, False)
+            for train in (False, True)
+        ]
+        rank = kept_rank(removed, shape.kv_dim)
+        bytes_per_token = rank * (4 / 8 + 4 / 32) + rank * 4 / 8 + 4  # keys and values, ranges of 2 x 16 bits
+        table += packed
+        equal = round(1 - bytes_per_token / full, 3)
+        table.append(ours(equal))
+    return table
+
+
+TABLES: dict[str, Callable[[ModelShape], list[Method]]] = {
+    "methods": methods_table,
+    "initialisation": initialisation_table,
+    "window": window_table,
+    "budget": budget_table,
+    "quantisation": quantisation_table,
+}
+
+
+def adapter_table(compression: float | None) -> list[Method]:
+    """A model with an adapter of its own: the full cache, a window of equal bytes, and the adapter."""
+    table = [FULL]
+    if compression is not None:
+        table.append(Method(f"{percent(compression)} window + sinks", kind="window", compression=compression))
+    return [*table, Method("this adapter", compression=compression)]

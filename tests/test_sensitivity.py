@@ -1,0 +1,78 @@
+"""Probing: what each layer's keys and values are worth, against whole forwards of a model that is cut by hand."""
+
+import pytest
+import torch
+from conftest import FAMILIES, calibration_data, make_model
+
+from cskv_hf.config import CSKVConfig
+from cskv_hf.families import attention_layers, key_source
+from cskv_hf.fitting import layer_bases
+from cskv_hf.sensitivity import measure_sensitivity, probe_cut
+from cskv_hf.statistics import collect_statistics
+
+
+def bases_of(model):
+    statistics = collect_statistics(model, calibration_data(model), progress=False)
+    layers = attention_layers(model)
+    heads = model.config.num_key_value_heads
+    return [layer_bases(layer, statistics, i, CSKVConfig(), heads) for i, layer in enumerate(layers)]
+
+
+@torch.no_grad()
+def by_whole_forwards(model, bases, samples):
+    """The definition: cut one side of one layer, run the model, divergence per token over energy lost."""
+    rates = []
+    for attention, sides in zip(attention_layers(model), bases):
+        for module, factors in zip((key_source(attention), attention.v_proj), sides):
+            projection, lost = probe_cut(factors)
+
+            def cut(module, args, output, projection=projection, mean=factors.mean):
+                flat = (output.flatten(2) - mean).unflatten(2, projection.shape[:2])
+                kept = (projection @ flat[..., None])[..., 0].flatten(2) + mean
+                return kept.view_as(output)
+
+            total = 0.0
+            for ids in samples:
+                full = model(ids[None]).logits[0].float().log_softmax(-1)
+                handle = module.register_forward_hook(cut)
+                other = model(ids[None]).logits[0].float().log_softmax(-1)
+                handle.remove()
+                total += float((full.exp() * (full - other)).sum())
+            rates.append(total / sum(map(len, samples)) / lost)
+    return rates
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_whole_forwards(family):
+    """A cut leaves everything before its layer as it was, so starting there changes nothing; and nothing stays
+    behind on the model."""
+    model = make_model(family, num_hidden_layers=3)
+    bases = bases_of(model)
+    generator = torch.Generator().manual_seed(5)
+    samples = [torch.randint(2, 80, (40,), generator=generator) for _ in range(2)]  # dynamic RoPE remembers lengths
+    before = model(samples[0][None]).logits
+    measured = measure_sensitivity(model, bases, samples, progress=False)
+    expected = by_whole_forwards(model, bases, samples)
+    assert [rate for sides in measured for rate in sides] == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(model(samples[0][None]).logits, before)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_probe_computes_only_what_follows():
+    """Layers before the one that is cut do not run: L + 2 (L + (L - 1) + ... + 1) runs of a layer per sample."""
+    model = make_model(num_hidden_layers=4)
+    bases, runs = bases_of(model), [0]
+    for attention in attention_layers(model):
+        attention.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    measure_sensitivity(model, bases, [torch.arange(2, 40)], progress=False)
+    assert runs == [4 + 2 * (4 + 3 + 2 + 1)]
+
+
+def test_the_model_is_whole_again_after_an_error():
+    model = make_model(num_hidden_layers=3)
+    bases = bases_of(model)
+    bases[2] = (None, None)
+    with pytest.raises(AttributeError):
+        measure_sensitivity(model, bases, [torch.arange(2, 40)], progress=False)
+    assert not any("forward" in module.__dict__ for module in model.modules())

@@ -1,0 +1,202 @@
+"""Measuring methods side by side: each once, at equal bytes, and to the same end however often it was interrupted."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import calibration_data, lossy, make_model, prompt
+
+from cskv_hf import CSKVCache, CSKVConfig, collect_statistics
+from cskv_hf.config import ModelShape
+from cskv_hf.evaluate.baselines import WindowOnlyCache
+from cskv_hf.evaluate.benchmarks import ALL, CaseBenchmark, Measurement, TextBenchmark, long_generations
+from cskv_hf.evaluate.cases import Case
+from cskv_hf.evaluate.format import markdown_table, text_tables
+from cskv_hf.evaluate.memory import cache_nbytes
+from cskv_hf.evaluate.methods import Calibration, Method, equal_bytes_window
+from cskv_hf.evaluate.suite import Suite
+from cskv_hf.evaluate.tables import FULL, TABLES, adapter_table, ours, paper
+
+SMALL = {"window": 8, "sinks": 3, "block_size": 4}
+PLAIN = Method("plain", compression=0.5, settings={"compression": 0.5, "bits": 16, "allocation": "uniform", **SMALL})
+TRAINED = dataclasses.replace(PLAIN, name="trained", train=True)
+WIDER = dataclasses.replace(PLAIN, name="wider", cache={"window": 16})
+
+
+def calibration(model):
+    rows = [row for batch in calibration_data(model) for row in batch]
+    return Calibration(collect_statistics(model, rows, progress=False), rows[:2])
+
+
+def suite(out, model=None, settings=None):
+    model = model or make_model(num_hidden_layers=2)
+    text = [TextBenchmark("text", prompt(3, 80), skip=20), TextBenchmark("more", prompt(2, 80, seed=4), skip=20)]
+    return Suite(model, None, text, out, settings or {"model": "tiny"}, lambda: calibration(model))
+
+
+def test_every_method_once_and_the_model_left_as_it_was(tmp_path, monkeypatch):
+    import cskv_hf.evaluate.suite as module
+
+    prepared, real = [], module.prepare
+    monkeypatch.setattr(module, "prepare", lambda *args: prepared.append(args[1].name) or real(*args))
+    measure = suite(tmp_path)
+    before = {name: tensor.clone() for name, tensor in measure.model.state_dict().items()}
+    tables = {"one": [FULL, PLAIN, TRAINED], "two": [FULL, PLAIN, WIDER]}
+    rows = measure.run(tables)
+    assert prepared == ["plain", "trained"]  # "wider" has the factors of "plain"
+    assert [(r["table"], r["method"]) for r in rows[::8]] == [
+        (name, method.name) for name, table in tables.items() for method in table
+    ]
+    assert rows == json.loads((tmp_path / "results.json").read_text())["rows"]
+    value = {(r["table"], r["method"]): r["value"] for r in rows if r["metric"] == "KL" and r["benchmark"] == "text"}
+    assert value["one", "full cache"] == 0 < value["two", "wider"] < value["one", "plain"]
+    assert value["one", "plain"] == value["two", "plain"] != value["one", "trained"]
+    after = measure.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    tables = {"one": [FULL, PLAIN, TRAINED]}
+
+    def without_seconds(rows):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    whole = without_seconds(suite(tmp_path / "whole").run(tables))
+    real, runs = TextBenchmark.run, []
+
+    def interrupted(self, *args):
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        runs.append(self.name)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextBenchmark, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            suite(tmp_path / "part").run(tables)
+    monkeypatch.setattr(TextBenchmark, "run", lambda self, *args: runs.append(self.name) or real(self, *args))
+    assert without_seconds(suite(tmp_path / "part").run(tables)) == whole
+    assert len(runs) == 6  # three methods on two texts, none twice
+    with pytest.raises(ValueError, match="measured under other settings"):
+        suite(tmp_path / "part", settings={"model": "other"})
+    (tmp_path / "part" / "measured.json").write_text("{")
+    with pytest.raises(ValueError, match="is no file of measurements; remove it"):
+        suite(tmp_path / "part")
+
+
+def test_what_is_not_possible_is_said_and_left_out(tmp_path):
+    said = []
+    impossible = Method("too small", compression=0.999, settings={"compression": 0.999, **SMALL})
+    rows = suite(tmp_path).run({"one": [impossible, FULL]}, say=said.append)
+    assert {row["method"] for row in rows} == {"full cache"}
+    assert "too small: not possible on this model: " in said[0]
+
+
+def test_an_adapter_of_its_own(tmp_path):
+    model = lossy(make_model())
+    rows = suite(tmp_path, model).run({"adapter": adapter_table(0.6)})
+    assert [row["method"] for row in rows[::8]] == ["full cache", "60 % window + sinks", "this adapter"]
+    shape = ModelShape.from_model_config(model.config)
+    assert rows[-1]["bytes_per_token"] == model.peft_config["default"].bytes_per_token(shape)
+
+
+@pytest.mark.parametrize("length", [60, 200, 777])
+@pytest.mark.parametrize("compression", [0.5, 0.8])
+def test_a_window_gets_the_bytes_of_the_compressed_cache(length, compression):
+    """To within the block that a window holds more before it lets go of it."""
+    model = make_model()
+    window = equal_bytes_window(compression, length)
+    alone = cache_nbytes(model, lambda: WindowOnlyCache(window), prompt(1, length), torch.bfloat16)
+    model = lossy(model, compression, window=32, sinks=4, block_size=32)
+    compressed = cache_nbytes(model, CSKVCache, prompt(1, length), torch.bfloat16)
+    token = 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
+    assert abs(alone - compressed) <= 33 * token
+
+
+@pytest.mark.parametrize("shape", [ModelShape("llama", 4, 2, 64), ModelShape("mistral", 32, 8, 128)])
+def test_the_tables_are_valid_and_hold_no_method_twice(shape):
+    for name, table in TABLES.items():
+        methods = table(shape)
+        assert len({m.name for m in methods}) == len(methods), name
+        assert len({json.dumps(m.identity, sort_keys=True) for m in methods}) == len(methods), name
+        for method in methods:
+            if method.settings:
+                CSKVConfig(**method.settings)
+    assert paper(0.8).settings["init"] == "asvd" and paper(0.8).train and not ours(0.8).train
+
+
+def test_quantised_budgets_are_those_of_the_paper_packed_at_the_same_rank():
+    """Ours beside the paper's 4 bits costs no more bytes than the paper's layout at that rank."""
+    shape = ModelShape("llama", 4, 2, 64)
+    table = TABLES["quantisation"](shape)
+    for method, packed in ((m, p) for p, m in itertools.pairwise(table) if m.name.endswith("ours")):
+        config = CSKVConfig(**packed.settings)
+        config.key_ranks, config.value_ranks = [[config.key_rank]] * 4, [config.value_rank] * 4
+        config.key_bits = [[[[4, config.key_rank]]]] * 4
+        config.value_bits = [[[4, config.value_rank]]] * 4
+        cost = sum(f.bytes_per_token(torch.bfloat16) for i in range(4) for f in config.formats(i))
+        budget = (1 - method.compression) * 4 * 2 * shape.kv_dim * 2
+        assert 0.97 * cost < budget < 1.03 * cost
+
+
+def test_cases_are_averaged_over_all_groups(tmp_path):
+    class Words:
+        pad_token_id = eos_token_id = 0
+        chat_template = None
+
+        def __call__(self, text):
+            return {"input_ids": [2 + ord(c) % 80 for c in text]}
+
+        def decode(self, ids, **kwargs):
+            return " ".join(map(str, ids.tolist()))
+
+    cases = [
+        Case(str(i), f"{i % 3} groups", "x" * (5 + i), ("1",), lambda answer, case: float(case.id in "02"), 3)
+        for i in range(6)
+    ]
+    cases.append(Case("long", "0 groups", "y" * 5000, ("1",), lambda answer, case: 1.0, 3))
+    model = make_model(max_position_embeddings=512)
+    benchmark = CaseBenchmark("cases", cases, 20, "accuracy", batch_size=2)
+    measured = benchmark.run(model, Words(), FULL_CACHE, tmp_path / "answers.jsonl", {})
+    assert [(m.group, m.value, m.total, m.skipped) for m in measured] == [
+        ("0 groups", 0.5, 2, 1),
+        ("1 groups", 0.0, 2, 0),
+        ("2 groups", 0.5, 2, 0),
+        (ALL, pytest.approx(2 / 6), 6, 1),
+    ]
+
+
+def FULL_CACHE():
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def test_long_generations_are_the_models_own():
+    model = make_model()
+    rows = long_generations(model, prompt(3, 10), 20, batch_size=2)
+    assert rows.shape == (3, 30) and torch.equal(rows[:, :10], prompt(3, 10))
+    alone = model.generate(prompt(3, 10)[2:], max_new_tokens=20, do_sample=False)
+    assert torch.equal(rows[2:], alone)
+    sampled = long_generations(model, prompt(3, 10), 20, batch_size=2, seed=1)
+    assert not torch.equal(sampled, rows)
+    assert torch.equal(sampled, long_generations(model, prompt(3, 10), 20, batch_size=2, seed=1))
+
+
+def test_tables_for_people(tmp_path):
+    def row(method, group, metric, value, benchmark="lines", margin=0.01):
+        measured = Measurement(group, metric, value, value - margin, value + margin, 100)
+        return {"table": "methods", "method": method, "benchmark": benchmark, "cache_share": 0.25,
+                "bytes_per_token": 1234.0, **dataclasses.asdict(measured)}  # fmt: skip
+
+    rows = [row("a method", f"{n} lines", "accuracy", 0.5 + n / 100) for n in (10, 20)]
+    rows += [row("a method", "5 rows", metric, 1.25, "text") for metric in ("perplexity ratio", "KL", "agreement")]
+    rows += [row("m" * 60, "10 lines", "accuracy", 0.125)]
+    text = text_tables(rows)
+    assert max(map(len, text.split("\n"))) <= 80
+    assert next(line.split()[-2:] for line in text.split("\n") if line.startswith("a method")) == ["0.600", "0.700"]
+    assert "1.2500" in text and [line.split()[-1] for line in text.split("\n") if "mmm" in line] == ["-"]
+    markdown = markdown_table(rows, "methods", [("lines", "10 lines", "accuracy", "10 lines")])
+    assert "| a method | 1,234 | 25.0 % | 0.600 ±0.010 |" in markdown
