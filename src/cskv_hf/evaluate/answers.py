@@ -63,7 +63,7 @@ def answer_cases(
         keys[i]: Answer(cases[i].id, cases[i].group, None, None, len(prompts[i])) for i in order if sizes[i] > limit
     }
     batches = [fits[start : start + batch_size] for start in range(0, len(fits), batch_size)]
-    with tqdm(total=len(fits), desc=description, unit="case", disable=not progress) as bar:
+    with tqdm(total=len(fits), desc=description, unit="case", leave=False, disable=not progress) as bar:
         for batch in batches:
             if all(keys[i] in done for i in batch):
                 answers |= {keys[i]: done[keys[i]] for i in batch}

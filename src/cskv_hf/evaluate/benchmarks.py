@@ -163,7 +163,8 @@ def long_generations(
             torch.manual_seed(seed + first)
         rows.append(
             model.generate(
-                input_ids=batch, past_key_values=DynamicCache(), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                input_ids=batch, attention_mask=torch.ones_like(batch), past_key_values=DynamicCache(),
+                max_new_tokens=new_tokens, min_new_tokens=new_tokens,
                 do_sample=seed is not None, top_k=0 if seed is not None else None,
                 pad_token_id=model.generation_config.pad_token_id or 0,
             )
