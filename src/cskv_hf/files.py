@@ -69,8 +69,8 @@ def replace_directory(path: Path, write: Callable[[Path], Any]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def replace_json(path: Path, content: Any) -> None:
-    """Write a JSON file beside `path`, then put it in its place."""
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file beside `path`, then put it in the place of `path`, which is kept until then."""
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    new.write_text(text, encoding="utf-8")
     os.replace(new, path)

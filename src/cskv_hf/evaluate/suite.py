@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import POSITION_BYTES, CSKVConfig, ModelShape
-from ..files import replace_json
+from ..files import replace_file
 from .benchmarks import Benchmark, Measurement
 from .memory import cache_nbytes
 from .methods import Calibration, Method, bytes_of_old_token, cache_maker, prepare
@@ -166,7 +166,7 @@ class Suite:
     def _write(self, tables: dict[str, list[Method]] | None = None) -> None:
         """``measured.json``, what is known so far; with tables ``results.json`` too."""
         self.out.mkdir(parents=True, exist_ok=True)
-        replace_json(self.out / "measured.json", {"settings": self.settings, "rows": self.rows})
+        replace_file(self.out / "measured.json", json.dumps({"settings": self.settings, "rows": self.rows}, indent=1))
         if tables is not None:
             content = {
                 "version": VERSION,
@@ -175,7 +175,7 @@ class Suite:
                 "settings": self.settings,
                 "rows": self.table_rows(tables),
             }
-            replace_json(self.path, content)
+            replace_file(self.path, json.dumps(content, indent=1))
 
 
 def _row(

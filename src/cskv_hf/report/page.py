@@ -1,0 +1,309 @@
+"""report.json as one self-contained HTML page: no request, no script. Pure functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .adapter_sections import layers_section, memory_section, spectra_section
+from .formats import (
+    MISSING,
+    benchmark_name,
+    count,
+    exact,
+    interval,
+    is_number,
+    is_ours,
+    measured,
+    metric_of,
+    percent,
+    short_percent,
+    size,
+)
+from .markup import Safe, join, tag
+from .rows import FULL, Row, facet_of, facets, of_table, value_of
+from .sections import (
+    Section,
+    all_rows,
+    budget_section,
+    comparison_section,
+    needle_section,
+    other_section,
+    quality_section,
+    quantisation_section,
+    window_section,
+)
+from .tables import Head, Line, table
+
+STYLE = Path(__file__).with_name("style.css")
+HEADLINE_CONTEXT = 32768  # tokens, of the tile in the summary
+INITS = {
+    "attention": "factors optimal for attention scores and outputs",
+    "mse": "factors of the least mean square error",
+    "asvd": "factors by ASVD of the weights",
+    "svd": "factors by SVD of the weights",
+    "random": "random factors",
+}
+
+
+def page(data: dict[str, Any]) -> str:
+    """The page for what [`report_data`] read."""
+    sections = [
+        memory_section(data),
+        quality_section(data),
+        layers_section(data),
+        spectra_section(data),
+        window_section(data),
+        budget_section(data),
+        quantisation_section(data),
+        needle_section(data),
+        comparison_section(data),
+        other_section(data),
+    ]
+    shown = [section for section in sections if section is not None]
+    whole = [Section("summary", "Summary", summary(data, shown)), *shown, environment_section(data)]
+    named = [str(result["model"]["name"]) for result in data["results"] if result["model"].get("name")]
+    name, base = data["adapter"]["name"], (named or [data["adapter"]["base_model"]])[0]
+    title = f"CSKV report: {name}"
+    contents = [tag("a", section.title, href=f"#{section.id}") for section in whole]
+    body = tag(
+        "body",
+        tag(
+            "header",
+            tag("p", "CSKV report", class_="kicker"),
+            tag("h1", name),
+            tag("p", f"A compressed KV cache for {base}" if base else "A compressed KV cache", class_="subtitle"),
+            tag("nav", contents, aria_label="Contents"),
+        ),
+        tag("main", [tag("section", tag("h2", s.title), s.body, id=s.id) for s in whole]),
+        tag("footer", tag("p", f"Made by cskv-hf {data['cskv_hf']} from the files named above.")),
+    )
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Safe(STYLE.read_text(encoding="utf-8"))),
+    )
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def summary(data: dict[str, Any], sections: list[Section]) -> Safe:
+    """What the adapter is, the numbers to know, what was measured and what was not."""
+    adapter = data["adapter"]
+    return join(
+        [
+            tag("p", *_description(adapter), class_="lead"),
+            tag("div", _tiles(data), class_="tiles"),
+            _quality_table(data),
+            _measured_or_not(data, sections),
+        ]
+    )
+
+
+def _description(adapter: dict[str, Any]) -> list[object]:
+    model = adapter["model"]
+    asked = adapter["compression"]
+    budget = f"asked to remove {short_percent(asked)}" if is_number(asked) else "with ranks given"
+    packed = "packed in few bits" if adapter["key_group"] else "at 16 bits"
+    spent = (
+        "ranks and bits from one budget over all layers" if adapter["allocates"] else "the same rank in every layer"
+    )
+    fitted = ""
+    if is_number(adapter["calibration_tokens"]):
+        fitted = f" Fitted on {count(adapter['calibration_tokens'])} tokens"
+        fitted += f" ({adapter['calibration_source']})." if adapter["calibration_source"] else "."
+    return [
+        "Outside the last ",
+        f"{adapter['window']} and the first {adapter['sinks']} tokens, keys and values are kept as low-rank latents, "
+        f"{packed}: ",
+        tag("strong", f"{percent(adapter['bytes_per_token'] / adapter['full_bytes_per_token'])} of the bytes"),
+        f" of a 16-bit cache, {budget}. Made for {model['model_type']} with {model['num_hidden_layers']} layers of "
+        f"{model['num_key_value_heads']} KV heads × {model['head_dim']}: {INITS[adapter['init']]}"
+        f"{', about the mean' if adapter['centers'] else ''}; {spent}; key layout {adapter['key_layout']}.{fitted}",
+    ]
+
+
+def _tiles(data: dict[str, Any]) -> list[Safe]:
+    adapter = data["adapter"]
+    full = adapter["full_bytes_per_token"]
+    point = next(p for p in adapter["memory"] if p["tokens"] == HEADLINE_CONTEXT)
+    tiles = [
+        _tile(
+            "An old token takes",
+            f"{exact(adapter['bytes_per_token'])}\u00a0B",
+            f"of {count(full)} B: {percent(adapter['bytes_per_token'] / full)}",
+        ),
+        _tile(
+            f"Cache at {count(HEADLINE_CONTEXT)} tokens",
+            size(point["cache_bytes"]),
+            f"of {size(point['full_bytes'])}: {percent(point['cache_bytes'] / point['full_bytes'])}",
+        ),
+    ]
+    rows = _headline_rows(data)
+    for facet in facets(rows):
+        row = next(r for r in rows if facet_of(r) == facet)
+        kind = metric_of(facet.metric)
+        known = {f.metric for f in facets(rows[: rows.index(row)])}  # one tile for a measure, the first
+        if (
+            facet.metric not in known
+            and facet.metric in ("perplexity_ratio", "accuracy", "f1")
+            and len(tiles) < 4
+            and is_number(row["value"])
+        ):
+            name = (
+                kind.name[0].upper() + kind.name[1:]
+                if facet.metric != "perplexity_ratio"
+                else "Perplexity, times the full"
+            )
+            ends = interval(facet.metric, row["low"], row["high"])
+            tiles.append(
+                _tile(name, measured(facet.metric, row["value"]), ", ".join(t for t in (facet.name, ends) if t))
+            )
+    return tiles
+
+
+def _tile(name: str, value: str, under: str) -> Safe:
+    return tag("dl", tag("dt", name), tag("dd", value, class_="big"), tag("dd", under), class_="tile")
+
+
+def _evaluation_rows(data: dict[str, Any]) -> list[Row]:
+    """What `cskv fit --evaluate` recorded in the adapter, as rows."""
+    found = data["adapter"]["evaluation"]
+    if not found:
+        return []
+    shared = {"table": "fit", "method": "ours", "benchmark": "text", "group": str(found.get("source") or "")}
+    shared |= {"compression": data["adapter"]["compression"], "window": None, "key_share": None, "details": {}}
+    shared |= {"bytes_per_token": data["adapter"]["bytes_per_token"], "share": None, "cache_bytes": None}
+    rows = []
+    for metric, key in (
+        ("perplexity_ratio", "ratio"),
+        ("kl", "kl"),
+        ("agreement", "agreement"),
+        ("perplexity", "perplexity"),
+    ):
+        ends = (
+            {"low": found.get("ratio_low"), "high": found.get("ratio_high")}
+            if key == "ratio"
+            else {"low": None, "high": None}
+        )
+        row = (
+            shared
+            | ends
+            | {"metric": metric, "value": found.get(key), "total": None, "skipped": None, "seconds": None}
+        )
+        rows.append(row)
+        if metric == "perplexity":
+            rows.append(row | {"method": FULL, "value": found.get("perplexity_full")})
+    return rows
+
+
+def _headline_rows(data: dict[str, Any]) -> list[Row]:
+    """Measurements of ours at this adapter's compression and window: of the table of methods, then of the fit."""
+    adapter = data["adapter"]
+
+    def fits(row: Row) -> bool:
+        same = is_number(row["compression"]) and is_number(adapter["compression"])
+        same = same and abs(row["compression"] - adapter["compression"]) < 1e-6
+        return is_ours(row["method"]) and same and row["window"] in (None, adapter["window"])
+
+    methods = [row for row in of_table(data["rows"], "methods") if fits(row)]
+    plain = [row for row in methods if "+" not in row["method"]]
+    return (plain or methods) + [row for row in _evaluation_rows(data) if row["method"] != FULL]
+
+
+def _quality_table(data: dict[str, Any]) -> Safe:
+    rows = _headline_rows(data)
+    if not rows:
+        return tag(
+            "p",
+            "No quality of this adapter's compression was measured. To measure it: ",
+            tag("code", f"cskv eval {data['adapter']['name']} --tables methods --out results.json"),
+            class_="missing",
+        )
+    full = {
+        facet_of(r): r for r in [*_evaluation_rows(data), *of_table(data["rows"], "methods")] if r["method"] == FULL
+    }
+    lines = []
+    for facet in facets(rows):
+        for row in (r for r in rows if facet_of(r) == facet):
+            other = value_of(full[facet]) if facet in full else MISSING
+            cases = count(row["total"]) if is_number(row["total"]) else ""
+            lines.append(
+                Line(
+                    [
+                        (benchmark_name(facet.benchmark), facet.group),
+                        metric_of(facet.metric).name,
+                        value_of(row),
+                        other,
+                        cases,
+                    ]
+                )
+            )
+    asked = data["adapter"]["compression"]
+    name = f"ours, {short_percent(asked)} removed" if is_number(asked) else "this adapter"
+    heads = [
+        Head("benchmark", text=True),
+        Head("measure", text=True),
+        Head(name),
+        Head("full cache"),
+        Head("n"),
+    ]
+    note = tag("p", "Small numbers are 95\u00a0% intervals.", class_="note")
+    return join([tag("h3", "Quality at a glance"), table("Quality at a glance", heads, lines), note])
+
+
+def _measured_or_not(data: dict[str, Any], sections: list[Section]) -> Safe:
+    measured_ = [tag("a", s.title, href=f"#{s.id}") for s in sections if s.measured]
+    absent = [tag("a", s.title, href=f"#{s.id}") for s in sections if s.measured is False]
+    files = ", ".join(f"{r['file']}" for r in data["results"]) or "no results file was given"
+    lines = []
+    if measured_:
+        lines.append(tag("li", tag("strong", "Measured: "), join(measured_, ", "), f" ({files})."))
+    if absent:
+        lines.append(
+            tag("li", tag("strong", "Not measured: "), join(absent, ", "), "; each section says what to run.")
+        )
+    if data["adapter"]["evaluation"]:
+        lines.insert(
+            0,
+            tag(
+                "li",
+                tag("strong", "Recorded by the fit: "),
+                "perplexity, KL divergence and agreement on "
+                f"{count(data['adapter']['evaluation'].get('tokens'))} tokens.",
+            ),
+        )
+    return tag("ul", lines, class_="measured")
+
+
+def environment_section(data: dict[str, Any]) -> Section:
+    """Where numbers come from, and the commands that make them again."""
+    parts = []
+    for result in data["results"]:
+        parts.append(tag("h3", result["file"]))
+        lines = [
+            Line([name, key, _words(value)])
+            for name in ("model", "environment", "settings")
+            for key, value in result[name].items()
+        ]
+        heads = [Head("", text=True), Head("name", text=True), Head("value", text=True)]
+        parts.append(table(f"Environment and settings of {result['file']}", heads, lines))
+    if not data["results"]:
+        parts.append(tag("p", "No results file was given: all of this page is from the adapter's own files."))
+    commands = [str(r["settings"]["command"]) for r in data["results"] if r["settings"].get("command")]
+    commands = list(dict.fromkeys([*commands, data["command"]]))
+    parts += [tag("h3", "To make this page again"), tag("pre", "\n".join(commands))]
+    if data["rows"]:
+        parts.append(all_rows(data["rows"]))
+    return Section("environment", "Environment and commands", join(parts))
+
+
+def _words(value: object) -> str:
+    if isinstance(value, (dict, list)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return ", ".join(f"{k}: {_words(v)}" if isinstance(value, dict) else _words(v) for k, v in pairs)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: MISSING}[value]
+    return f"{value:,}" if isinstance(value, int) else str(value)
