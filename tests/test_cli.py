@@ -72,6 +72,65 @@ def test_train_and_plot(folder):
     assert code == 2 and "`objective` must be one of" in output
 
 
+def test_eval_report_chat(folder):
+    """An adapter is measured and reported on, then talked to; a base model is fitted to first."""
+    text, adapter, out = folder / "text.txt", folder / "adapter", folder / "results"
+    code, output, _ = cskv("fit", folder / "model", "--data", text, "--out", adapter, "--length", 100)
+    assert code == 0, output
+    arguments = ["eval", adapter, "--out", out, "--length", 128, "--limit", 2]
+    arguments += ["--benchmark", f"text:{text}", "--benchmark", "lines:3"]
+    code, output, raw = cskv(*arguments)
+    assert code == 0 and "this adapter" in output and "80 % window + sinks" in output, output
+    wide = [
+        line
+        for line in raw.split("\n")
+        if len(line.split("\r")[-1]) > 80 and "/s]" not in line and str(folder) not in line
+    ]
+    assert not wide, wide
+    results = json.loads((out / "results.json").read_text())
+    rows = {(row["method"], row["metric"]): row for row in results["rows"]}
+    assert rows["full cache", "kl"]["value"] == 0 < rows["this adapter", "kl"]["value"]
+    assert rows["this adapter", "accuracy"]["total"] == 2 and len(list((out / "answers").iterdir())) == 3
+    assert cskv(*arguments)[0] == 0 and json.loads((out / "results.json").read_text()) == results
+    code, output, _ = cskv(*arguments[:-4], "--benchmark", "lines:4")
+    assert code == 2 and "was measured under other settings" in output
+
+    code, output, _ = cskv("report", adapter, out / "results.json", "--out", folder / "report.html")
+    assert code == 0 and "report.html" in output, output
+    assert "this adapter" in (folder / "report.html").read_text()
+
+    result = CliRunner().invoke(
+        app, ["chat", str(adapter), "--max-new-tokens", "5"], input="w1 w2 w3\n/cache\n/new\nw4\n\nw5\n"
+    )
+    assert result.exit_code == 0 and result.output.count("% of a full cache]") == 2, result.output
+    assert "sinks, exact" in result.output
+
+    arguments = ["eval", folder / "model", "--out", folder / "base", "--data", text, "--length", 128, "--limit", 2]
+    code, output, _ = cskv(*arguments, "--benchmark", f"text:{text}", "--max-tokens", 256, "--epochs", 1)
+    assert code == 0 and "80 % asvd + training" in output and "95 % ours" in output, output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "There is nothing to measure on: give `--benchmark`"),
+        (
+            ("--benchmark", "sums:3", "--data", "text.txt"),
+            "`--benchmark` 'sums:3' is none that is known; use text:FILE",
+        ),
+        (("--benchmark", "text:none.txt", "--data", "text.txt"), "The text file 'none.txt' does not exist."),
+        (("--benchmark", "lines:none.jsonl", "--data", "text.txt"), "none.jsonl"),
+        (("--benchmark", "lines:3"), "needs calibration text: give `--data`"),
+        (("--benchmark", "lines:3", "--tables", "sums", "--data", "text.txt"), "`--tables` 'sums' is none"),
+    ],
+)
+def test_eval_refuses(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    code, output, _ = cskv("eval", "model", "--out", "results", *arguments)
+    assert code == 2 and message in output, output
+    assert not (folder / "results").exists()
+
+
 def test_evaluate_push_inspect(folder, documented):
     """Fit with a measurement, push, and look at what is on the Hub; nothing of this machine's paths goes there."""
     documented("ways-out", "`cskv push`, then `cskv inspect` of the Hub id", "result")

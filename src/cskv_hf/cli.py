@@ -207,6 +207,12 @@ def evaluate_model(
     data: Annotated[Path | None, typer.Option(help="Text to fit the tables' adapters on.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Cases of a group, or rows of text, at most.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a row of text, and of the longest haystack.")] = 2048,
+    cut: Annotated[
+        int | None,
+        typer.Option(
+            help="Take the middle out of LongBench and LV-Eval prompts of more tokens, as published runs do."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Calibration tokens at most.")] = 65536,
     epochs: Annotated[float, typer.Option(help="Of training, for the paper's recipe.")] = 2.0,
@@ -230,6 +236,7 @@ def evaluate_model(
             data=data,
             limit=limit,
             length=length,
+            cut=cut,
             batch_size=batch_size,
             max_tokens=max_tokens,
             epochs=epochs,

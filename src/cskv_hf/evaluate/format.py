@@ -22,7 +22,7 @@ def text_tables(rows: Sequence[dict[str, Any]]) -> str:
         columns = columns_of(part)
         width = max(CELL_WIDTH, (80 - NAME_WIDTH - 7) // max(3, len(columns)))
         lines = [
-            f"{table}: {benchmark}",
+            f"{table}: {benchmark if len(benchmark) < 60 else '…' + benchmark[-58:]}",
             f"{'':<{NAME_WIDTH}}{'cache':>7}" + "".join(f"{c[2]:>{width}}" for c in columns),
         ]
         for name in dict.fromkeys(row["label"] for row in part):

@@ -44,6 +44,7 @@ def evaluate(
     data: Path | None = None,
     limit: int | None = None,
     length: int = 2048,
+    cut: int | None = None,
     batch_size: int = 8,
     max_tokens: int = 65536,
     epochs: float = 2.0,
@@ -76,14 +77,14 @@ def evaluate(
             "Without an adapter the tables are fitted first, which needs calibration text: give `--data`."
         )
     settings = {
-        "model": name, "benchmarks": list(specs), "limit": limit, "length": length,
+        "model": name, "benchmarks": list(specs), "limit": limit, "length": length, "cut": cut,
         "data": None if data is None else data.name, "max_tokens": max_tokens, "epochs": epochs,
         "learning_rate": learning_rate,
     }  # fmt: skip
     if name == BUNDLED and not specs:
         benchmarks, only = bundled_benchmarks(model, tokenizer, limit or BUNDLED_RECORDS), BUNDLED_ONLY
     else:
-        options = {"limit": limit, "length": length, "batch_size": batch_size}
+        options = {"limit": limit, "length": length, "cut": cut, "batch_size": batch_size}
         benchmarks, only = [parse_benchmark(spec, model, tokenizer, **options) for spec in specs], {}
 
     def calibration() -> Calibration:
@@ -174,13 +175,14 @@ def file_calibration(
 
 
 def parse_benchmark(
-    spec: str, model: nn.Module, tokenizer: Any, *, limit: int | None, length: int, batch_size: int
+    spec: str, model: nn.Module, tokenizer: Any, *, limit: int | None, length: int, cut: int | None, batch_size: int
 ) -> Benchmark:
     """A benchmark from its short form, one of [`FORMS`].
 
     Args:
         limit: cases of a group, or rows of text, at most.
         length: tokens of a row of text, and of the longest haystack.
+        cut: tokens beyond which LongBench and LV-Eval prompts lose their middle; None cuts nothing.
         batch_size: prompts at a time.
 
     Raises:
@@ -196,9 +198,11 @@ def parse_benchmark(
             spec, _needle_cases(source, tokenizer, length, limit), "accuracy", tokenizer, batch_size
         ),
         "longbench": lambda: _cases(
-            spec, _longbench_cases(spec, source, model, tokenizer, limit), "score", tokenizer, batch_size
+            spec, _published_cases("longbench", spec, source, tokenizer, limit, cut), "score", tokenizer, batch_size
         ),
-        "lveval": lambda: _cases(spec, _lveval_cases(spec, source, limit), "score", tokenizer, batch_size),
+        "lveval": lambda: _cases(
+            spec, _published_cases("lveval", spec, source, tokenizer, limit, cut), "score", tokenizer, batch_size
+        ),
     }
     if kind not in makers or not source:
         raise ValueError(f"`--benchmark` '{spec}' is none that is known; use {', '.join(FORMS)}.")
@@ -236,16 +240,13 @@ def _needle_cases(source: str, tokenizer: Any, length: int, limit: int | None) -
     return needle_cases(tokenizer, Path(source), lengths, DEPTHS, needles_per_cell=limit or 10)
 
 
-def _longbench_cases(spec: str, source: str, model, tokenizer: Any, limit: int | None) -> list[Case]:
-    from .longbench import cases
+def _published_cases(
+    kind: str, spec: str, source: str, tokenizer: Any, limit: int | None, cut: int | None
+) -> list[Case]:
+    from . import longbench, lveval
 
-    return sample(cases(source if Path(source).is_file() else spec), limit)
-
-
-def _lveval_cases(spec: str, source: str, limit: int | None) -> list[Case]:
-    from .lveval import cases
-
-    return sample(cases(source if Path(source).is_file() else spec), limit)
+    load = longbench.cases if kind == "longbench" else lveval.cases
+    return sample(load(source if Path(source).is_file() else spec, tokenizer, cut), limit)
 
 
 def _cases(spec: str, cases: Sequence[Case], metric: str, tokenizer: Any, batch_size: int) -> Benchmark:

@@ -131,7 +131,13 @@ class Suite:
             return
         settings = {**self.settings, "method": method.identity, "benchmark": benchmark.name}
         answers = self.out / "answers" / f"{_slug(benchmark.name)}-{_digest(key)}.jsonl"
-        measured = benchmark.run(model, self.tokenizer, make_cache, answers, settings)
+        try:
+            measured = benchmark.run(model, self.tokenizer, make_cache, answers, settings)
+        except (OSError, RuntimeError) as error:
+            if method.kind != "quantized":
+                raise
+            say(f"{method.name}: left out: {' '.join(str(error).split())}")  # its backend compiles itself when used
+            return
         seconds = time.perf_counter() - started
         sizes = _sizes(model, method, make_cache, benchmark)
         self.rows += [_row(key, method, benchmark, m, sizes, seconds) for m in measured]
