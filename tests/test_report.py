@@ -111,6 +111,7 @@ def all_tables():
         for n in (512, 1024, 2048)
     ]
     rows.append(row("needle", "asvd", benchmark="needle", group="all", value=0.4321))
+    rows += [row("adapter", m, value=v) for m, v in (("full cache", 0.9876), ("this adapter", 0.8765))]
     rows.append(
         row("speed", "ours", benchmark="decode", metric="seconds per token", value=0.012345, low=None, high=None)
     )
@@ -246,7 +247,10 @@ def test_sections_without_data_say_what_to_run(adapters, tmp_path):
     parsed = Parsed(write_report(adapters / "plain", [], tmp_path).read_text(encoding="utf-8"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
     for table in KNOWN_TABLES:
-        assert f"cskv eval plain --tables {table} --out results.json" in parsed.text, table
+        command = f"cskv eval MODEL --tables {table} --benchmark text:FILE --data FILE --out FOLDER"
+        assert table in ("adapter", "needle") or command in parsed.text, table
+    assert "cskv eval plain --benchmark text:FILE --out FOLDER" in parsed.text
+    assert "cskv eval plain --benchmark needle:FILE --out FOLDER" in parsed.text
     assert "Not measured:" in parsed.text and "16 bits" in parsed.text
 
 
@@ -256,9 +260,10 @@ def test_one_table_alone(adapters, tmp_path, table):
     rows = [one for one in all_tables() if one["table"] == table]
     out = write_report(adapters / "plain", [results(tmp_path / "r.json", rows)], tmp_path / "page.html")
     parsed = Parsed(out.read_text(encoding="utf-8"))
-    assert f"--tables {table} --out" not in parsed.text or table in ("methods", "initialisation")
-    for other in set(KNOWN_TABLES) - {table}:
-        assert f"--tables {other} --out" in parsed.text or {table, other} == {"methods", "initialisation"}, other
+    commands = {name: f"--tables {name} " for name in KNOWN_TABLES if name not in ("adapter", "needle")}
+    commands["needle"] = "--benchmark needle:FILE"
+    absent = {name for name, command in commands.items() if command in parsed.text.split("To make this page")[0]}
+    assert absent == set(commands) - {"methods" if table == "adapter" else table}
 
 
 def test_text_from_files_stays_text(adapters, tmp_path):
@@ -368,6 +373,57 @@ def test_a_later_file_replaces_the_same_measurement(adapters, tmp_path):
     second = results(tmp_path / "b.json", [row(value=0.4)])
     rows = report_data(adapters / "packed", [first, second])["rows"]
     assert sorted(one["value"] for one in rows) == [0.2, 0.3, 0.4]
+
+
+def test_rows_as_the_suite_writes_them(adapters, tmp_path):
+    """Names that start with a compression, metrics with spaces, windows and shares among the details: lines of a chart
+    are methods, whatever they are called in the tables of the terminal."""
+    more = {"kind": "cskv", "context_tokens": 1024, "cache_share": 0.2512}
+    rows = [
+        row(method=f"{100 * c:g} % {m}", compression=c, share=1 - c, metric="perplexity ratio", value=1.01 + c / 9)
+        | more
+        for m in ("ours", "asvd + training", "window + sinks")
+        for c in (0.5, 0.8)
+    ]
+    rows += [
+        row("window", f"80 % ours, window {w}", value=0.5 + w / 999, details={"window": w, "recipe": "80 % ours"})
+        for w in (2, 8, 128)
+    ]
+    split = {"recipe": "asvd + training", "removed": 0.75}
+    rows += [
+        row(
+            "budget", f"75 % asvd + training, {k} % for keys", compression=None, details=split | {"key_share": k / 100}
+        )
+        for k in (25, 50)
+    ]
+    rows.append(
+        row("budget", "75 % ours, allocated", compression=0.75, details={"recipe": "allocated", "removed": 0.75})
+    )
+    way = {"rank_removed": 0.6, "quantiser": "its quantiser", "way": "QAT"}
+    name = "60 % of the channels, 4 bits, its quantiser, QAT"
+    rows.append(row("quantisation", name, compression=None, details=way))
+    place = {"num_lines": 50, "depth": 0.25, "position": 13}
+    rows.append(row(method="80 % ours", benchmark="needle", group="50 lines, depth 25 %", value=0.625, details=place))
+    path = results(
+        tmp_path / "results.json", rows, settings={"model": "tiny", "benchmarks": ["lines:50"], "epochs": 2.0}
+    )
+    out = write_report(adapters / "packed", [path], tmp_path / "page.html")
+    data = json.loads((tmp_path / "page.json").read_text())["rows"]
+    assert [one["name"] for one in data] == [one["method"] for one in rows]
+    assert {one["method"] for one in data} == {
+        "ours", "asvd + training", "window + sinks", "ours, allocated", "4 bits, its quantiser, QAT"
+    }  # fmt: skip
+    assert [one["window"] for one in data if one["table"] == "window"] == [2, 8, 128]
+    assert [one["key_share"] for one in data if one["table"] == "budget"] == [0.25, 0.5, None]
+    assert [one["removed"] for one in data if one["table"] in ("budget", "quantisation")] == [0.75, 0.75, 0.75, 0.6]
+    parsed = Parsed(out.read_text(encoding="utf-8"))
+    command = (
+        "cskv eval tiny --benchmark lines:50 --tables methods,window,budget,quantisation --epochs 2.0 --out FOLDER"
+    )
+    assert command in parsed.text and "25.1 % of 1,024 tokens" in parsed.text
+    assert (
+        "text, lines" in parsed.text and "62.5" in parsed.text and "perplexity, times the full cache's" in parsed.text
+    )
 
 
 def test_written_whole_or_not_at_all(adapters, tmp_path, monkeypatch):

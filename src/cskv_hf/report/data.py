@@ -23,12 +23,13 @@ from ..fitting import mean_bits
 from ..hub import ADAPTER, check_adapter_files
 from ..latents import LatentFormat, PlainFormat
 
+PREFIX = re.compile(r"[\d.]+ % (of the channels, )?")  # of a method's name: what was removed
 VERSION = 1  # of report.json, and of the results files it reads
 CONTEXTS = (1024, 8192, 32768, 131072)
 TEXTS = ("table", "method", "benchmark", "metric")  # that every row has
 NUMBERS = (
     "compression", "window", "key_share", "bytes_per_token", "share", "cache_bytes", "value", "low", "high", "total",
-    "skipped", "seconds",
+    "skipped", "seconds", "cache_share", "context_tokens",
 )  # fmt: skip
 MEASURED = ("key_error", "value_error", "key_attention_error", "value_attention_error")
 SPECTRUM = re.compile(r"layers\.(\d+)\.self_attn\.cskv\.cskv_(key|value)_spectrum\.weight$")
@@ -58,8 +59,8 @@ def report_data(adapter_dir: str | os.PathLike, results_paths: Sequence[str | os
             f"The adapter in '{adapter_dir}' has no factors yet, there is nothing to report. Fit it first."
         )
     files = [read_results(Path(path), ModelShape(**config.model_shape)) for path in results_paths]
-    rows = {key: row for file in files for key, row in _identified(file["rows"])}
-    results = [{k: file[k] for k in ("file", "environment", "model", "settings")} for file in files]
+    rows = {key: tidy_row(row) for file in files for key, row in _identified(file["rows"])}
+    results = [{k: file[k] for k in ("file", "environment", "model", "settings", "tables")} for file in files]
     return _without_nan(
         {
             "version": VERSION,
@@ -224,10 +225,14 @@ def read_results(path: Path, shape: ModelShape) -> dict[str, Any]:
             "results of the adapter's model."
         )
     rows = [_row(path, number, row) for number, row in enumerate(data["rows"], 1)]
-    return {"file": path.name, "rows": rows} | {k: data.get(k, {}) for k in ("environment", "model", "settings")}
+    tables = list(dict.fromkeys(row["table"] for row in rows))
+    return {"file": path.name, "rows": rows, "tables": tables} | {
+        k: data.get(k, {}) for k in ("environment", "model", "settings")
+    }
 
 
 def _row(path: Path, number: int, row: Any) -> dict[str, Any]:
+    """A row checked, with all fields."""
     if not isinstance(row, dict):
         raise ValueError(f"Row {number} of the results file '{path}' is no object.")
     for name in TEXTS:
@@ -246,6 +251,28 @@ def _row(path: Path, number: int, row: Any) -> dict[str, Any]:
         raise ValueError(f"`details` of row {number} of the results file '{path}' must be an object, got {details!r}.")
     texts = {name: row[name] for name in TEXTS} | {"group": str(row.get("group") or "")}
     return texts | {name: row.get(name) for name in NUMBERS} | {"details": details}
+
+
+def tidy_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as charts want it: the method without its compression, and window, share for keys and what was removed in
+    fields of their own, wherever `cskv eval` put them. ``name`` keeps the method's name."""
+    details = dict(row["details"])
+    method = PREFIX.sub("", row["method"], count=1) if PREFIX.match(row["method"]) else row["method"]
+    recipe = str(details.pop("recipe", ""))
+    if recipe:
+        recipe = PREFIX.sub("", recipe, count=1)
+        method = f"ours, {recipe}" if method.startswith("ours") and not recipe.startswith("ours") else recipe
+    row = row | {"name": row["method"], "method": method, "details": details}
+    for field in ("window", "key_share"):
+        found = details.pop(field, None)
+        row[field] = found if row[field] is None else row[field]
+    asked = [row["compression"], details.pop("removed", None), details.pop("rank_removed", None)]
+    row["removed"] = next((value for value in asked if value is not None), None)
+    for field in ("quantiser", "way"):  # which the method's name says, or should
+        said = str(details.pop(field, ""))
+        if said and said.lower() not in row["method"].lower():
+            row["method"] += f", {said}"
+    return row | {"metric": row["metric"].lower().replace(" ", "_")}
 
 
 def _identified(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
