@@ -12,7 +12,6 @@ evaluation use different documents.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 import time
@@ -25,50 +24,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig, ModelShape, collect_statistics
 from cskv_hf.demo import run as demo
+from cskv_hf.evaluate.baselines import ClampedFormat, clamp_formats
 from cskv_hf.evaluate.divergence import compare_with_full_cache
 from cskv_hf.evaluate.lines import line_retrieval
 from cskv_hf.evaluate.memory import cache_nbytes
+from cskv_hf.evaluate.methods import Calibration, train_in_place
 from cskv_hf.files import documents
-from cskv_hf.latents import PackedFormat, PlainFormat
+from cskv_hf.latents import PlainFormat
 from cskv_hf.quantize import RANGE_BYTES
 from cskv_hf.tuner import sidecars
 
 PLAIN = dict(bits=16, allocation="uniform")
 PAPER_4 = dict(bits=4, allocation="uniform", init="asvd", key_group=[32, 1])  # keys per channel; values below
-
-
-@dataclasses.dataclass(frozen=True)
-class ClampedFormat:
-    """The paper's published quantiser, simulated as it is there: an integer zero point clamped to [0, 15].
-
-    A baseline only. Stores what it would read back, in the model's dtype; bytes are those of its real counterpart.
-    """
-
-    packed: PackedFormat
-    per_token: bool
-
-    @property
-    def rank(self) -> int:
-        return self.packed.rank
-
-    @property
-    def block_size(self) -> int:
-        return self.packed.block_size
-
-    def store(self, latents: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        blocks = latents.unflatten(1, (latents.shape[1] // self.block_size, self.block_size))
-        dim = 3 if self.per_token else 2
-        low, high = blocks.amin(dim, keepdim=True), blocks.amax(dim, keepdim=True)
-        scale = ((high - low) / 15).clamp_min(1e-8)
-        zero = (-low / scale).round().clamp(0, 15)
-        levels = (blocks / scale + zero).round().clamp(0, 15)
-        return (((levels - zero) * scale).to(dtype),)
-
-    def read(self, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-        return tensors[0].to(dtype).flatten(1, 2)
-
-    def bytes_per_token(self, dtype: torch.dtype) -> float:
-        return self.packed.bytes_per_token(dtype)
 
 
 class Bench:
@@ -125,18 +92,16 @@ class Bench:
         except ValueError as error:
             print(f"{name:<38} not possible: {error}", flush=True)
             return
-        if clamped or plain:
+        if clamped:
+            clamp_formats(model)
+        if plain:
             for sidecar in sidecars(model):
                 formats = sidecar.formats["default"]
-                if clamped:
-                    formats = (ClampedFormat(formats[0], False), ClampedFormat(formats[1], True))
-                else:
-                    formats = tuple(PlainFormat(f.rank, f.block_size) for f in formats)
-                sidecar.formats["default"] = formats
+                sidecar.formats["default"] = tuple(PlainFormat(f.rank, f.block_size) for f in formats)
         if train:
             objective = "mse" if config.init == "asvd" else "attention"
-            epochs, rate = self.args.epochs, self.args.learning_rate
-            demo.train_in_place(model, self.calibration, self.statistics, objective, epochs, rate)
+            calibration = Calibration(self.statistics, self.calibration, self.args.epochs, self.args.learning_rate)
+            train_in_place(model, calibration, objective)
         self.measure(table, name, model, CSKVCache, config, started)
         self.model = model.unload()
 

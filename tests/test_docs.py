@@ -1,17 +1,24 @@
 """The documentation against the code: links lead somewhere, quoted messages exist, public names are as written."""
 
+import html
 import json
+import pkgutil
 import re
 from pathlib import Path
 from statistics import median
 
 import pytest
+import typer.cli
+from doc_tables import END, begin
+from typer.testing import CliRunner
 
 import cskv_hf
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+RESULTS = ROOT / "benchmarks" / "results"
+MODELS = {"bundled": "bundled", "stories260K": "stories260K", "babyllama": "babyllama-tok105"}
 UPSTREAM = ("KeyError: 'CSKV'", "'CSKV' is not a valid PeftType", "RepositoryNotFoundError", "Revision Not Found")
 
 
@@ -19,6 +26,116 @@ UPSTREAM = ("KeyError: 'CSKV'", "'CSKV' is not a valid PeftType", "RepositoryNot
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_nav_of_the_site():
+    """And nothing else: a page is where a reader of the site finds it, by its line in zensical.toml."""
+    lines = re.findall(r'^[^#\n]*"([\w./-]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8"), re.M)
+    pages = [page.name for page in (ROOT / "docs").glob("*.md")]
+    made = ["index.md", "changelog.md", "examples/index.md"]  # of README.md, CHANGELOG.md, and a listing
+    assert sorted(lines) == sorted([*pages, *made])
+
+
+def test_public_names_are_in_the_reference():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("api*.md"))
+    documented = re.findall(r"^::: ([\w.]+)$", pages, re.M)
+    assert {f"cskv_hf.{name}" for name in cskv_hf.__all__} <= set(documented)
+    for name in documented:
+        pkgutil.resolve_name(name)
+
+
+def test_command_line_reference_is_what_typer_says(request):
+    page = ROOT / "docs" / "cli.md"
+    result = CliRunner().invoke(typer.cli.app, ["cskv_hf.cli", "utils", "docs", "--name", "cskv"])
+    assert result.exit_code == 0, result.output
+    text = html.unescape(re.sub(r"^#", "##", result.output[result.output.index("# `cskv`") :], flags=re.M)).strip()
+    before, rest = page.read_text(encoding="utf-8").split(begin("cli"), 1)
+    wanted = f"{before}{begin('cli')}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}"
+    if request.config.getoption("--write-docs"):
+        page.write_text(wanted, encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == wanted, "docs/cli.md is stale: run `pytest --write-docs`."
+
+
+def rows_of(table):
+    """{model: {row: numbers}} of a table of quality.py, for the models it was run on."""
+    held = {}
+    for model, file in MODELS.items():
+        rows = json.loads((RESULTS / f"quality-{file}.json").read_text())["rows"]
+        held[model] = {row["name"]: row for row in rows if row["table"] == table}
+    return held
+
+
+def test_tables_of_choosing_are_the_results(documented):
+    """Cells from the JSON; the fixture compares them with the page, or writes them."""
+    for model, rows in rows_of("methods").items():
+        for removed in ("50 %", "80 %", "90 %", "95 %"):
+            row = rows[f"{removed} ours, no training"]
+            cell = f"{row['ratio']:.4f} ({row['ratio_low']:.4f}–{row['ratio_high']:.4f})"
+            documented("choosing-compression", removed, model, cell)
+            if "accuracy" in row:
+                answers = f"{row['accuracy']:.3f} ±{row['margin']:.3f}"
+                documented("choosing-compression", removed, "bundled, lines retrieved", answers)
+    for model, rows in rows_of("layouts").items():
+        for removed in ("80 %", "90 %", "95 %"):
+            for layout in ("head", "joint"):
+                row = rows[f"{removed} each channel its bits: {layout}"]
+                documented("choosing-layout", f"{removed}, `{layout}`", model, f"{row['kl']:.5f}")
+    steps = {
+        "`bits=16`, the same rank everywhere": "about the mean",
+        "`bits=16`": "ranks by one budget, 16 bits",
+        '`bits=4, allocation="uniform"`': "4 bits, values per channel as well",
+        "`bits=4`": "4 bits on average, by one budget",
+        "default, a range per channel": "each channel its bits",
+        "default": "ranges shared by 4 channels",
+        "default, ranges of 16 channels": "ranges shared by 16 channels",
+        "default, `center=False`": "the same 4, not about the mean",
+    }
+    for compression in (0.8, 0.95):
+        for model, rows in rows_of(f"steps {compression}").items():
+            for label, name in steps.items():
+                documented("choosing-bits", label, f"{model}, {100 * compression:.0f} %", f"{rows[name]['kl']:.5f}")
+    limits = json.loads((RESULTS / "limits-bundled.json").read_text())["rows"]
+    for table, page_table in (("exact", "choosing-exact"), ("calibration", "choosing-calibration")):
+        for row in (row for row in limits if row["table"] == table):
+            documented(page_table, row["name"], "KL", f"{row['kl']:.5f}")
+            documented(page_table, row["name"], "perplexity, times the full cache's", f"{row['ratio']:.4f}")
+            documented(page_table, row["name"], "lines retrieved", f"{row['accuracy']:.3f} ±{row['margin']:.3f}")
+
+
+def test_tables_of_limits_are_the_results(documented):
+    rows = json.loads((RESULTS / "limits-bundled.json").read_text())["rows"]
+    rows += json.loads((RESULTS / "quality-bundled.json").read_text())["rows"]
+    for table, page_table in (("sides", "limits-sides"), ("quantiser", "limits-quantiser")):
+        for row in (row for row in rows if row["table"] == table):
+            documented(page_table, row["name"], "KL", f"{row['kl']:.5f}")
+            documented(page_table, row["name"], "perplexity, times the full cache's", f"{row['ratio']:.4f}")
+            documented(page_table, row["name"], "lines retrieved", f"{row['accuracy']:.3f} ±{row['margin']:.3f}")
+
+
+def test_numbers_in_sentences_are_the_results():
+    """Those of limits.md and faq.md that no table carries, where they stand."""
+    limits = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    exact = {
+        row["name"]: row["kl"]
+        for row in json.loads((RESULTS / "limits-bundled.json").read_text())["rows"]
+        if row["table"] == "exact"
+    }
+    without, default, wide = (exact[n] for n in ("window 32, sinks 0", "window 32, sinks 4", "window 96, sinks 4"))
+    assert f"is {without:.5f} instead of {default:.5f}" in faq and f"it is {wide:.5f}" in faq
+    rows, stories = rows_of("methods")["bundled"], rows_of("methods")["stories260K"]
+    plain, trained = rows["95 % ours, no training"]["ratio"], rows["95 % ours + QAT"]["ratio"]
+    assert f"{trained:.4f} and {plain:.4f} on the bundled model" in limits
+    asvd = rows["80 % paper: asvd"]["ratio"], rows["80 % paper: asvd + training"]["ratio"]
+    assert f"from {asvd[0]:.3f} to {asvd[1]:.3f} at 80 %" in limits
+    assert f"{stories['95 % ours, no training']['ratio']:.3f} times the perplexity at 95 %" in limits
+    ours = [rows[f"{removed} ours, no training"]["accuracy"] for removed in ("90 %", "95 %")]
+    assert f"{ours[0]:.3f} come back at 90 %, {ours[1]:.3f} at 95 %" in limits
+    steps = rows_of("steps 0.9")["bundled"]
+    uniform = [steps[name]["accuracy"] for name in ("asvd, uniform, 16 bits", "mse", "attention", "about the mean")]
+    assert {f"{accuracy:.3f}" for accuracy in uniform} == {"0.042"} and "retrieves a line: 0.042" in limits
+    for line in re.findall(r"(0\.\d\d) times `DynamicCache`|at 80 % (1\.\d\d) times|at 95 % (0\.\d\d) times", faq):
+        assert f"| {''.join(line)} (" in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 
 
 def test_messages_of_troubleshooting_are_those_of_the_code():

@@ -37,6 +37,7 @@ from cskv_hf.report.data import report_data
 from cskv_hf.report.formats import Style, count, interval, measured, significant, size, style_of
 from cskv_hf.report.markup import Safe, escape, tag
 from cskv_hf.report.page import STYLE, page
+from cskv_hf.report.rows import place_of
 from cskv_hf.report.scales import Scale, linear_ticks, log_ticks, power_ticks, spread
 from cskv_hf.report.sections import KNOWN_TABLES
 
@@ -376,54 +377,23 @@ def test_a_later_file_replaces_the_same_measurement(adapters, tmp_path):
 
 
 def test_rows_as_the_suite_writes_them(adapters, tmp_path):
-    """Names that start with a compression, metrics with spaces, windows and shares among the details: lines of a chart
-    are methods, whatever they are called in the tables of the terminal."""
+    """Labels beside methods, a window alone of equal bytes, a cache without bytes per token, needles among lines."""
     more = {"kind": "cskv", "context_tokens": 1024, "cache_share": 0.2512}
-    rows = [
-        row(method=f"{100 * c:g} % {m}", compression=c, share=1 - c, metric="perplexity ratio", value=1.01 + c / 9)
-        | more
-        for m in ("ours", "asvd + training", "window + sinks")
-        for c in (0.5, 0.8)
-    ]
-    rows += [
-        row("window", f"80 % ours, window {w}", value=0.5 + w / 999, details={"window": w, "recipe": "80 % ours"})
-        for w in (2, 8, 128)
-    ]
-    split = {"recipe": "asvd + training", "removed": 0.75}
-    rows += [
-        row(
-            "budget", f"75 % asvd + training, {k} % for keys", compression=None, details=split | {"key_share": k / 100}
-        )
-        for k in (25, 50)
-    ]
-    rows.append(
-        row("budget", "75 % ours, allocated", compression=0.75, details={"recipe": "allocated", "removed": 0.75})
-    )
-    way = {"rank_removed": 0.6, "quantiser": "its quantiser", "way": "QAT"}
-    name = "60 % of the channels, 4 bits, its quantiser, QAT"
-    rows.append(row("quantisation", name, compression=None, details=way))
+    rows = [row(method="ours", label=f"{100 * c:g} % ours", compression=c, share=1 - c) | more for c in (0.5, 0.8)]
+    rows.append(row(method="window + sinks", compression=0.8, share=0.0, bytes_per_token=0.0, value=0.25) | more)
+    rows.append(row(method="quantised, 4 bits", compression=None, share=None, bytes_per_token=None, value=0.5) | more)
     place = {"num_lines": 50, "depth": 0.25, "position": 13}
-    rows.append(row(method="80 % ours", benchmark="needle", group="50 lines, depth 25 %", value=0.625, details=place))
-    path = results(
-        tmp_path / "results.json", rows, settings={"model": "tiny", "benchmarks": ["lines:50"], "epochs": 2.0}
-    )
-    out = write_report(adapters / "packed", [path], tmp_path / "page.html")
+    rows.append(row(method="ours", benchmark="needle", group="50 lines, depth 25 %", value=0.625, details=place))
+    settings = {"model": "tiny", "benchmarks": ["lines:50"], "epochs": 2.0}
+    path = results(tmp_path / "results.json", rows, settings=settings)
+    text = write_report(adapters / "packed", [path], tmp_path / "page.html").read_text(encoding="utf-8")
+    parsed = Parsed(text)
+    assert "cskv eval tiny --benchmark lines:50 --tables methods --epochs 2.0 --out FOLDER" in parsed.text
+    assert "25.1 % of 1,024 tokens" in parsed.text and "80 % ours" in parsed.text
+    assert "text, lines" in parsed.text and "62.5" in parsed.text
     data = json.loads((tmp_path / "page.json").read_text())["rows"]
-    assert [one["name"] for one in data] == [one["method"] for one in rows]
-    assert {one["method"] for one in data} == {
-        "ours", "asvd + training", "window + sinks", "ours, allocated", "4 bits, its quantiser, QAT"
-    }  # fmt: skip
-    assert [one["window"] for one in data if one["table"] == "window"] == [2, 8, 128]
-    assert [one["key_share"] for one in data if one["table"] == "budget"] == [0.25, 0.5, None]
-    assert [one["removed"] for one in data if one["table"] in ("budget", "quantisation")] == [0.75, 0.75, 0.75, 0.6]
-    parsed = Parsed(out.read_text(encoding="utf-8"))
-    command = (
-        "cskv eval tiny --benchmark lines:50 --tables methods,window,budget,quantisation --epochs 2.0 --out FOLDER"
-    )
-    assert command in parsed.text and "25.1 % of 1,024 tokens" in parsed.text
-    assert (
-        "text, lines" in parsed.text and "62.5" in parsed.text and "perplexity, times the full cache's" in parsed.text
-    )
+    places = [place_of(one, 256) for one in data[:4]]
+    assert places == pytest.approx([0.5, 0.2, 0.2, 0.2512])
 
 
 def test_written_whole_or_not_at_all(adapters, tmp_path, monkeypatch):

@@ -46,11 +46,11 @@ def test_every_method_once_and_the_model_left_as_it_was(tmp_path, monkeypatch):
     tables = {"one": [FULL, PLAIN, TRAINED], "two": [FULL, PLAIN, WIDER]}
     rows = measure.run(tables)
     assert prepared == ["plain", "trained"]  # "wider" has the factors of "plain"
-    assert [(r["table"], r["method"]) for r in rows[::8]] == [
+    assert [(r["table"], r["label"]) for r in rows[::8]] == [
         (name, method.name) for name, table in tables.items() for method in table
     ]
     assert rows == json.loads((tmp_path / "results.json").read_text())["rows"]
-    value = {(r["table"], r["method"]): r["value"] for r in rows if r["metric"] == "KL" and r["benchmark"] == "text"}
+    value = {(r["table"], r["method"]): r["value"] for r in rows if r["metric"] == "kl" and r["benchmark"] == "text"}
     assert value["one", "full cache"] == 0 < value["two", "wider"] < value["one", "plain"]
     assert value["one", "plain"] == value["two", "plain"] != value["one", "trained"]
     after = measure.model.state_dict()
@@ -97,7 +97,7 @@ def test_what_is_not_possible_is_said_and_left_out(tmp_path):
 def test_an_adapter_of_its_own(tmp_path):
     model = lossy(make_model())
     rows = suite(tmp_path, model).run({"adapter": adapter_table(0.6)})
-    assert [row["method"] for row in rows[::8]] == ["full cache", "60 % window + sinks", "this adapter"]
+    assert [row["label"] for row in rows[::8]] == ["full cache", "60 % window + sinks", "this adapter"]
     shape = ModelShape.from_model_config(model.config)
     assert rows[-1]["bytes_per_token"] == model.peft_config["default"].bytes_per_token(shape)
 
@@ -188,11 +188,11 @@ def test_long_generations_are_the_models_own():
 def test_tables_for_people(tmp_path):
     def row(method, group, metric, value, benchmark="lines", margin=0.01):
         measured = Measurement(group, metric, value, value - margin, value + margin, 100)
-        return {"table": "methods", "method": method, "benchmark": benchmark, "cache_share": 0.25,
+        return {"table": "methods", "method": method, "label": method, "benchmark": benchmark, "cache_share": 0.25,
                 "bytes_per_token": 1234.0, **dataclasses.asdict(measured)}  # fmt: skip
 
     rows = [row("a method", f"{n} lines", "accuracy", 0.5 + n / 100) for n in (10, 20)]
-    rows += [row("a method", "5 rows", metric, 1.25, "text") for metric in ("perplexity ratio", "KL", "agreement")]
+    rows += [row("a method", "5 rows", metric, 1.25, "text") for metric in ("perplexity_ratio", "kl", "agreement")]
     rows += [row("m" * 60, "10 lines", "accuracy", 0.125)]
     text = text_tables(rows)
     assert max(map(len, text.split("\n"))) <= 80

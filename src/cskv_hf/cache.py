@@ -371,7 +371,8 @@ class CSKVCache(Cache):
         return self.padding_mask[:, -num_new:].bool()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        """See [`CSKVLayer.update`].
+        """Append a layer's exact keys (after RoPE) and values, (batch, num_key_value_heads, num_new, head_dim); return
+        what its attention is to see of past and present. See [`CSKVLayer.update`].
 
         Raises:
             RuntimeError: if the model has no CSKV factors in use; the message says how to get them.

@@ -244,6 +244,25 @@ def evaluate_model(
 
 
 @app.command()
+def report(
+    adapter: Annotated[str, typer.Argument(help="Directory or Hub id of an adapter.")],
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="results.json of `cskv eval`, of the adapter or its model.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page, or a folder for it.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page, and the JSON behind it, about an adapter and what was measured."""
+    from .hub import local_adapter
+    from .report import write_report
+
+    try:
+        page = write_report(local_adapter(adapter), results or [], out)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"saved {page} and {page.with_suffix('.json')}")
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Adapter or model, id or directory; or 'bundled'.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 512,

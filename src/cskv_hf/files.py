@@ -1,4 +1,4 @@
-"""Files in and out for the command line: calibration text, and directories that are replaced only when complete."""
+"""Files in and out for the command line: calibration text, and files and directories replaced only when complete."""
 
 from __future__ import annotations
 

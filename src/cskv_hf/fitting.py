@@ -83,9 +83,9 @@ def fit(
         adapter_name: of the new adapter, which becomes the active one. An adapter of that name is fitted again.
 
     Returns:
-        The model with the adapter: a `PeftModel` (save it with `save_pretrained`), or `model` itself if it has
-            adapters inside.
-        ``model.peft_config[adapter_name].fit_report`` says what was kept; [`format_report`] prints it.
+        The model with the adapter, a `PeftModel` (save it with `save_pretrained`), or `model` itself if it has
+        adapters inside. ``model.peft_config[adapter_name].fit_report`` says what was kept, and [`format_report`]
+        prints it.
 
     Raises:
         ValueError: for an unsupported model, a rank that does not fit, empty data, NaN; before anything of the model

@@ -85,8 +85,8 @@ class TextBenchmark:
         group = f"{self.input_ids.shape[0]} rows of {self.length:,} tokens"
         return [
             Measurement(group, "perplexity", result.compressed.value, None, None, tokens),
-            Measurement(group, "perplexity ratio", result.ratio, *intervals["ratio"], tokens),
-            Measurement(group, "KL", result.kl, *intervals["kl"], tokens),
+            Measurement(group, "perplexity_ratio", result.ratio, *intervals["ratio"], tokens),
+            Measurement(group, "kl", result.kl, *intervals["kl"], tokens),
             Measurement(group, "agreement", result.agreement, *intervals["agreement"], tokens),
         ]
 

@@ -8,7 +8,7 @@ from typing import Any
 from .benchmarks import ALL
 
 NAME_WIDTH, CELL_WIDTH, MAX_COLUMNS = 42, 6, 5
-RATIOS = ("perplexity ratio", "KL", "agreement")  # of a text, in this order
+RATIOS = ("perplexity_ratio", "kl", "agreement")  # of a text, in this order
 
 
 def text_tables(rows: Sequence[dict[str, Any]]) -> str:
@@ -25,8 +25,8 @@ def text_tables(rows: Sequence[dict[str, Any]]) -> str:
             f"{table}: {benchmark}",
             f"{'':<{NAME_WIDTH}}{'cache':>7}" + "".join(f"{c[2]:>{width}}" for c in columns),
         ]
-        for name in dict.fromkeys(row["method"] for row in part):
-            own = [row for row in part if row["method"] == name]
+        for name in dict.fromkeys(row["label"] for row in part):
+            own = [row for row in part if row["label"] == name]
             cells = [format_value(find(own, *c[:2])) for c in columns]
             short = name if len(name) < NAME_WIDTH else name[: NAME_WIDTH - 2] + "…"
             lines.append(
@@ -43,8 +43,8 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """Group, metric and heading of the columns that show one benchmark's rows."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    if "KL" in metrics:
-        heads = {"perplexity ratio": "ppl ratio", "KL": "KL", "agreement": "same"}
+    if "kl" in metrics:
+        heads = {"perplexity_ratio": "ppl ratio", "kl": "KL", "agreement": "same"}
         return [(groups[0], metric, heads[metric]) for metric in RATIOS]
     if len(groups) > MAX_COLUMNS:
         groups = [ALL]
@@ -63,7 +63,7 @@ def format_value(row: dict[str, Any] | None, interval: bool = False) -> str:
     """A number with as many digits as it deserves; "-" where there is none; with half its interval if wanted."""
     if row is None or row["value"] is None:
         return "-"
-    digits = 4 if row["metric"] in ("perplexity ratio", "KL") else 3
+    digits = 4 if row["metric"] in ("perplexity_ratio", "kl") else 3
     text = f"{row['value']:.{digits}f}"
     if interval and row["low"] is not None:
         text += f" ±{(row['high'] - row['low']) / 2:.{digits}f}"
@@ -81,8 +81,8 @@ def markdown_table(rows: Sequence[dict[str, Any]], table: str, columns: Sequence
         "| | bytes per old token | whole cache | " + " | ".join(c[3] for c in columns) + " |",
         "|---|---:|---:|" + "---:|" * len(columns),
     ]
-    for name in dict.fromkeys(row["method"] for row in part):
-        own = [row for row in part if row["method"] == name]
+    for name in dict.fromkeys(row["label"] for row in part):
+        own = [row for row in part if row["label"] == name]
         per_token = "-" if own[0]["bytes_per_token"] is None else f"{own[0]['bytes_per_token']:,.0f}"
         cells = [format_value(find(own, group, metric, benchmark), True) for benchmark, group, metric, _ in columns]
         lines.append(f"| {name} | {per_token} | {100 * own[0]['cache_share']:.1f} % | {' | '.join(cells)} |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import ModelShape
-from ..files import calibration_samples, full_rows
+from ..files import calibration_samples, full_rows, replace_file
 from ..generation import has_active_adapter
 from ..statistics import collect_statistics
 from ..tuner import adapter_config
@@ -104,7 +105,12 @@ def evaluate(
     if lm_eval_tasks:
         from .lm_eval import format_results, run_lm_eval
 
-        say(format_results(run_lm_eval(name, lm_eval_tasks, limit=limit, batch_size=batch_size)))
+        options = {"tokenizer": tokenizer, "limit": limit, "batch_size": batch_size}
+        caches = ["full", "cskv"] if fitted else ["full"]
+        runs = [run_lm_eval(model, lm_eval_tasks, cache=cache, **options) for cache in caches]
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(out / "lm-eval.json", json.dumps(runs, indent=1))
+        say("\n" + format_results(*runs))
     return rows
 
 

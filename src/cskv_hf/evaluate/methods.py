@@ -30,7 +30,9 @@ class Method:
     """One way of holding a cache.
 
     Attributes:
-        name: as tables call it.
+        name: as tables call it, unique within one.
+        recipe: what it is, whatever the ratio: "ours", "asvd + training".
+        removed: the ratio that a table puts it under; `compression` unless it is the paper's nominal one.
         kind: ``"cskv"`` (an adapter), ``"full"`` (DynamicCache), ``"window"`` (sinks and as many recent tokens as
             the bytes allow, StreamingLLM-style), ``"quantized"`` (transformers' QuantizedCache, quanto).
         compression: of the bytes of an old token that is asked for; None where the kind has none.
@@ -38,17 +40,19 @@ class Method:
         train: whether the factors are fine-tuned after the fit, quantisation-aware where they are packed.
         clamped: whether latents are stored with the quantiser of the paper's published code.
         cache: further arguments of the cache: ``window`` of a CSKVCache, ``nbits`` of a QuantizedCache.
-        details: what a table wants to say about it.
+        key_share: of the channels kept, those of keys; where a table is about that.
     """
 
     name: str
+    recipe: str = ""
+    removed: float | None = None
     kind: str = "cskv"
     compression: float | None = None
     settings: dict[str, Any] | None = None
     train: bool = False
     clamped: bool = False
     cache: dict[str, Any] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    key_share: float | None = None
 
     @property
     def factors(self) -> dict[str, Any]:
@@ -58,7 +62,18 @@ class Method:
     @property
     def identity(self) -> dict[str, Any]:
         """What its measurements depend on, as JSON values; not what it is called."""
-        return {k: v for k, v in asdict(self).items() if k not in ("name", "details")}
+        names = ("name", "recipe", "removed", "key_share")
+        return {key: value for key, value in asdict(self).items() if key not in names}
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What a row of results says about it."""
+        settings = self.settings or {}
+        window = self.cache.get("window", settings.get("window", 32)) if settings else None
+        return {
+            "method": self.recipe or self.name, "label": self.name, "window": window, "key_share": self.key_share,
+            "compression": self.compression if self.removed is None else self.removed,
+        }  # fmt: skip
 
 
 @dataclass

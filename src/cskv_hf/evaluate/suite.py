@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import POSITION_BYTES, CSKVConfig, ModelShape
+from ..files import replace_file
 from .benchmarks import Benchmark, Measurement
 from .memory import cache_nbytes
 from .methods import Calibration, Method, bytes_of_old_token, cache_maker, prepare
@@ -96,8 +96,7 @@ class Suite:
         for row in self.rows:
             by_key.setdefault(row["key"], []).append(row)
         return [
-            {"table": name, "method": method.name, **{k: v for k, v in row.items() if k not in ("key", "details")},
-             "details": {**method.details, **row["details"]}}
+            {"table": name, **method.labels, **{k: v for k, v in row.items() if k not in ("key", "compression")}}
             for name, table in tables.items()
             for method in table
             for row in by_key.get(_key(method.identity), [])
@@ -167,7 +166,7 @@ class Suite:
     def _write(self, tables: dict[str, list[Method]] | None = None) -> None:
         """``measured.json``, what is known so far; with tables ``results.json`` too."""
         self.out.mkdir(parents=True, exist_ok=True)
-        _replace(self.out / "measured.json", {"settings": self.settings, "rows": self.rows})
+        replace_file(self.out / "measured.json", json.dumps({"settings": self.settings, "rows": self.rows}, indent=1))
         if tables is not None:
             content = {
                 "version": VERSION,
@@ -176,7 +175,7 @@ class Suite:
                 "settings": self.settings,
                 "rows": self.table_rows(tables),
             }
-            _replace(self.path, content)
+            replace_file(self.path, json.dumps(content, indent=1))
 
 
 def _row(
@@ -243,9 +242,3 @@ def _digest(text: str) -> str:
 
 def _slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in text)
-
-
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(new, path)

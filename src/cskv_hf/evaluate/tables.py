@@ -7,6 +7,7 @@ layer, in 16 bits, and trains the factors on the calibration text.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..config import ModelShape
 from .methods import Method
@@ -24,35 +25,33 @@ def percent(compression: float) -> str:
     return f"{100 * compression:g} %"
 
 
-def paper(compression: float, init: str = "asvd", train: bool = True, **details) -> Method:
+def paper(compression: float, init: str = "asvd", train: bool = True) -> Method:
     """The paper's recipe: uniform ranks, 16 bits, an initialisation and, unless told otherwise, training."""
-    name = f"{percent(compression)} {init}" + (" + training" if train else "")
+    recipe = init + (" + training" if train else "")
     settings = {"compression": compression, "init": init, **PLAIN}
-    return Method(name, compression=compression, settings=settings, train=train, details=details)
+    return Method(f"{percent(compression)} {recipe}", recipe, compression=compression, settings=settings, train=train)
 
 
-def ours(compression: float, **settings) -> Method:
+def ours(compression: float, removed: float | None = None, **settings) -> Method:
     """What `compression` gives by default: no training, ranks and bits by one budget."""
-    return Method(
-        f"{percent(compression)} ours", compression=compression, settings={"compression": compression, **settings}
-    )
+    name, settings = f"{percent(compression)} ours", {"compression": compression, **settings}
+    return Method(name, "ours", removed, compression=compression, settings=settings)
+
+
+def alone(compression: float) -> Method:
+    return Method(f"{percent(compression)} window + sinks", "window + sinks", kind="window", compression=compression)
 
 
 def packed_paper(rank_removed: float, kv_dim: int, *, train: bool, clamped: bool) -> Method:
     """The paper's ranks at `rank_removed`, packed in 4 bits in its layout: keys per channel, values per token."""
     rank = kept_rank(rank_removed, kv_dim)
-    quantiser, way = "its quantiser" if clamped else "our quantiser", "QAT" if train else "PTQ"
+    recipe = f"4 bits, {'its' if clamped else 'our'} quantiser, {'QAT' if train else 'PTQ'}"
     settings = {
         "key_rank": rank, "value_rank": rank, "init": "asvd", "bits": 4, "allocation": "uniform",
         "key_group": [32, 1], "value_group": [1, rank],
     }  # fmt: skip
-    return Method(
-        f"{percent(rank_removed)} of the channels, 4 bits, {quantiser}, {way}",
-        settings=settings,
-        train=train,
-        clamped=clamped,
-        details={"rank_removed": rank_removed, "quantiser": quantiser, "way": way},
-    )
+    name = f"{percent(rank_removed)} of the channels, {recipe}"
+    return Method(name, recipe, rank_removed, settings=settings, train=train, clamped=clamped)
 
 
 def kept_rank(removed: float, kv_dim: int) -> int:
@@ -64,13 +63,17 @@ def methods_table(shape: ModelShape) -> list[Method]:
     """Table 1: the methods at 50, 80 and 95 %, at equal bytes, and transformers' quantised cache at its own."""
     table = [FULL]
     table += [
-        Method(f"quantised, {nbits} bits (quanto)", kind="quantized", cache={"nbits": nbits, "residual_length": 32})
+        Method(
+            f"quantised, {nbits} bits (quanto)",
+            f"quantized cache, {nbits} bits",
+            kind="quantized",
+            cache={"nbits": nbits, "residual_length": 32},
+        )
         for nbits in (4, 2)
     ]
     for compression in (0.5, 0.8):
-        window = Method(f"{percent(compression)} window + sinks", kind="window", compression=compression)
-        table += [window, paper(compression, train=False), paper(compression), ours(compression)]
-    table.append(Method(f"{percent(0.95)} window + sinks", kind="window", compression=0.95))
+        table += [alone(compression), paper(compression, train=False), paper(compression), ours(compression)]
+    table.append(alone(0.95))
     table += [packed_paper(0.8, shape.kv_dim, train=train, clamped=True) for train in (False, True)]
     table.append(ours(0.95))
     return table
@@ -90,17 +93,7 @@ def window_table(shape: ModelShape) -> list[Method]:
     """Table 3: exact tokens at 80 %, in the paper's recipe and in ours."""
     table = [FULL]
     for method, windows in ((paper(0.8), WINDOWS), (ours(0.8), FEW_WINDOWS)):
-        for window in windows:
-            table.append(
-                Method(
-                    f"{method.name}, window {window}",
-                    compression=method.compression,
-                    settings=method.settings,
-                    train=method.train,
-                    cache={"window": window},
-                    details={"window": window, "recipe": method.name},
-                )
-            )
+        table += [replace(method, name=f"{method.name}, window {w}", cache={"window": w}) for w in windows]
     return table
 
 
@@ -117,19 +110,11 @@ def budget_table(shape: ModelShape) -> list[Method]:
                 if max(key_rank, channels - key_rank) > shape.kv_dim:
                     continue
                 recipe = init + (" + training" if train else "")
-                table.append(
-                    Method(
-                        f"{percent(removed)} {recipe}, {percent(share)} for keys",
-                        settings=settings,
-                        train=train,
-                        details={"key_share": share, "recipe": recipe, "removed": removed},
-                    )
-                )
-        automatic = ours(removed, bits=16)
+                name = f"{percent(removed)} {recipe}, {percent(share)} for keys"
+                table.append(Method(name, recipe, removed, settings=settings, train=train, key_share=share))
         table.append(
-            Method(f"{automatic.name}, allocated", compression=removed, settings=automatic.settings,
-                   details={"recipe": "allocated", "removed": removed})
-        )  # fmt: skip
+            replace(ours(removed, bits=16), name=f"{percent(removed)} ours in 16 bits", recipe="ours, 16 bits")
+        )
     return table
 
 
@@ -149,7 +134,7 @@ def quantisation_table(shape: ModelShape) -> list[Method]:
         bytes_per_token = rank * (4 / 8 + 4 / 32) + rank * 4 / 8 + 4  # keys and values, ranges of 2 x 16 bits
         table += packed
         equal = round(1 - bytes_per_token / full, 3)
-        table.append(ours(equal))
+        table.append(ours(equal, removed))
     return table
 
 
@@ -164,7 +149,5 @@ TABLES: dict[str, Callable[[ModelShape], list[Method]]] = {
 
 def adapter_table(compression: float | None) -> list[Method]:
     """A model with an adapter of its own: the full cache, a window of equal bytes, and the adapter."""
-    table = [FULL]
-    if compression is not None:
-        table.append(Method(f"{percent(compression)} window + sinks", kind="window", compression=compression))
-    return [*table, Method("this adapter", compression=compression)]
+    window = [] if compression is None else [alone(compression)]
+    return [FULL, *window, Method("this adapter", compression=compression)]

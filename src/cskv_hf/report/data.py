@@ -23,7 +23,6 @@ from ..fitting import mean_bits
 from ..hub import ADAPTER, check_adapter_files
 from ..latents import LatentFormat, PlainFormat
 
-PREFIX = re.compile(r"[\d.]+ % (of the channels, )?")  # of a method's name: what was removed
 VERSION = 1  # of report.json, and of the results files it reads
 CONTEXTS = (1024, 8192, 32768, 131072)
 TEXTS = ("table", "method", "benchmark", "metric")  # that every row has
@@ -59,7 +58,7 @@ def report_data(adapter_dir: str | os.PathLike, results_paths: Sequence[str | os
             f"The adapter in '{adapter_dir}' has no factors yet, there is nothing to report. Fit it first."
         )
     files = [read_results(Path(path), ModelShape(**config.model_shape)) for path in results_paths]
-    rows = {key: tidy_row(row) for file in files for key, row in _identified(file["rows"])}
+    rows = {key: row for file in files for key, row in _identified(file["rows"])}
     results = [{k: file[k] for k in ("file", "environment", "model", "settings", "tables")} for file in files]
     return _without_nan(
         {
@@ -74,8 +73,7 @@ def report_data(adapter_dir: str | os.PathLike, results_paths: Sequence[str | os
 
 def report_command(adapter_dir: str | os.PathLike, results_paths: Sequence[str | os.PathLike], out: Path) -> str:
     """The command that makes this report."""
-    results = [word for path in results_paths for word in ("--results", str(path))]
-    return shlex.join(["cskv", "report", str(adapter_dir), *results, "--out", str(out)])
+    return shlex.join(["cskv", "report", str(adapter_dir), *map(str, results_paths), "--out", str(out)])
 
 
 def adapter_data(config: CSKVConfig, folder: Path) -> dict[str, Any]:
@@ -250,34 +248,24 @@ def _row(path: Path, number: int, row: Any) -> dict[str, Any]:
     if not isinstance(details, dict):
         raise ValueError(f"`details` of row {number} of the results file '{path}' must be an object, got {details!r}.")
     texts = {name: row[name] for name in TEXTS} | {"group": str(row.get("group") or "")}
+    texts |= {"name": str(row.get("label") or row["method"]), "removed": row.get("compression")}
     return texts | {name: row.get(name) for name in NUMBERS} | {"details": details}
-
-
-def tidy_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as charts want it: the method without its compression, and window, share for keys and what was removed in
-    fields of their own, wherever `cskv eval` put them. ``name`` keeps the method's name."""
-    details = dict(row["details"])
-    method = PREFIX.sub("", row["method"], count=1) if PREFIX.match(row["method"]) else row["method"]
-    recipe = str(details.pop("recipe", ""))
-    if recipe:
-        recipe = PREFIX.sub("", recipe, count=1)
-        method = f"ours, {recipe}" if method.startswith("ours") and not recipe.startswith("ours") else recipe
-    row = row | {"name": row["method"], "method": method, "details": details}
-    for field in ("window", "key_share"):
-        found = details.pop(field, None)
-        row[field] = found if row[field] is None else row[field]
-    asked = [row["compression"], details.pop("removed", None), details.pop("rank_removed", None)]
-    row["removed"] = next((value for value in asked if value is not None), None)
-    for field in ("quantiser", "way"):  # which the method's name says, or should
-        said = str(details.pop(field, ""))
-        if said and said.lower() not in row["method"].lower():
-            row["method"] += f", {said}"
-    return row | {"metric": row["metric"].lower().replace(" ", "_")}
 
 
 def _identified(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
     """Every row with what was measured, without what came out; rows of one file that say the same stay apart."""
-    names = ("table", "method", "compression", "window", "key_share", "benchmark", "group", "metric", "details")
+    names = (
+        "table",
+        "method",
+        "name",
+        "compression",
+        "window",
+        "key_share",
+        "benchmark",
+        "group",
+        "metric",
+        "details",
+    )
     seen: Counter[str] = Counter()
     for row in rows:
         what = json.dumps([row[name] for name in names], sort_keys=True)
