@@ -34,7 +34,7 @@ from cskv_hf.report.charts import (
     whole_ticks,
 )
 from cskv_hf.report.data import report_data
-from cskv_hf.report.formats import Style, count, interval, measured, significant, size, style_of
+from cskv_hf.report.formats import Style, benchmark_name, count, interval, measured, significant, size, style_of
 from cskv_hf.report.markup import Safe, escape, tag
 from cskv_hf.report.page import STYLE, page
 from cskv_hf.report.rows import place_of
@@ -507,6 +507,7 @@ def test_numbers_as_text():
     assert size(1e6, zeros=False) == "1\u00a0MB"
     assert measured("accuracy", 0.95) == "95.0\u00a0%" and measured("perplexity_ratio", 1.00274) == "1.0027"
     assert measured("kl", 0.00110) == "0.001100" and measured("kl", 6.874e-6) == "6.874e-6"
+    assert benchmark_name("text:/some/where/book.txt") == "Text, book.txt" and benchmark_name("mine:x") == "mine:x"
     assert measured("unheard of", 1234567.0) == "1.235e6" and measured("kl", math.nan) == "–" and count(None) == "–"
     assert [significant(v, 2) for v in (0, 0.099999, 12.0, 1.5, -0.25)] == ["0", "0.1", "12", "1.5", "-0.25"]
     assert interval("accuracy", 0.915, 0.971) == "91.5 to 97.1" and interval("kl", None, 1) == ""

@@ -88,8 +88,9 @@ def metric_of(name: str) -> Metric:
 
 
 def benchmark_name(name: str) -> str:
-    """In words; of "text:FILE" the kind in words and what it was made of."""
+    """In words; of "text:FILE" the kind in words and the file, without its folders."""
     kind, colon, source = name.partition(":")
+    source = source.replace("\\", "/").rpartition("/")[2]
     return BENCHMARKS[kind] + (f", {source}" if colon else "") if kind in BENCHMARKS else name
 
 

@@ -65,7 +65,8 @@ def page(data: dict[str, Any]) -> str:
     shown = [section for section in sections if section is not None]
     whole = [Section("summary", "Summary", summary(data, shown)), *shown, environment_section(data)]
     named = [_public(str(result["model"]["name"])) for result in data["results"] if result["model"].get("name")]
-    name, base = data["adapter"]["name"], (named or [data["adapter"]["base_model"]])[0]
+    name = data["adapter"]["name"]
+    base = next((n for n in named if n != name), data["adapter"]["base_model"])  # an adapter may have been measured
     title = f"CSKV report: {name}"
     contents = [tag("a", section.title, href=f"#{section.id}") for section in whole]
     body = tag(
