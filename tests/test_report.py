@@ -34,9 +34,10 @@ from cskv_hf.report.charts import (
     whole_ticks,
 )
 from cskv_hf.report.data import report_data
-from cskv_hf.report.formats import Style, count, interval, measured, significant, size, style_of
+from cskv_hf.report.formats import Style, benchmark_name, count, interval, measured, significant, size, style_of
 from cskv_hf.report.markup import Safe, escape, tag
 from cskv_hf.report.page import STYLE, page
+from cskv_hf.report.rows import place_of
 from cskv_hf.report.scales import Scale, linear_ticks, log_ticks, power_ticks, spread
 from cskv_hf.report.sections import KNOWN_TABLES
 
@@ -111,6 +112,7 @@ def all_tables():
         for n in (512, 1024, 2048)
     ]
     rows.append(row("needle", "asvd", benchmark="needle", group="all", value=0.4321))
+    rows += [row("adapter", m, value=v) for m, v in (("full cache", 0.9876), ("this adapter", 0.8765))]
     rows.append(
         row("speed", "ours", benchmark="decode", metric="seconds per token", value=0.012345, low=None, high=None)
     )
@@ -246,7 +248,10 @@ def test_sections_without_data_say_what_to_run(adapters, tmp_path):
     parsed = Parsed(write_report(adapters / "plain", [], tmp_path).read_text(encoding="utf-8"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
     for table in KNOWN_TABLES:
-        assert f"cskv eval plain --tables {table} --out results.json" in parsed.text, table
+        command = f"cskv eval MODEL --tables {table} --benchmark text:FILE --data FILE --out FOLDER"
+        assert table in ("adapter", "needle") or command in parsed.text, table
+    assert "cskv eval plain --benchmark text:FILE --out FOLDER" in parsed.text
+    assert "cskv eval plain --benchmark needle:FILE --out FOLDER" in parsed.text
     assert "Not measured:" in parsed.text and "16 bits" in parsed.text
 
 
@@ -256,9 +261,10 @@ def test_one_table_alone(adapters, tmp_path, table):
     rows = [one for one in all_tables() if one["table"] == table]
     out = write_report(adapters / "plain", [results(tmp_path / "r.json", rows)], tmp_path / "page.html")
     parsed = Parsed(out.read_text(encoding="utf-8"))
-    assert f"--tables {table} --out" not in parsed.text or table in ("methods", "initialisation")
-    for other in set(KNOWN_TABLES) - {table}:
-        assert f"--tables {other} --out" in parsed.text or {table, other} == {"methods", "initialisation"}, other
+    commands = {name: f"--tables {name} " for name in KNOWN_TABLES if name not in ("adapter", "needle")}
+    commands["needle"] = "--benchmark needle:FILE"
+    absent = {name for name, command in commands.items() if command in parsed.text.split("To make this page")[0]}
+    assert absent == set(commands) - {"methods" if table == "adapter" else table}
 
 
 def test_text_from_files_stays_text(adapters, tmp_path):
@@ -368,6 +374,26 @@ def test_a_later_file_replaces_the_same_measurement(adapters, tmp_path):
     second = results(tmp_path / "b.json", [row(value=0.4)])
     rows = report_data(adapters / "packed", [first, second])["rows"]
     assert sorted(one["value"] for one in rows) == [0.2, 0.3, 0.4]
+
+
+def test_rows_as_the_suite_writes_them(adapters, tmp_path):
+    """Labels beside methods, a window alone of equal bytes, a cache without bytes per token, needles among lines."""
+    more = {"kind": "cskv", "context_tokens": 1024, "cache_share": 0.2512}
+    rows = [row(method="ours", label=f"{100 * c:g} % ours", compression=c, share=1 - c) | more for c in (0.5, 0.8)]
+    rows.append(row(method="window + sinks", compression=0.8, share=0.0, bytes_per_token=0.0, value=0.25) | more)
+    rows.append(row(method="quantised, 4 bits", compression=None, share=None, bytes_per_token=None, value=0.5) | more)
+    place = {"num_lines": 50, "depth": 0.25, "position": 13}
+    rows.append(row(method="ours", benchmark="needle", group="50 lines, depth 25 %", value=0.625, details=place))
+    settings = {"model": "tiny", "benchmarks": ["lines:50"], "epochs": 2.0}
+    path = results(tmp_path / "results.json", rows, settings=settings)
+    text = write_report(adapters / "packed", [path], tmp_path / "page.html").read_text(encoding="utf-8")
+    parsed = Parsed(text)
+    assert "cskv eval tiny --benchmark lines:50 --tables methods --epochs 2.0 --out FOLDER" in parsed.text
+    assert "25.1 % of 1,024 tokens" in parsed.text and "80 % ours" in parsed.text
+    assert "text, lines" in parsed.text and "62.5" in parsed.text
+    data = json.loads((tmp_path / "page.json").read_text())["rows"]
+    places = [place_of(one, 256) for one in data[:4]]
+    assert places == pytest.approx([0.5, 0.2, 0.2, 0.2512])
 
 
 def test_written_whole_or_not_at_all(adapters, tmp_path, monkeypatch):
@@ -481,6 +507,7 @@ def test_numbers_as_text():
     assert size(1e6, zeros=False) == "1\u00a0MB"
     assert measured("accuracy", 0.95) == "95.0\u00a0%" and measured("perplexity_ratio", 1.00274) == "1.0027"
     assert measured("kl", 0.00110) == "0.001100" and measured("kl", 6.874e-6) == "6.874e-6"
+    assert benchmark_name("text:/some/where/book.txt") == "Text, book.txt" and benchmark_name("mine:x") == "mine:x"
     assert measured("unheard of", 1234567.0) == "1.235e6" and measured("kl", math.nan) == "–" and count(None) == "–"
     assert [significant(v, 2) for v in (0, 0.099999, 12.0, 1.5, -0.25)] == ["0", "0.1", "12", "1.5", "-0.25"]
     assert interval("accuracy", 0.915, 0.971) == "91.5 to 97.1" and interval("kl", None, 1) == ""

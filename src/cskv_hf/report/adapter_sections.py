@@ -12,6 +12,7 @@ from .sections import Section, figure, grid
 from .tables import Head, Line, table
 
 MOST_POINTS = 64  # of a line of a spectrum
+MOST_MARKERS = 32  # layers; points of more are not marked
 KEYS, VALUES = Style("keys", "circle"), Style("values", "square", dash="5 3")
 SMALL = {"width": 270.0, "height": 190.0}
 LOST, LOST_IN_ATTENTION = Style("plain", "square", open=True, dash="3 3"), Style("ours", "circle", strong=True)
@@ -149,7 +150,12 @@ def _error_charts(layers: list[dict[str, Any]]) -> list[Safe]:
             if points:
                 series.append(Series(label, style, points))
         charts.append(
-            figure(f"{name}: energy lost", line_chart(f"{name}: share of the energy lost, by layer", x, y, series))
+            figure(
+                f"{name}: energy lost",
+                line_chart(
+                    f"{name}: share of the energy lost, by layer", x, y, series, markers=len(layers) <= MOST_MARKERS
+                ),
+            )
         )
     return charts
 
@@ -176,7 +182,8 @@ def _layer_table(layers: list[dict[str, Any]]) -> Safe:
         ):  # fmt: skip
             cells += [write(layer[f"{side}_{name}"]) for side in ("key", "value")]
         ranks = layer["key_ranks"]
-        cells[1] = (cells[1], " + ".join(map(str, ranks)) if 1 < len(ranks) <= 8 else "")
+        several = " + ".join(map(str, ranks)) if len(ranks) <= 4 else f"{min(ranks)} to {max(ranks)} a group"
+        cells[1] = (cells[1], several if len(ranks) > 1 else "")
         lines.append(Line(cells))
     return table("What each layer keeps and loses", heads, lines, above)
 

@@ -325,6 +325,7 @@ def heat_map(
                 parts.append(
                     tag("rect", tag("title", cell.title if cell else "not measured"), **box, class_="nothing")
                 )
+                parts.append(_text("–", box["x"] + box["width"] / 2, box["y"] + 17, "tick", "middle"))
                 continue
             share = min(1.0, max(0.0, cell.share))
             parts.append(

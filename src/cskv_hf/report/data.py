@@ -28,7 +28,7 @@ CONTEXTS = (1024, 8192, 32768, 131072)
 TEXTS = ("table", "method", "benchmark", "metric")  # that every row has
 NUMBERS = (
     "compression", "window", "key_share", "bytes_per_token", "share", "cache_bytes", "value", "low", "high", "total",
-    "skipped", "seconds",
+    "skipped", "seconds", "cache_share", "context_tokens",
 )  # fmt: skip
 MEASURED = ("key_error", "value_error", "key_attention_error", "value_attention_error")
 SPECTRUM = re.compile(r"layers\.(\d+)\.self_attn\.cskv\.cskv_(key|value)_spectrum\.weight$")
@@ -59,7 +59,7 @@ def report_data(adapter_dir: str | os.PathLike, results_paths: Sequence[str | os
         )
     files = [read_results(Path(path), ModelShape(**config.model_shape)) for path in results_paths]
     rows = {key: row for file in files for key, row in _identified(file["rows"])}
-    results = [{k: file[k] for k in ("file", "environment", "model", "settings")} for file in files]
+    results = [{k: file[k] for k in ("file", "environment", "model", "settings", "tables")} for file in files]
     return _without_nan(
         {
             "version": VERSION,
@@ -73,8 +73,7 @@ def report_data(adapter_dir: str | os.PathLike, results_paths: Sequence[str | os
 
 def report_command(adapter_dir: str | os.PathLike, results_paths: Sequence[str | os.PathLike], out: Path) -> str:
     """The command that makes this report."""
-    results = [word for path in results_paths for word in ("--results", str(path))]
-    return shlex.join(["cskv", "report", str(adapter_dir), *results, "--out", str(out)])
+    return shlex.join(["cskv", "report", str(adapter_dir), *map(str, results_paths), "--out", str(out)])
 
 
 def adapter_data(config: CSKVConfig, folder: Path) -> dict[str, Any]:
@@ -224,10 +223,14 @@ def read_results(path: Path, shape: ModelShape) -> dict[str, Any]:
             "results of the adapter's model."
         )
     rows = [_row(path, number, row) for number, row in enumerate(data["rows"], 1)]
-    return {"file": path.name, "rows": rows} | {k: data.get(k, {}) for k in ("environment", "model", "settings")}
+    tables = list(dict.fromkeys(row["table"] for row in rows))
+    return {"file": path.name, "rows": rows, "tables": tables} | {
+        k: data.get(k, {}) for k in ("environment", "model", "settings")
+    }
 
 
 def _row(path: Path, number: int, row: Any) -> dict[str, Any]:
+    """A row checked, with all fields."""
     if not isinstance(row, dict):
         raise ValueError(f"Row {number} of the results file '{path}' is no object.")
     for name in TEXTS:
@@ -245,12 +248,24 @@ def _row(path: Path, number: int, row: Any) -> dict[str, Any]:
     if not isinstance(details, dict):
         raise ValueError(f"`details` of row {number} of the results file '{path}' must be an object, got {details!r}.")
     texts = {name: row[name] for name in TEXTS} | {"group": str(row.get("group") or "")}
+    texts |= {"name": str(row.get("label") or row["method"]), "removed": row.get("compression")}
     return texts | {name: row.get(name) for name in NUMBERS} | {"details": details}
 
 
 def _identified(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
     """Every row with what was measured, without what came out; rows of one file that say the same stay apart."""
-    names = ("table", "method", "compression", "window", "key_share", "benchmark", "group", "metric", "details")
+    names = (
+        "table",
+        "method",
+        "name",
+        "compression",
+        "window",
+        "key_share",
+        "benchmark",
+        "group",
+        "metric",
+        "details",
+    )
     seen: Counter[str] = Counter()
     for row in rows:
         what = json.dumps([row[name] for name in names], sort_keys=True)

@@ -13,6 +13,8 @@ BENCHMARKS = {
     "needle": "Needle in a haystack",
     "longbench": "LongBench",
     "lveval": "LV-Eval",
+    "generations": "The model's own text",
+    "topics": "Topic retrieval",
 }
 MARKERS = ("circle", "square", "triangle", "diamond")
 METHODS = {  # colour, marker
@@ -86,7 +88,10 @@ def metric_of(name: str) -> Metric:
 
 
 def benchmark_name(name: str) -> str:
-    return BENCHMARKS.get(name, name)
+    """In words; of "text:FILE" the kind in words and the file, without its folders."""
+    kind, colon, source = name.partition(":")
+    source = source.replace("\\", "/").rpartition("/")[2]
+    return BENCHMARKS[kind] + (f", {source}" if colon else "") if kind in BENCHMARKS else name
 
 
 def is_number(value: object) -> bool:
@@ -101,10 +106,12 @@ def is_ours(method: str) -> bool:
 def style_of(method: str, others: tuple[str, ...] = ()) -> Style:
     """The style of a method; `others` are the names that this file does not know, in their order."""
     name = method.lower()
-    trained = name.endswith(("+ training", "+training", "+ qat", "+qat"))
+    trained = name.endswith(("+ training", "qat"))
     base = "ours" if is_ours(method) else name
     if base not in METHODS and trained:
         base = base.rpartition("+")[0].strip()
+    if base.startswith(("quantized", "quantised")):
+        base = "quantized cache"
     if base in METHODS:
         colour, marker = METHODS[base]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from .formats import (
     size,
 )
 from .markup import Safe, join, tag
-from .rows import FULL, Row, facet_of, facets, of_table, value_of
+from .rows import FULL, Row, facet_of, facets, is_placed, of_table, value_of
 from .sections import (
     Section,
     all_rows,
     budget_section,
     comparison_section,
+    missing,
     needle_section,
     other_section,
     quality_section,
@@ -62,8 +64,9 @@ def page(data: dict[str, Any]) -> str:
     ]
     shown = [section for section in sections if section is not None]
     whole = [Section("summary", "Summary", summary(data, shown)), *shown, environment_section(data)]
-    named = [str(result["model"]["name"]) for result in data["results"] if result["model"].get("name")]
-    name, base = data["adapter"]["name"], (named or [data["adapter"]["base_model"]])[0]
+    named = [_public(str(result["model"]["name"])) for result in data["results"] if result["model"].get("name")]
+    name = data["adapter"]["name"]
+    base = next((n for n in named if n != name), data["adapter"]["base_model"])  # an adapter may have been measured
     title = f"CSKV report: {name}"
     contents = [tag("a", section.title, href=f"#{section.id}") for section in whole]
     body = tag(
@@ -176,6 +179,7 @@ def _evaluation_rows(data: dict[str, Any]) -> list[Row]:
     shared = {"table": "fit", "method": "ours", "benchmark": "text", "group": str(found.get("source") or "")}
     shared |= {"compression": data["adapter"]["compression"], "window": None, "key_share": None, "details": {}}
     shared |= {"bytes_per_token": data["adapter"]["bytes_per_token"], "share": None, "cache_bytes": None}
+    shared |= {"name": "ours", "removed": data["adapter"]["compression"], "cache_share": None, "context_tokens": None}
     rows = []
     for metric, key in (
         ("perplexity_ratio", "ratio"),
@@ -204,26 +208,25 @@ def _headline_rows(data: dict[str, Any]) -> list[Row]:
     adapter = data["adapter"]
 
     def fits(row: Row) -> bool:
-        same = is_number(row["compression"]) and is_number(adapter["compression"])
-        same = same and abs(row["compression"] - adapter["compression"]) < 1e-6
+        same = is_number(row["removed"]) and is_number(adapter["compression"])
+        same = same and abs(row["removed"] - adapter["compression"]) < 1e-6
         return is_ours(row["method"]) and same and row["window"] in (None, adapter["window"])
 
+    mine = [row for row in of_table(data["rows"], "adapter") if row["method"] == "this adapter"]
     methods = [row for row in of_table(data["rows"], "methods") if fits(row)]
     plain = [row for row in methods if "+" not in row["method"]]
-    return (plain or methods) + [row for row in _evaluation_rows(data) if row["method"] != FULL]
+    found = [*mine, *(plain or methods), *(row for row in _evaluation_rows(data) if row["method"] != FULL)]
+    return [row for row in found if not is_placed(row)]
 
 
 def _quality_table(data: dict[str, Any]) -> Safe:
     rows = _headline_rows(data)
     if not rows:
-        return tag(
-            "p",
-            "No quality of this adapter's compression was measured. To measure it: ",
-            tag("code", f"cskv eval {data['adapter']['name']} --tables methods --out results.json"),
-            class_="missing",
-        )
+        return missing("No quality of this adapter's compression was measured.", "text", data)
     full = {
-        facet_of(r): r for r in [*_evaluation_rows(data), *of_table(data["rows"], "methods")] if r["method"] == FULL
+        facet_of(r): r
+        for r in [*_evaluation_rows(data), *of_table(data["rows"], "adapter", "methods")]
+        if r["method"] == FULL
     }
     lines = []
     for facet in facets(rows):
@@ -292,12 +295,33 @@ def environment_section(data: dict[str, Any]) -> Section:
         parts.append(table(f"Environment and settings of {result['file']}", heads, lines))
     if not data["results"]:
         parts.append(tag("p", "No results file was given: all of this page is from the adapter's own files."))
-    commands = [str(r["settings"]["command"]) for r in data["results"] if r["settings"].get("command")]
-    commands = list(dict.fromkeys([*commands, data["command"]]))
+    commands = [*(eval_command(result) for result in data["results"]), data["command"]]
     parts += [tag("h3", "To make this page again"), tag("pre", "\n".join(commands))]
     if data["rows"]:
         parts.append(all_rows(data["rows"]))
     return Section("environment", "Environment and commands", join(parts))
+
+
+def eval_command(result: dict[str, Any]) -> str:
+    """The command that measured a results file: as it says, or put together from its settings."""
+    settings = result["settings"]
+    if settings.get("command"):
+        return str(settings["command"])
+    words = ["cskv", "eval", str(settings.get("model") or result["model"].get("name") or "MODEL")]
+    for benchmark in settings.get("benchmarks") or []:
+        words += ["--benchmark", str(benchmark)]
+    tables = [name for name in result["tables"] if name != "adapter"]
+    if tables:
+        words += ["--tables", ",".join(tables)]
+    for name in ("limit", "length", "data", "max_tokens", "epochs", "learning_rate"):
+        if settings.get(name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(settings[name])]
+    return shlex.join([*words, "--out", "FOLDER"])
+
+
+def _public(name: str) -> str:
+    """A model's name without the folders of this machine."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _words(value: object) -> str:

@@ -26,6 +26,7 @@ from .scales import linear_domain, log_domain
 
 Row = dict[str, Any]
 FULL, WINDOW = "full cache", "window + sinks"
+ALL, MOST_GROUPS = "all", 6  # the group of all groups; groups with a chart each
 WIDE_RATIO = 30.0  # between the largest and the smallest value, from which on an axis is logarithmic
 DASHES = (None, "7 3", "2 3", "9 3 2 3", "4 2")
 
@@ -64,19 +65,45 @@ def facets(rows: Sequence[Row]) -> list[Facet]:
 
 
 def charted(rows: Sequence[Row]) -> list[Facet]:
-    """The facets worth a chart: those with a number, and no perplexity where its ratio is there."""
+    """The facets worth a chart: those with a number, no perplexity where its ratio is there, and of a benchmark of
+    many groups the mean over all."""
     found = facets([row for row in rows if is_number(row["value"])])
     ratios = {(f.benchmark, f.group) for f in found if f.metric == "perplexity_ratio"}
-    return [f for f in found if f.metric != "perplexity" or (f.benchmark, f.group) not in ratios]
+    groups = {f.benchmark: {g.group for g in found if g.benchmark == f.benchmark} for f in found}
+    return [
+        f
+        for f in found
+        if (f.metric != "perplexity" or (f.benchmark, f.group) not in ratios)
+        and (f.group == ALL or ALL not in groups[f.benchmark] or len(groups[f.benchmark]) <= MOST_GROUPS)
+    ]
+
+
+def first_of_each(rows: Sequence[Row]) -> list[Row]:
+    """Without what was measured before, in an earlier table say: the same method in the same facet."""
+    found: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["removed"], row["window"], row["key_share"], facet_of(row)), row)
+    return list(found.values())
 
 
 def of_table(rows: Sequence[Row], *tables: str) -> list[Row]:
     return [row for row in rows if row["table"] in tables]
 
 
+def is_placed(row: Row) -> bool:
+    """Whether it is a field of a needle map: a depth of a length."""
+    return is_number(row["details"].get("depth")) and length_of(row) is not None
+
+
+def length_of(row: Row) -> float | None:
+    """Tokens of the text that the needle was hidden in, or its lines."""
+    found = [row["details"].get(name) for name in ("length", "num_lines")]
+    return next((value for value in found if is_number(value)), None)
+
+
 def removed(row: Row) -> str:
     """What was asked for, as a share removed."""
-    return short_percent(row["compression"])
+    return short_percent(row["removed"])
 
 
 def share_of(row: Row, full_bytes: float) -> float | None:
@@ -86,25 +113,43 @@ def share_of(row: Row, full_bytes: float) -> float | None:
     return row["bytes_per_token"] / full_bytes if is_number(row["bytes_per_token"]) else None
 
 
+def place_of(row: Row, full_bytes: float) -> float | None:
+    """Where a method stands among those that keep some bytes of every old token; None for the full cache.
+
+    A window alone, whose old tokens cost nothing, stands at the compression that its bytes were made equal to; a
+    cache without a number per token at its share of the whole context.
+    """
+    if row["method"] == FULL:
+        return None
+    share = share_of(row, full_bytes)
+    if share == 0:
+        share = 1 - row["removed"] if is_number(row["removed"]) else None
+    elif share is None:
+        share = row["cache_share"]
+    return share if is_number(share) and share > 0 else None
+
+
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """The full cache first, then what has no compression, then by compression."""
 
     def rank(row: Row) -> tuple[int, float]:
         if row["method"] == FULL:
             return 0, 0.0
-        return (2, row["compression"]) if is_number(row["compression"]) else (1, 0.0)
+        return (2, row["removed"]) if is_number(row["removed"]) else (1, 0.0)
 
     return sorted(rows, key=rank)
 
 
 def detail_text(row: Row) -> str:
-    return ", ".join(f"{key} {significant(v) if is_number(v) else v}" for key, v in row["details"].items())
+    """The details that are a number or a text."""
+    plain = {k: v for k, v in row["details"].items() if isinstance(v, (str, int, float)) and v != ""}
+    return ", ".join(f"{key} {significant(v) if is_number(v) else v}" for key, v in plain.items())
 
 
 def tooltip(row: Row) -> str:
     """Everything about a point in one line."""
     parts = [row["method"]]
-    if is_number(row["compression"]):
+    if is_number(row["removed"]):
         parts[0] += f", {removed(row)} removed"
     if is_number(row["window"]):
         parts.append(f"window {row['window']:g}")

@@ -9,7 +9,6 @@ from typing import Any
 
 from .charts import Axis, Cell, heat_map, line_chart
 from .formats import (
-    MISSING,
     benchmark_name,
     count,
     exact,
@@ -31,8 +30,12 @@ from .rows import (
     detail_text,
     facet_of,
     facets,
+    first_of_each,
     in_order,
+    is_placed,
+    length_of,
     of_table,
+    place_of,
     removed,
     series_by,
     share_of,
@@ -42,8 +45,9 @@ from .rows import (
 )
 from .tables import Head, Line, table
 
-KNOWN_TABLES = ("methods", "initialisation", "window", "budget", "quantisation", "needle")
-MEASURE = "cskv eval {adapter} --tables {table} --out results.json"
+KNOWN_TABLES = ("methods", "initialisation", "window", "budget", "quantisation", "adapter", "needle")
+MEASURE_TABLE = "cskv eval {base} --tables {table} --benchmark text:FILE --data FILE --out FOLDER"
+MEASURE_ADAPTER = "cskv eval {adapter} --benchmark {table}:FILE --out FOLDER"
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,10 @@ class Section:
 
 
 def missing(what: str, name: str, data: dict[str, Any]) -> Safe:
-    """The line of a section without data."""
-    command = MEASURE.format(adapter=data["adapter"]["name"], table=name)
+    """The line of a section without data; `name` is a table of `cskv eval`, or "needle" or "text", benchmarks."""
+    adapter = data["adapter"]
+    command = MEASURE_ADAPTER if name in ("needle", "text") else MEASURE_TABLE
+    command = command.format(adapter=adapter["name"], base=adapter["base_model"] or "MODEL", table=name)
     return tag("p", f"{what} To measure it: ", tag("code", command), class_="missing")
 
 
@@ -86,25 +92,25 @@ def quality_section(data: dict[str, Any]) -> Section:
         ("initialisation", "Initialisations", "The same storage; only the way to find the factors differs."),
     ):
         parts.append(tag("h3", heading))
-        rows = of_table(data["rows"], name)
+        rows = of_table(data["rows"], *(("methods", "adapter") if name == "methods" else (name,)))
+        rows = first_of_each([row for row in rows if not is_placed(row)])
         charts = [quality_chart(facet, rows, data) for facet in charted(rows)]
         if charts:
             parts.append(tag("p", f"{note} Whiskers and bands are 95", "\u00a0", "% intervals.", class_="note"))
+            if any(share_of(row, data["adapter"]["full_bytes_per_token"]) in (0, None) for row in rows):
+                text = "A window alone stands where its bytes are equal, a cache without bytes per token at its share "
+                parts.append(tag("p", text + "of the whole context.", class_="note"))
             parts.append(grid(charts))
         else:
             parts.append(missing(f"{heading} were not compared.", name, data))
-    return Section("quality", title, join(parts), bool(of_table(data["rows"], "methods", "initialisation")))
+    return Section("quality", title, join(parts), bool(of_table(data["rows"], "methods", "adapter", "initialisation")))
 
 
 def quality_chart(facet: Facet, rows: Sequence[Row], data: dict[str, Any]) -> Safe:
     full_bytes = data["adapter"]["full_bytes_per_token"]
     rows = [row for row in rows if facet_of(row) == facet]
 
-    def share(row: Row) -> float | None:
-        kept = share_of(row, full_bytes)
-        return None if row["method"] == FULL or kept is None or kept <= 0 else kept
-
-    series, references = series_by(rows, share)
+    series, references = series_by(rows, lambda row: place_of(row, full_bytes))
     shares = [point.x for one in series for point in one.points] or [0.05, 0.5]
     x = Axis(
         "bytes kept of an old token, % of the full cache",
@@ -214,46 +220,58 @@ def quantisation_section(data: dict[str, Any]) -> Section:
     if not rows:
         absent = missing("No way of packing was compared.", "quantisation", data)
         return Section("quantisation", "Quantisation", join([note, absent]), False)
-    tables = []
-    for facet in facets(rows):
-        mine = [row for row in rows if facet_of(row) == facet]
-        compressions = sorted({row["compression"] for row in mine if is_number(row["compression"])})
-        columns = list(compressions) + ([None] if any(not is_number(r["compression"]) for r in mine) else [])
-        names = list(dict.fromkeys((row["method"], detail_text(row)) for row in mine))
-        heads = [Head("method", text=True)]
-        heads += [Head(MISSING if c is None else f"{short_percent(c)} removed") for c in columns]
-        lines = []
-        for method, detail in names:
-            cells: list[object] = [(method, detail)]
-            for column in columns:
-                found = [
-                    row
-                    for row in mine
-                    if (row["method"], detail_text(row)) == (method, detail)
-                    and (row["compression"] if is_number(row["compression"]) else None) == column
-                ]
-                cells.append(value_of(found[-1]) if found else "")
-            lines.append(Line(cells, is_ours(method)))
-        tables.append(table(facet.title, heads, lines))
-    return Section("quantisation", "Quantisation", join([note, tag("div", tables, class_="tables")]), True)
+    charts = [quality_chart(facet, rows, data) for facet in charted(rows)]
+    tables = [storage_table(facet, [row for row in rows if facet_of(row) == facet]) for facet in facets(rows)]
+    parts = [note, grid(charts), tag("div", tables, class_="tables")]
+    full_bytes = data["adapter"]["full_bytes_per_token"]
+    heads, names = byte_columns(rows, full_bytes)
+    parts.append(pivot("Ways of storing, by bytes", heads, names, rows, groups=True))
+    return Section("quantisation", "Quantisation", join(parts), True)
+
+
+def storage_table(facet: Facet, rows: Sequence[Row]) -> Safe:
+    """Methods by what was removed; a column where two or more of them meet."""
+    asked = [row["removed"] for row in first_of_each(rows) if is_number(row["removed"])]
+    columns = sorted({c for c in asked if asked.count(c) > 1}) or sorted(set(asked))
+    heads = [Head("method", text=True), *(Head(f"{short_percent(c)} removed") for c in columns)]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = {row["removed"]: row for row in rows if row["method"] == method}
+        if any(c in mine for c in columns):
+            cells = [value_of(mine[c]) if c in mine else "" for c in columns]
+            lines.append(Line([method, *cells], is_ours(method)))
+    return table(facet.title, heads, lines)
+
+
+def byte_columns(rows: Sequence[Row], full_bytes: float) -> tuple[list[Head], list[tuple[object, ...]]]:
+    """The first columns of a table of methods: name, what was removed, bytes."""
+    heads = [
+        Head("method", text=True), Head("removed"), Head("bytes", "per old token"),
+        Head("share", "of the full cache's"), Head("cache", "as measured"),
+    ]  # fmt: skip
+    names: list[tuple[object, ...]] = []
+    for row in rows:
+        cache = percent(row["cache_share"]) if is_number(row["cache_share"]) else ""
+        if cache and is_number(row["context_tokens"]):
+            cache += f" of {count(row['context_tokens'])} tokens"
+        share = percent(share_of(row, full_bytes))
+        names.append(
+            (row["method"], removed(row), exact(row["bytes_per_token"]), share, (size(row["cache_bytes"]), cache))
+        )
+    return heads, names
 
 
 def needle_section(data: dict[str, Any]) -> Section:
     """Depth and length, one map per method."""
-    rows = of_table(data["rows"], "needle")
-    placed = [r for r in rows if is_number(r["details"].get("depth")) and is_number(r["details"].get("length"))]
-    if not rows:
+    placed = [row for row in data["rows"] if is_placed(row)]
+    others = [row for row in of_table(data["rows"], "needle") if not is_placed(row)]
+    if not placed and not others:
         return Section("needle", "Needle map", missing("No needle was looked for.", "needle", data), False)
-    panels = dict.fromkeys(
-        (row["method"], row["compression"], facet_of(row).benchmark, row["metric"]) for row in placed
-    )
-    maps = [
-        needle_map(panel, [r for r in placed if (r["method"], r["compression"], r["benchmark"], r["metric"]) == panel])
-        for panel in panels
-    ]
+    panels: dict[tuple[object, ...], list[Row]] = {}
+    for row in in_order(placed):
+        panels.setdefault((row["benchmark"], row["method"], row["removed"], row["metric"]), []).append(row)
     parts = [tag("p", "A fact hidden at a depth of a text of a length, and asked for: the share of right answers.")]
-    parts.append(grid(maps) if maps else None)
-    others = [row for row in rows if row not in placed]
+    parts.append(grid([needle_map(rows) for rows in panels.values()]))
     if others:
         heads = [Head("method", text=True), Head("removed")]
         lines = [(row["method"], removed(row)) for row in others]
@@ -261,50 +279,39 @@ def needle_section(data: dict[str, Any]) -> Section:
     return Section("needle", "Needle map", join(parts), True)
 
 
-def needle_map(panel: tuple[str, float | None, str, str], rows: Sequence[Row]) -> Safe:
-    method, compression, _, metric = panel
+def needle_map(rows: Sequence[Row]) -> Safe:
+    """One method's map."""
+    first = rows[0]
+    metric, unit = first["metric"], "tokens" if is_number(first["details"].get("length")) else "lines"
     depths = sorted({row["details"]["depth"] for row in rows})
-    lengths = sorted({row["details"]["length"] for row in rows})
+    lengths = sorted({length_of(row) for row in rows})
     cells = {}
     for row in rows:
-        where = depths.index(row["details"]["depth"]), lengths.index(row["details"]["length"])
+        where = depths.index(row["details"]["depth"]), lengths.index(length_of(row))
         share = row["value"] if is_number(row["value"]) else None
         text = measured(metric, share).removesuffix("\u00a0%").removesuffix(".0")
-        cells[where] = Cell(
-            share, text, f"{tooltip(row)}; depth {percent(depths[where[0]], 0)}, {count(lengths[where[1]])} tokens"
-        )
-    name = method + (f", {short_percent(compression)} removed" if is_number(compression) else "")
+        place = f"depth {percent(depths[where[0]], 0)}, {count(lengths[where[1]])} {unit}"
+        cells[where] = Cell(share, text, f"{tooltip(row)}; {place}")
     kind = metric_of(metric).name
-    title = f"Needle in a haystack, {name}: {kind} by depth and length"
-    unit = f"{kind}, %" if metric_of(metric).share else kind
-    map_ = heat_map(
-        title, "text, tokens", "depth", [count(n) for n in lengths], [percent(d, 0) for d in depths], cells
-    )
-    return figure(name, map_, unit)
+    name = first["method"] + (f", {removed(first)} removed" if is_number(first["removed"]) else "")
+    title = f"{benchmark_name(first['benchmark'])}, {name}: {kind} by depth and length"
+    columns, lines = [count(n) for n in lengths], [percent(d, 0) for d in depths]
+    chart = heat_map(title, f"text, {unit}", "depth", columns, lines, cells)
+    return figure(name, chart, f"{kind}, %" if metric_of(metric).share else kind)
 
 
 def comparison_section(data: dict[str, Any]) -> Section:
     """All methods side by side: bytes, then every measure with its interval; a table per benchmark."""
-    rows = in_order(of_table(data["rows"], "methods", "initialisation"))
+    rows = [row for row in of_table(data["rows"], "methods", "adapter", "initialisation") if not is_placed(row)]
+    rows = in_order(rows)
     if not rows:
         return Section("comparison", "All methods", missing("Methods were not compared.", "methods", data), False)
     parts = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         mine = [row for row in rows if row["benchmark"] == benchmark]
-        heads = [
-            Head("method", text=True), Head("removed"), Head("bytes", "per old token"),
-            Head("share", "of the full cache"), Head("cache", "as measured"),
-        ]  # fmt: skip
-        full_bytes = data["adapter"]["full_bytes_per_token"]
-        lines = [
-            (
-                row["method"], removed(row), exact(row["bytes_per_token"]), percent(share_of(row, full_bytes)),
-                size(row["cache_bytes"]),
-            )
-            for row in mine
-        ]  # fmt: skip
+        heads, names = byte_columns(mine, data["adapter"]["full_bytes_per_token"])
         parts.append(tag("h3", benchmark_name(benchmark)))
-        parts.append(pivot(f"All methods: {benchmark_name(benchmark)}", heads, lines, mine, groups=True))
+        parts.append(pivot(f"All methods: {benchmark_name(benchmark)}", heads, names, mine, groups=True))
     return Section("comparison", "All methods", join(parts), True)
 
 
@@ -337,7 +344,7 @@ def pivot(
     for key, cells in found.items():
         some = next(iter(cells.values()))
         values = [value_of(cells[facet]) if facet in cells else "" for facet in columns]
-        starts = groups and last is not None and some["compression"] != last["compression"]
+        starts = groups and last is not None and some["removed"] != last["removed"]
         lines.append(Line([*key[: len(heads)], *values], mixed and is_ours(some["method"]), starts))
         last = some
     return table(caption, all_heads, lines)
@@ -345,7 +352,7 @@ def pivot(
 
 def other_section(data: dict[str, Any]) -> Section | None:
     """Tables that this page has no picture for, as they are."""
-    rows = [row for row in data["rows"] if row["table"] not in KNOWN_TABLES]
+    rows = [row for row in data["rows"] if row["table"] not in KNOWN_TABLES and not is_placed(row)]
     if not rows:
         return None
     parts = []
@@ -368,7 +375,7 @@ def all_rows(rows: Sequence[Row]) -> Safe:
     lines = [
         Line(
             [
-                row["table"], row["method"], removed(row), count(row["window"]), percent(row["key_share"]),
+                row["table"], row["name"], removed(row), count(row["window"]), percent(row["key_share"]),
                 exact(row["bytes_per_token"]), percent(row["share"]), count(row["cache_bytes"]),
                 benchmark_name(row["benchmark"]), row["group"], metric_of(row["metric"]).name, value_of(row),
                 count(row["total"]), count(row["skipped"]), significant(row["seconds"], 3), detail_text(row),
