@@ -70,7 +70,7 @@ def test_every_mode_as_without_dropping(models, mode, little_rollback, keep_all)
 def test_equals_dynamic_cache(models, materialize, padded):
     """Lossless factors, with the margin as it is: the logits of the model over all keys and values."""
     model, _, sliding = models
-    ids, mask, turns = prompt(2, 260), torch.ones(2, 260, dtype=torch.long), [150, 1, 1, 9] + [1] * 80
+    ids, mask, turns = prompt(2, 200), torch.ones(2, 200, dtype=torch.long), [140, 1, 1, 9] + [1] * 20
     if padded:
         mask[0, :23] = 0
     cache = CSKVCache(materialize=materialize)
@@ -78,7 +78,7 @@ def test_equals_dynamic_cache(models, materialize, padded):
     actual = feed(model, ids, cache, turns, mask)
     rows = mask[:, : actual.shape[1]].bool()
     torch.testing.assert_close(actual[rows], expected[rows], atol=1e-9, rtol=1e-9)
-    assert min(dropped(cache)[i] for i in sliding) > 120
+    assert min(dropped(cache)[i] for i in sliding) > 48
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -122,8 +122,8 @@ def test_memory_is_bounded(models):
     _, model, sliding = models
     ids, cache, sizes, block = prompt(1, 700), CSKVCache(), [], 8
     feed(model, ids, cache, [200])
-    for _ in range(20):
-        feed(model, ids, cache, [1] * 25)
+    for _ in range(10):
+        feed(model, ids, cache, [1, 1, 30, 9, 1, 8])
         sizes.append([layer.nbytes for layer in cache.layers])
         for i in sliding:
             held = cache.layers[i].key_latents.num_tokens
@@ -139,12 +139,12 @@ def test_memory_is_bounded(models):
 @pytest.mark.parametrize("length", [60, 100, 180, 181, 188, 333])
 @torch.no_grad()
 def test_formula_equals_the_bytes_of_the_tensors(models, length):
-    """In one piece or token by token, up to what the exact window holds more then."""
+    """In one piece and in several: when a block is dropped depends on what is held, not on how it came."""
     _, model, _ = models
     config, ids = model.peft_config["default"], prompt(2, length)
     caches = [CSKVCache(), CSKVCache()]
     feed(model, ids, caches[0], [length])
-    feed(model, ids, caches[1], [40] + [1] * (length - 40))
+    feed(model, ids, caches[1], [40] + [3] * ((length - 40) // 3) + [1] * ((length - 40) % 3))
     expected = config.cache_nbytes(model.config, length, batch_size=2, dtype=torch.float64)
     assert caches[0].nbytes == caches[1].nbytes == expected
     assert (sum(dropped(caches[0])) > 0) == (length > 100)
@@ -159,12 +159,12 @@ def test_crop_within_the_margin(models, removed, padded):
     if padded:
         mask[0, :13] = 0
     cache, dynamic = CSKVCache(), DynamicCache()
-    feed(model, ids, cache, [120] + [1] * 60, mask)
+    feed(model, ids, cache, [120, 30, 1, 20, 9], mask)
     before = dropped(cache)
     cache.crop(-removed)
     assert dropped(cache) == before and min(before[i] for i in sliding) > 60
     feed(model, ids, dynamic, [180 - removed], mask)
-    again = [1, 1, 9] + [1] * 60
+    again = [1, 1, 9, 30] + [1] * 12
     actual, expected = feed(model, ids, cache, again, mask), feed(model, ids, dynamic, again, mask)
     torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
@@ -195,7 +195,7 @@ def test_recording_waits_for_crop(models):
     model, _, sliding = models
     ids, cache = prompt(1, 400), CSKVCache()
     cache.activate_past_recording()
-    feed(model, ids, cache, [200] + [1] * 100)
+    feed(model, ids, cache, [200, 1, 90, 1, 8])
     assert dropped(cache) == [0, 0]
     cache.crop(0)
     assert min(dropped(cache)[i] for i in sliding) > 100 and cache.get_seq_length() == 300
