@@ -334,7 +334,8 @@ class CSKVCache(Cache):
 
     Works with any model that has a CSKV adapter, wherever a `DynamicCache` would: ``model.generate(...,
     cache=CSKVCache)`` or ``past_key_values=CSKVCache()``. Prefill attends to exact keys and values; what is kept of
-    them is compressed. Tokens leave the window in blocks, and everything that is held exactly is used exactly.
+    them is compressed. Tokens leave the window in blocks, and everything that is held exactly is used exactly. Layers
+    of the model that have a sliding window drop latents that no query to come can see through it.
 
     Args:
         window: Most recent tokens kept exactly; the adapter's setting by default.
