@@ -9,6 +9,7 @@ RoPE, and rotated back when they are encoded.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .config import CSKVConfig
 from .factors import LayerFactors, compute_dtype
 from .latents import Latents
+from .offload import Copies, copy_ahead, copy_now, to_cpu
 from .rope import RotaryFrequencies, cos_sin, rotate, rotate_back
-from .tokens import Eviction, Step, TokenTable, take
-
-ROLLBACK_TOKENS = 64  # assisted decoding proposes 20 tokens by default
+from .tokens import ROLLBACK_TOKENS, Eviction, Index, Step, TokenTable, take
 
 MISSING_FACTORS = (
     "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "
@@ -80,11 +80,13 @@ class CompressedKV:
 
 @dataclass
 class Staged:
-    """What the pre-hook of an attention layer hands over for the `update` that follows."""
+    """What the pre-hook of an attention layer hands over for the `update` that follows; `unseen_blocks` may be dropped
+    after it."""
 
     step: Step
     factors: LayerFactors
     materialize: bool
+    unseen_blocks: int = 0
 
 
 class CSKVLayer(CacheLayerMixin):
@@ -95,26 +97,38 @@ class CSKVLayer(CacheLayerMixin):
         key_latents, value_latents: [`Latents`] of the old tokens, in the dtype of the model or packed.
         keys, values: (batch, num_key_value_heads, num_recent, head_dim), the window; named as in other cache layers.
         fingerprint: key spectrum of the adapter that fills the layer; the adapter's own tensor, not a copy.
+        sliding_window: of the model's layer, in tokens; None if it attends to all.
+        num_dropped: first blocks of latents that are no longer held, since no query can see them through that window.
+        copies: of offloaded latents on the compute device, while it is the layer's turn or that comes next.
+
+    Args:
+        offloading: keep the latents on the CPU; see [`CSKVCache`].
     """
 
     is_compileable = False
     is_croppable = True
-    is_sliding = False  # a model's sliding window is applied by the mask, over all slots
+    is_sliding = False  # a model's sliding window is applied by the mask, over all slots, dropped ones too
     supports_early_init = False
 
     EXACT = ("sink_keys", "sink_values", "keys", "values")
     LATENTS = ("key_latents", "value_latents")
 
-    def __init__(self) -> None:
+    def __init__(self, offloading: bool = False) -> None:
         super().__init__()
+        self.offloading = offloading
         self.staged: Staged | None = None
+        self.copies: Copies | None = None
         self.reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"copies": None}  # may still be on their way, and can be made again
+
     def reset(self) -> None:
-        for name in (*self.EXACT, *self.LATENTS, "fingerprint"):
+        for name in (*self.EXACT, *self.LATENTS, "fingerprint", "copies"):
             setattr(self, name, None)
         self.is_initialized = False
-        self.num_slots = 0
+        self.num_slots = self.num_dropped = 0
+        self.sliding_window: int | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
@@ -122,10 +136,8 @@ class CSKVLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = self.values = key_states.new_empty(batch, heads, 0, head_dim)
         self.sink_keys = self.sink_values = self.keys
-        self.key_latents, self.value_latents = (
-            Latents.of(format, key_states.new_empty(batch, 0, format.rank), key_states.dtype)
-            for format in (factors.key_format, factors.value_format)
-        )
+        formats = factors.key_format, factors.value_format
+        self.hold(*(Latents.of(f, key_states.new_empty(batch, 0, f.rank), key_states.dtype) for f in formats))
         self.fingerprint = factors.key_spectrum
         self.is_initialized = True
 
@@ -153,14 +165,18 @@ class CSKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.staged = None
-        step = staged.step
+        if self.keys.device != key_states.device:
+            self.prefetch()  # after an `offload` by hand
+        step, old = staged.step, self.fetch()
+        self.copies = None
         keys = torch.cat([self.keys, key_states], dim=2)
         values = torch.cat([self.values, value_states], dim=2)
         exact_keys, exact_values = keys, values
         if step.num_sinks:
             exact_keys = torch.cat([self.sink_keys, keys], dim=2)
             exact_values = torch.cat([self.sink_values, values], dim=2)
-        seen = CompressedKV(exact_keys, exact_values, self.key_latents, self.value_latents, staged.factors, step)
+        held = step.without(self.num_dropped * self.key_latents.format.block_size)
+        seen = CompressedKV(exact_keys, exact_values, *old, staged.factors, held)
         if step.eviction is None:
             self.keys, self.values = keys, values
         else:
@@ -172,10 +188,11 @@ class CSKVLayer(CacheLayerMixin):
 
     def _evict(self, keys: torch.Tensor, values: torch.Tensor, eviction: Eviction, staged: Staged) -> None:
         new = encode(take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2), eviction, staged.factors)
-        old = [self.key_latents.append(new[0]), self.value_latents.append(new[1])]
+        old = [held.append(latents.to(held.device)) for held, latents in zip(self._latents(), new)]
         if eviction.old_blocks is not None:
-            old = [latents.take(eviction.old_blocks) for latents in old]
-        self.key_latents, self.value_latents = old
+            old = [latents.take(self._held(eviction.old_blocks)) for latents in old]
+        self.hold(*old)
+        self.drop(staged.unseen_blocks)
         if (
             staged.step.num_sinks == 0
             or not isinstance(eviction.sinks, slice)
@@ -201,32 +218,70 @@ class CSKVLayer(CacheLayerMixin):
         self.num_slots = num_slots
         if self.is_initialized:
             self.sink_keys, self.sink_values = (take(t, kept["sinks"], 2) for t in (self.sink_keys, self.sink_values))
-            self.key_latents, self.value_latents = (
-                latents.take(kept["old"]) for latents in (self.key_latents, self.value_latents)
-            )
+            old = kept["old"]
+            self.num_dropped = min(self.num_dropped, old.stop if isinstance(old, slice) else old.shape[1])  # all, or 0
+            self.hold(*(latents.take(self._held(old)) for latents in self._latents()))
             self.keys, self.values = (take(t, kept["recent"], 2) for t in (self.keys, self.values))
+
+    def _held(self, blocks: Index) -> Index:
+        """Of blocks to keep, counted over all, the first of which are those dropped: where the others are held."""
+        if isinstance(blocks, slice):
+            return slice(0, blocks.stop - self.num_dropped)
+        return blocks[:, self.num_dropped :] - self.num_dropped
+
+    def drop(self, blocks: int) -> None:
+        """Let go of latents, until so many of the first blocks are gone."""
+        if blocks > self.num_dropped:
+            self.hold(*(latents.drop(blocks - self.num_dropped) for latents in self._latents()))
+            self.num_dropped = blocks
 
     def select_rows(self, rows: torch.Tensor) -> None:
         if self.is_initialized:
             for name in self.EXACT:
                 tensor = getattr(self, name)
                 setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
-            for name in self.LATENTS:
-                setattr(self, name, getattr(self, name).select_rows(rows))
+            self.hold(*(latents.select_rows(rows) for latents in self._latents()))
 
     reorder_cache = select_rows
 
+    def _latents(self) -> tuple[Latents, Latents]:
+        return self.key_latents, self.value_latents
+
+    def hold(self, *latents: Latents) -> None:
+        """Keep these as the latents of keys and values, where latents live."""
+        if self.offloading:
+            latents = tuple(to_cpu(x, self.device) for x in latents)
+        self.key_latents, self.value_latents = latents
+        self.copies = None
+
+    def fetch(self) -> tuple[Latents, Latents]:
+        """The latents where attention reads them: those held, or copies of those that are offloaded."""
+        if not self.offloading or not self.is_initialized:
+            return self._latents()
+        if self.copies is None:
+            self.copies = copy_now(self._latents(), self.device)
+        return self.copies.ready()
+
     def offload(self) -> None:
-        self._move("cpu")
+        """Move everything to the CPU, sinks and window too; the next `update` brings it back."""
+        if self.is_initialized:
+            self._move("cpu")
+            self.copies = None
 
     def prefetch(self) -> None:
+        """Undo [`offload`]; of latents that live on the CPU, start copies to the device if it makes them on the
+        side."""
         if self.is_initialized:
             self._move(self.device)
+            if self.offloading and self.copies is None:
+                self.copies = copy_ahead(self._latents(), self.device)
 
     def _move(self, device: Any) -> None:
-        if self.is_initialized:
-            for name in (*self.EXACT, *self.LATENTS):
-                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        wait = torch.device(device).type == "cpu"  # CPU operations may follow at once
+        for name in self.EXACT:
+            setattr(self, name, getattr(self, name).to(device, non_blocking=not wait))
+        if not self.offloading:
+            self.hold(*(latents.to(device, non_blocking=not wait) for latents in self._latents()))
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """Every tensor held, by what it belongs to."""
@@ -239,8 +294,20 @@ class CSKVLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of the storages behind the tensors, each counted once."""
         held = [t for tensors in self.tensors().values() for t in tensors]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-        return sum(storages.values())
+        if self.copies is not None:
+            held += [t for latents in self.copies.latents for t in latents.held]
+        return nbytes_of(held)
+
+    @property
+    def offloaded_nbytes(self) -> int:
+        """Those of the latents, if they live on the CPU."""
+        offloaded = self._latents() if self.offloading and self.is_initialized else ()
+        return nbytes_of(t for latents in offloaded for t in latents.held)
+
+
+def nbytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def encode(
@@ -267,7 +334,8 @@ class CSKVCache(Cache):
 
     Works with any model that has a CSKV adapter, wherever a `DynamicCache` would: ``model.generate(...,
     cache=CSKVCache)`` or ``past_key_values=CSKVCache()``. Prefill attends to exact keys and values; what is kept of
-    them is compressed. Tokens leave the window in blocks, and everything that is held exactly is used exactly.
+    them is compressed. Tokens leave the window in blocks, and everything that is held exactly is used exactly. Layers
+    of the model that have a sliding window drop latents that no query to come can see through it.
 
     Args:
         window: Most recent tokens kept exactly; the adapter's setting by default.
@@ -275,20 +343,29 @@ class CSKVCache(Cache):
         materialize: Rebuild all keys and values in every step and run the model's own attention implementation on
             them. Slow and large; for comparison, and for attention implementations that the default path does not
             serve.
+        offloading: Keep the latents on the CPU, and on the compute device those of the layer at work only; on CUDA
+            also the next layer's, which are copied ahead. Sinks and window stay on the device.
 
     Raises:
         ValueError: if `window` is below 1 or `sinks` below 0.
     """
 
-    def __init__(self, window: int | None = None, sinks: int | None = None, materialize: bool = False) -> None:
-        super().__init__(layers=[])
+    def __init__(
+        self,
+        window: int | None = None,
+        sinks: int | None = None,
+        materialize: bool = False,
+        offloading: bool = False,
+    ) -> None:
+        super().__init__(layers=[])  # not told of `offloading`: its way moves the window too, and needs CUDA
         if window is not None and window < 1:
             raise ValueError(f"`window` must be at least 1 token, got {window}.")
         if sinks is not None and sinks < 0:
             raise ValueError(f"`sinks` must be at least 0 tokens, got {sinks}.")
-        self.window, self.sinks, self.materialize = window, sinks, materialize
+        self.window, self.sinks, self.materialize, self.offloading = window, sinks, materialize, offloading
         self.tokens: TokenTable | None = None
         self.padding_mask: torch.Tensor | None = None
+        self.has_own_mask = False
         self._step: Step | None = None
         self.slack = 0
 
@@ -297,8 +374,10 @@ class CSKVCache(Cache):
 
         Args:
             attention_mask: (batch, slots) with 0 for padding; anything else (None, 4-D masks) means that no token is.
+                What is neither may show a layer what lies beyond its sliding window, so that nothing is dropped.
         """
         is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        self.has_own_mask = attention_mask is not None and not is_padding_mask
         self.padding_mask = attention_mask if is_padding_mask else None
 
     def stage(
@@ -310,6 +389,7 @@ class CSKVCache(Cache):
         batch_size: int,
         frequencies: RotaryFrequencies,
         materialize: bool,
+        sliding_window: int | None = None,
     ) -> None:
         """Called by the pre-hook of each attention layer, before that layer's `update`.
 
@@ -317,13 +397,15 @@ class CSKVCache(Cache):
             positions: (batch or 1, num_new).
             batch_size: rows of the batch.
             materialize: as the argument of the class, decided for this step.
+            sliding_window: of this layer, in tokens; None if it attends to all.
 
         Raises:
-            ValueError: if the cache was filled with other factors or another batch.
+            ValueError: if the cache was filled with other factors or another batch, or if a mask of the user's own
+                meets latents that were dropped.
             RuntimeError: if an earlier forward stopped between two layers.
         """
         while len(self.layers) <= layer_idx:
-            self.layers.append(CSKVLayer())
+            self.layers.append(CSKVLayer(self.offloading))
         layer = self.layers[layer_idx]
         if self.tokens is None:
             window = config.window if self.window is None else self.window
@@ -348,6 +430,13 @@ class CSKVCache(Cache):
                 f"cache, "
                 "`cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
             )
+        if layer.num_dropped and self.has_own_mask:
+            raise ValueError(
+                f"`attention_mask` is a mask of single queries and tokens, which may show layer {layer_idx} what "
+                f"lies beyond its sliding window of {sliding_window} tokens, and this CSKVCache has dropped that. "
+                "Pass a mask of padding, (batch, tokens), or such a mask from the first token on: then nothing is "
+                "dropped."
+            )
         if layer.num_slots == self.tokens.num_slots:
             self._step = self.tokens.advance(positions, frequencies, self._new_tokens_valid(positions), batch_size)
         elif self._step is None or layer.num_slots != self._step.start:
@@ -356,7 +445,12 @@ class CSKVCache(Cache):
                 f"was interrupted between "
                 "two layers. Call `cache.reset()` or use a new cache."
             )
-        layer.staged = Staged(self._step, factors, self.materialize or materialize)
+        layer.sliding_window = sliding_window
+        waits_for_crop = self.slack > 0  # of unknown depth; `crop` drops then
+        drops = sliding_window is not None and self._step.eviction is not None
+        drops = drops and not self.has_own_mask and not waits_for_crop
+        unseen_blocks = self.tokens.unseen_blocks(sliding_window) if drops else 0
+        layer.staged = Staged(self._step, factors, self.materialize or materialize, unseen_blocks)
 
     def _new_tokens_valid(self, positions: torch.Tensor) -> torch.Tensor | None:
         if self.padding_mask is None:
@@ -379,7 +473,24 @@ class CSKVCache(Cache):
         """
         if layer_idx >= len(self.layers):
             raise RuntimeError(MISSING_FACTORS)
-        return self.layers[layer_idx].update(key_states, value_states)
+        layer = self.layers[layer_idx]
+        if self.offloading:
+            layer.fetch()
+            self.prefetch(layer_idx + 1)
+        return layer.update(key_states, value_states)
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Bring a layer to its device, ahead of its turn: after the last one, the first.
+
+        What [`offload`] took away comes back. Latents of a cache made with `offloading=True` are copied if the device
+        can do so beside its work (CUDA), else once it is their turn.
+
+        Args:
+            layer_idx: of the layer, or the number of layers.
+            only_non_sliding: for transformers; no layer here counts as a sliding one.
+        """
+        if self.layers:
+            self.layers[layer_idx % len(self.layers)].prefetch()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.layers[layer_idx].num_slots if layer_idx < len(self.layers) else 0
@@ -396,17 +507,30 @@ class CSKVCache(Cache):
         """Forget the last tokens: a negative count removes that many (transformers >= 5.14), a positive one is the
         length to keep.
 
-        What was compressed stays compressed.
+        What was compressed stays compressed. Layers with a sliding window hold what it can show to the next token, and
+        `ROLLBACK_TOKENS` tokens more, so that so many can be removed at any time; all that is held while a speculation
+        is verified.
+
+        Raises:
+            ValueError: if there are not so many tokens, or a layer has dropped what it would need then.
         """
         length, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)  # older generation gives a tensor
         kept = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
-        if self.tokens is None or kept >= length:
+        if self.tokens is None:
             return
         if kept < 0:
             raise ValueError(f"Cannot crop {-tokens_to_remove} tokens from a cache of {length}.")
-        columns = self.tokens.crop(length - kept)
-        for layer in self.layers:
-            layer.crop_columns(columns, kept)
+        sliding = [layer for layer in self.layers if layer.is_initialized and layer.sliding_window is not None]
+        if kept < length:
+            for layer in sliding:
+                if layer.num_dropped:
+                    self.tokens.check_crop(kept, layer.num_dropped, layer.sliding_window)
+            columns = self.tokens.crop(length - kept)
+            for layer in self.layers:
+                layer.crop_columns(columns, kept)
+        if self.slack and not self.has_own_mask:
+            for layer in sliding:
+                layer.drop(self.tokens.unseen_blocks(layer.sliding_window))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -425,7 +549,8 @@ class CSKVCache(Cache):
             layer.select_rows(indices)
 
     def activate_past_recording(self) -> None:
-        """Keep more exact tokens than the window, so that rejected speculations are rolled back exactly."""
+        """Keep more exact tokens than the window, so that rejected speculations are rolled back exactly, and what lies
+        beyond a sliding window until `crop` says what was rejected."""
         self.slack = ROLLBACK_TOKENS
         if self.tokens is not None:
             self.tokens.slack = self.slack
@@ -441,20 +566,26 @@ class CSKVCache(Cache):
         save_cache(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> CSKVCache:
-        """Read a cache that [`save`] wrote; for the model and adapter that filled it, on the device of the model.
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu", offloading: bool = False) -> CSKVCache:
+        """Read a cache that [`save`] wrote; for the model and adapter that filled it, on the device of the model, the
+        latents on the CPU if `offloading`.
 
         Raises:
             ValueError: if the file is truncated, corrupt, something else, or of another version.
         """
         from .cache_file import load_cache
 
-        return load_cache(path, device)
+        return load_cache(path, device, offloading)
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held: sinks, latents, window, positions and bookkeeping."""
         return sum(layer.nbytes for layer in self.layers) + (self.tokens.nbytes if self.tokens is not None else 0)
+
+    @property
+    def offloaded_nbytes(self) -> int:
+        """Those of them that live on the CPU: the latents of a cache made with `offloading=True`, else 0."""
+        return sum(layer.offloaded_nbytes for layer in self.layers)
 
     def report(self) -> str:
         """What is held and what it costs, as a readable table."""
@@ -473,6 +604,10 @@ class CSKVCache(Cache):
         for name, columns, names in parts:
             size = sum(t.numel() * t.itemsize for layer in self.layers for n in names for t in layer.tensors()[n])
             lines.append(f"  {name:<14}{columns:>8} tokens {size:>14,} bytes")
+        sliding = [layer for layer in self.layers if layer.num_dropped]
+        if sliding:
+            dropped = sliding[0].num_dropped * tokens.block_size
+            lines.append(f"  {'sliding layers':<14}{tokens.num_old - dropped:>8} of these in {len(sliding)} layers")
         lines.append(f"  {'positions':<14}{tokens.num_slots:>8} tokens {tokens.nbytes:>14,} bytes")
         exact = (
             first.keys.shape[1]
@@ -486,4 +621,8 @@ class CSKVCache(Cache):
         lines.append(
             f"  {'total':<22}        {self.nbytes:>14,} bytes, {100 * self.nbytes / full:.1f} % of a full cache"
         )
+        if self.offloading:
+            on_device, devices = self.nbytes - self.offloaded_nbytes, sorted({str(x.device) for x in self.layers})
+            lines.append(f"  {'offloaded, on the CPU':<22}        {self.offloaded_nbytes:>14,} bytes")
+            lines.append(f"  {'on ' + ', '.join(devices):<22}        {on_device:>14,} bytes")
         return "\n".join(lines)

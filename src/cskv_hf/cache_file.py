@@ -18,7 +18,8 @@ from .quantize import PackedLayout
 from .rope import RotaryFrequencies
 from .tokens import TokenTable
 
-KEY, FILE_VERSION = "cskv_cache", 2  # 2: codes of a block lie token by token, channels next to each other
+KEY, FILE_VERSION = "cskv_cache", 3
+OLDEST = 2  # codes of a block lie token by token, channels next to each other; 3: layers may have dropped latents
 COUNTS = ("num_slots", "num_sinks", "num_old", "num_recent")
 
 
@@ -39,7 +40,7 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
         for name, held in parts.items():
             tensors |= {f"layers.{index}.{name}.{i}": tensor for i, tensor in enumerate(held)}
     about = {
-        "version": FILE_VERSION,
+        "version": FILE_VERSION if any(layer.num_dropped for layer in cache.layers) else OLDEST,
         "window": tokens.window,
         "sinks": tokens.sinks,
         "block_size": tokens.block_size,
@@ -48,6 +49,8 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
         "attention_scaling": tokens.frequencies.attention_scaling,
         "frequencies_change": tokens.frequencies.change,
         "dtype": str(cache.layers[0].dtype).removeprefix("torch."),
+        "sliding_windows": [layer.sliding_window for layer in cache.layers],
+        "num_dropped": [layer.num_dropped for layer in cache.layers],
         "formats": [[_describe(getattr(layer, name).format) for name in layer.LATENTS] for layer in cache.layers],
     }
     path = Path(path)
@@ -57,32 +60,35 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
     os.replace(temporary, path)
 
 
-def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu") -> CSKVCache:
+def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offloading: bool = False) -> CSKVCache:
     """Read what [`save_cache`] wrote.
 
     Args:
         device: where all layers go; that of the model.
+        offloading: keep the latents on the CPU, as [`CSKVCache`] does.
 
     Raises:
         ValueError: if the file is truncated, corrupt, something else, or of another version.
     """
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
+        with safe_open(path, "pt", device="cpu" if offloading else str(device)) as file:
             metadata = (file.metadata() or {}).get(KEY)
             if metadata is None:
                 raise ValueError(f"'{path}' holds no CSKVCache. Write one with `cache.save(path)`.")
             about = json.loads(metadata)
-            if about["version"] != FILE_VERSION:
+            if not OLDEST <= about["version"] <= FILE_VERSION:
                 newer = about["version"] > FILE_VERSION
                 raise ValueError(
                     f"'{path}' was written by {'a newer' if newer else 'an older'} cskv-hf (version "
-                    f"{about['version']} of the format, this one reads {FILE_VERSION}). "
+                    f"{about['version']} of the format, this one reads {OLDEST} to {FILE_VERSION}). "
                     + ("Upgrade it with `pip install -U cskv-hf`." if newer else "Fill and save the cache again.")
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"'{path}' is truncated or corrupt ({error}). Save the cache again.") from error
-    cache = CSKVCache(about["window"], about["sinks"])
+    if offloading:
+        tensors = {name: t if "_latents." in name else t.to(device) for name, t in tensors.items()}
+    cache = CSKVCache(about["window"], about["sinks"], offloading=offloading)
     cache.slack = about["slack"]
     cache.tokens = TokenTable(about["window"], about["sinks"], about["block_size"], about["slack"])
     for name, count in about["counts"].items():
@@ -95,22 +101,25 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu") -> C
     cache.tokens.slots = slots or None
     dtype = getattr(torch, about["dtype"])
     for index, formats in enumerate(about["formats"]):
-        cache.layers.append(_layer(index, formats, tensors, dtype, about["counts"]["num_slots"]))
+        layer = CSKVLayer(offloading)
+        _fill(layer, f"layers.{index}.", formats, tensors)
+        layer.dtype, layer.num_slots = dtype, about["counts"]["num_slots"]
+        if "num_dropped" in about:  # not in older files
+            layer.num_dropped, layer.sliding_window = about["num_dropped"][index], about["sliding_windows"][index]
+        cache.layers.append(layer)
     return cache
 
 
-def _layer(index: int, formats: list, tensors: dict[str, torch.Tensor], dtype: torch.dtype, slots: int) -> CSKVLayer:
-    layer, prefix = CSKVLayer(), f"layers.{index}."
+def _fill(layer: CSKVLayer, prefix: str, formats: list, tensors: dict[str, torch.Tensor]) -> None:
     for name in layer.EXACT:
         setattr(layer, name, tensors[f"{prefix}{name}.0"])
+    layer.device, layer.fingerprint, layer.is_initialized = layer.keys.device, tensors[prefix + "fingerprint"], True
+    latents = []
     for name, description in zip(layer.LATENTS, formats):
         count = sum(key.startswith(f"{prefix}{name}.") for key in tensors)
         held = tuple(tensors[f"{prefix}{name}.{i}"] for i in range(count))
-        setattr(layer, name, Latents(_format(description), held))
-    layer.fingerprint = tensors[prefix + "fingerprint"]
-    layer.dtype, layer.device = dtype, layer.keys.device
-    layer.num_slots, layer.is_initialized = slots, True
-    return layer
+        latents.append(Latents(_format(description), held))
+    layer.hold(*latents)
 
 
 def _describe(format: LatentFormat) -> dict[str, Any]:

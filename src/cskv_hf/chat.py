@@ -46,7 +46,11 @@ class Conversation:
             )
         agreed = next((i for i, (a, b) in enumerate(zip(self.held, ids)) if a != b), min(len(self.held), len(ids) - 1))
         if agreed < len(self.held):
-            self.cache.crop(agreed - len(self.held))
+            try:
+                self.cache.crop(agreed - len(self.held))
+            except ValueError:  # deeper than what sliding layers still hold
+                self.cache.reset()
+                self.held = []
         output = self.model.generate(
             input_ids=torch.tensor([ids], device=self.model.device),
             past_key_values=self.cache,

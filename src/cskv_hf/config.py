@@ -18,6 +18,7 @@ from peft.utils import PeftType
 from ._peft_type import ensure_peft_type
 from .latents import LatentFormat, PackedFormat, PlainFormat
 from .quantize import PackedLayout, channel_bits
+from .tokens import ROLLBACK_TOKENS
 
 INITS = ("attention", "mse", "asvd", "svd", "random")
 ALLOCATIONS = ("auto", "uniform")
@@ -48,6 +49,16 @@ class ModelShape:
     @property
     def kv_dim(self) -> int:
         return self.num_key_value_heads * self.head_dim
+
+
+def sliding_window(model_config: Any, layer_idx: int) -> int | None:
+    """The sliding window of a layer of a model, in tokens, the query's own included; None if it attends to all."""
+    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    if config.model_type == "mistral":
+        return config.sliding_window
+    if config.model_type in ("qwen2", "qwen3") and config.layer_types[layer_idx] == "sliding_attention":
+        return config.sliding_window
+    return None
 
 
 def num_key_groups(key_layout: str, num_key_value_heads: int) -> int:
@@ -405,8 +416,15 @@ class CSKVConfig(PeftConfig):
         """
         shape = ModelShape.from_model_config(model_config)
         old = self.num_old_tokens(num_tokens)
+        held = [
+            old - self.num_dropped_tokens(num_tokens, sliding_window(model_config, layer_idx))
+            for layer_idx in range(shape.num_hidden_layers)
+        ]
         exact = (num_tokens - old) * shape.num_hidden_layers * 2 * shape.kv_dim * dtype.itemsize
-        latent = old * (self.bytes_per_token(model_config, dtype) - POSITION_BYTES)
+        if len(set(held)) == 1:
+            latent = held[0] * (self.bytes_per_token(model_config, dtype) - POSITION_BYTES)
+        else:
+            latent = sum(n * size for n, size in zip(held, self._layer_formats_bytes(shape, dtype)))
         rope_type = (getattr(model_config, "rope_parameters", None) or {}).get("rope_type", "default")
         changing = rope_type in ("dynamic", "longrope")  # then every token has frequencies of its own
         rope = 4 * shape.head_dim // 2 * (num_tokens if changing else 1)
@@ -415,6 +433,14 @@ class CSKVConfig(PeftConfig):
     def num_old_tokens(self, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens of a sequence are held as latents."""
         return max(0, (num_tokens - self.sinks - self.window) // self.block_size * self.block_size)
+
+    def num_dropped_tokens(self, num_tokens: int, sliding_window: int | None) -> int:
+        """How many of those a layer with a sliding window has dropped again: whole blocks that no query to come can
+        see, even after `ROLLBACK_TOKENS` tokens are cropped."""
+        if sliding_window is None:
+            return 0
+        unseen = self.num_old_tokens(num_tokens) + self.window + 1 - ROLLBACK_TOKENS - sliding_window
+        return min(max(0, unseen) // self.block_size * self.block_size, self.num_old_tokens(num_tokens))
 
 
 ensure_peft_type()

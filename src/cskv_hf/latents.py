@@ -97,6 +97,10 @@ class Latents:
         return tuple(t for segment in self.segments for t in segment)
 
     @property
+    def device(self) -> torch.device:
+        return self.segments[0][0].device
+
+    @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The format's tensors, each (batch, num_blocks, ...); copies if there are several segments."""
         if len(self.segments) == 1:
@@ -142,6 +146,15 @@ class Latents:
             return Latents(self.format, *before, last, new)
         return Latents(self.format, *before, tuple(torch.cat(pair, dim=1) for pair in zip(last, new)))
 
+    def drop(self, blocks: int) -> Latents:
+        """Without the first so many blocks; segments behind them stay as they are."""
+        segments = list(self.segments)
+        while len(segments) > 1 and segments[0][0].shape[1] <= blocks:
+            blocks -= segments.pop(0)[0].shape[1]
+        if blocks:
+            segments[0] = tuple(take(t, slice(blocks, None), 1) for t in segments[0])
+        return Latents(self.format, *segments)
+
     def take(self, blocks: Index) -> Latents:
         """The given blocks: a slice, or (batch, n) indices with -1 for "anything"."""
         return Latents(self.format, tuple(take(t, blocks, 1) for t in self.tensors))
@@ -151,3 +164,22 @@ class Latents:
 
     def to(self, device: Any, non_blocking: bool = False) -> Latents:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def on(self, device: torch.device) -> Latents:
+        """A copy on another device, [`joined`]; themselves if they lie there."""
+        return self if self.device == device else self.joined(device)
+
+    def joined(self, device: torch.device) -> Latents:
+        """A copy in one segment on `device`; page-locked ones are still on their way when this returns."""
+        whole = tuple(t.new_empty(len(t), self.num_blocks, *t.shape[2:], device=device) for t in self.segments[0])
+        start = 0
+        for segment in self.segments:
+            end = start + segment[0].shape[1]
+            for target, t in zip(whole, segment):
+                target[:, start:end].copy_(t, non_blocking=True)
+            start = end
+        return Latents(self.format, whole)
+
+    def page_locked(self) -> Latents:
+        """In memory that a GPU reads on its own; for latents on the CPU."""
+        return self._map(lambda t: t if t.is_pinned() or not t.numel() else t.pin_memory())

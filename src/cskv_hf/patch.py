@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .attention import PREFIX, register
 from .cache import CSKVCache
+from .config import sliding_window
 from .factors import CSKVFactors
 from .families import attention_layers, decoder_of, frequencies_of
 from .generation import give_generate, take_generate
@@ -70,7 +71,9 @@ class StageFactors:
                 f"attached, so keys and "
                 "values are rebuilt in every step, which is slow. Change it before the adapter is loaded instead."
             )
-        cache.stage(module.layer_idx, sidecar(), config, positions, hidden_states.shape[0], frequencies, not fused)
+        window = sliding_window(module.config, module.layer_idx)
+        batch_size = len(hidden_states)
+        cache.stage(module.layer_idx, sidecar(), config, positions, batch_size, frequencies, not fused, window)
 
     def _check_rotary(self, positions: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> None:
         """The cache rebuilds cos and sin from positions; make sure once that they are the model's."""

@@ -10,12 +10,13 @@ Holds no keys and no values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .rope import RotaryFrequencies, cos_sin
 
+ROLLBACK_TOKENS = 64  # assisted decoding proposes 20 tokens by default
 TURN_CHUNK = 2**11  # tokens whose cos and sin are computed at a time; intermediates are several times the result
 Index = torch.Tensor | slice  # columns to take: a slice for all rows, or (batch, n) with -1 for "nothing here"
 
@@ -63,6 +64,7 @@ class Step:
             None.
         old_positions, old_frequencies: of the latents.
         eviction: what to move afterwards, if anything.
+        num_dropped: latents that a layer with a sliding window has dropped, before the ``num_old`` that it holds.
     """
 
     start: int
@@ -74,7 +76,9 @@ class Step:
     old_positions: torch.Tensor
     old_frequencies: RotaryFrequencies
     eviction: Eviction | None = None
+    num_dropped: int = 0
     _turn: dict = field(default_factory=dict)
+    _without: dict = field(default_factory=dict)
 
     @property
     def num_slots(self) -> int:
@@ -91,7 +95,26 @@ class Step:
         """(batch or 1, num_old): the slots of the latents, -1 for empty ones."""
         if self.slots is not None:
             return self.slots[1]
-        return torch.arange(self.num_sinks, self.num_sinks + self.num_old)[None]
+        first = self.num_sinks + self.num_dropped
+        return torch.arange(first, first + self.num_old)[None]
+
+    def without(self, num_dropped: int) -> Step:
+        """The same for a layer that has dropped its first `num_dropped` latents; made once for all such layers."""
+        if num_dropped == 0:
+            return self
+        if num_dropped not in self._without:
+            held = slice(num_dropped, None)
+            self._without[num_dropped] = replace(
+                self,
+                num_old=self.num_old - num_dropped,
+                slots=self.slots and (self.slots[0], self.slots[1][:, held]),
+                old_positions=self.old_positions[:, held],
+                old_frequencies=self.old_frequencies.columns(held),
+                num_dropped=num_dropped,
+                _turn={},
+                _without={},
+            )
+        return self._without[num_dropped]
 
     def old_cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the latents' keys in the model's dtype, (batch, num_old, head_dim / 2)."""
@@ -282,7 +305,10 @@ class TokenTable:
 
     def _blocks_in_use(self, old: torch.Tensor) -> torch.Tensor:
         """(batch, blocks): whether any token of the block is left; a crop may have ended in the middle of one."""
-        return (old.unflatten(1, (old.shape[1] // self.block_size, self.block_size)) >= 0).any(-1)
+        return (self._by_block(old) >= 0).any(-1)
+
+    def _by_block(self, old: torch.Tensor) -> torch.Tensor:
+        return old.unflatten(1, (old.shape[1] // self.block_size, self.block_size))
 
     def _columns_of(self, blocks: torch.Tensor) -> torch.Tensor:
         """(batch, n) blocks, -1 for none -> (batch, n * block_size) columns."""
@@ -300,6 +326,45 @@ class TokenTable:
 
     def _count_columns(self) -> None:
         self.num_sinks, self.num_old, self.num_recent = (self.slots[n].shape[1] for n in ("sinks", "old", "recent"))
+
+    def unseen_blocks(self, sliding_window: int) -> int:
+        """How many of the first blocks of latents no query to come can see through a sliding window, in any row; even
+        if `ROLLBACK_TOKENS` tokens are cropped before it comes.
+
+        Counted from where the exact window begins, not from how far it has grown, so that it is the same however the
+        tokens came.
+        """
+        first_recent = self.num_sinks + self.num_old
+        if self.slots is not None:
+            recent = self.slots["recent"]
+            first_recent = min(recent[recent >= 0].tolist(), default=self.num_slots)
+        next_slot = min(first_recent + self.window, self.num_slots)
+        last_unseen = next_slot - ROLLBACK_TOKENS - sliding_window
+        if self.slots is None:
+            blocks = max(0, last_unseen + 1 - self.num_sinks) // self.block_size
+            return min(blocks, self.num_old // self.block_size)
+        last = self._by_block(self.slots["old"]).amax(-1)  # -1 where a row has no such block yet
+        return int(((last >= 0) & (last <= last_unseen)).all(0).cumprod(0).sum())
+
+    def check_crop(self, num_slots: int, dropped_blocks: int, sliding_window: int) -> None:
+        """Whether a layer that has dropped its first blocks can go on from `num_slots` slots.
+
+        Raises:
+            ValueError: if it would need one of them.
+        """
+        count = dropped_blocks * self.block_size
+        if self.slots is None:
+            first, last = self.num_sinks, self.num_sinks + count - 1
+        else:
+            slots = self.slots["old"][:, :count]
+            first, last = int(slots.masked_fill(slots < 0, self.num_slots).amin()), int(slots.amax())
+        if first < num_slots < last + sliding_window:
+            raise ValueError(
+                f"Cannot crop this CSKVCache of {self.num_slots} tokens to {num_slots}: layers with a sliding window "
+                f"of {sliding_window} tokens have dropped what lies beyond it, so {last + sliding_window} tokens or "
+                "more must stay. To go back further, keep a `copy.deepcopy` from then, or use `cache.reset()` and "
+                "read the tokens again."
+            )
 
     def crop(self, num_removed: int) -> dict[str, Index]:
         """Forget the last `num_removed` slots; returns the columns of "sinks" and "recent" and the blocks of "old"
