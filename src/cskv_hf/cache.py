@@ -95,6 +95,7 @@ class CSKVLayer(CacheLayerMixin):
         key_latents, value_latents: [`Latents`] of the old tokens, in the dtype of the model or packed.
         keys, values: (batch, num_key_value_heads, num_recent, head_dim), the window; named as in other cache layers.
         fingerprint: key spectrum of the adapter that fills the layer; the adapter's own tensor, not a copy.
+        heads: which KV heads these are; see [`LayerFactors.heads`].
     """
 
     is_compileable = False
@@ -111,7 +112,7 @@ class CSKVLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        for name in (*self.EXACT, *self.LATENTS, "fingerprint"):
+        for name in (*self.EXACT, *self.LATENTS, "fingerprint", "heads"):
             setattr(self, name, None)
         self.is_initialized = False
         self.num_slots = 0
@@ -126,7 +127,7 @@ class CSKVLayer(CacheLayerMixin):
             Latents.of(format, key_states.new_empty(batch, 0, format.rank), key_states.dtype)
             for format in (factors.key_format, factors.value_format)
         )
-        self.fingerprint = factors.key_spectrum
+        self.fingerprint, self.heads = factors.key_spectrum, factors.heads
         self.is_initialized = True
 
     def is_filled_by(self, factors: LayerFactors) -> bool:
@@ -152,6 +153,9 @@ class CSKVLayer(CacheLayerMixin):
         self.staged = staged  # lazy_initialization reads the ranks
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif self.keys.device != key_states.device:  # a cache from a file, whose layers lie on one device
+            self.device = key_states.device
+            self._move(self.device)
         self.staged = None
         step = staged.step
         keys = torch.cat([self.keys, key_states], dim=2)
@@ -262,6 +266,11 @@ def encode(
     )
 
 
+def _heads(heads: tuple[int, int, int]) -> str:
+    first, count, total = heads
+    return f"KV heads {first} to {first + count - 1} of {total}"
+
+
 class CSKVCache(Cache):
     """A KV cache that keeps `sinks` first and `window` last tokens exactly and everything between as low-rank latents.
 
@@ -329,6 +338,12 @@ class CSKVCache(Cache):
             window = config.window if self.window is None else self.window
             sinks = config.sinks if self.sinks is None else self.sinks
             self.tokens = TokenTable(window, sinks, config.block_size, self.slack)
+        if layer.is_initialized and layer.heads != factors.heads:
+            raise ValueError(
+                f"This CSKVCache holds {_heads(layer.heads)}, layer {layer_idx} of this model has "
+                f"{_heads(factors.heads)} here. Under tensor parallelism a cache belongs to one process: use a new "
+                "one, or `cache.reset()`."
+            )
         held, given = (layer.key_latents, layer.value_latents), (factors.key_format, factors.value_format)
         if layer.is_initialized and tuple(latents.format for latents in held) != given:
             raise ValueError(
@@ -433,7 +448,7 @@ class CSKVCache(Cache):
         """Write the cache to a safetensors file, to go on from with [`CSKVCache.load`].
 
         Raises:
-            ValueError: if the cache is empty.
+            ValueError: if the cache is empty, or holds a part of the heads (tensor parallelism).
         """
         from .cache_file import save_cache
 
@@ -441,7 +456,9 @@ class CSKVCache(Cache):
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> CSKVCache:
-        """Read a cache that [`save`] wrote; for the model and adapter that filled it, on the device of the model.
+        """Read a cache that [`save`] wrote; for the model and adapter that filled it.
+
+        All layers go to `device`, and each moves to that of its layer of the model at the next step.
 
         Raises:
             ValueError: if the file is truncated, corrupt, something else, or of another version.

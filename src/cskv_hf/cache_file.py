@@ -26,11 +26,17 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
     """Write a cache that holds tokens; an existing file is replaced only once the new one is complete.
 
     Raises:
-        ValueError: if the cache is empty.
+        ValueError: if the cache is empty, or holds a part of the heads (tensor parallelism).
     """
     tokens = cache.tokens
     if tokens is None or not cache.layers:
         raise ValueError("This CSKVCache is empty: there is nothing to save. Put a prompt through the model first.")
+    _, count, total = cache.layers[0].heads
+    if count < total:
+        raise ValueError(
+            f"This CSKVCache holds {count} of {total} KV heads, those of one process of a tensor-parallel model, and "
+            "cannot be saved. Fill and save a cache of a model in one process."
+        )
     tensors = {"positions": tokens.positions, "inv_freq": tokens.frequencies.inv_freq}
     tensors |= {f"slots.{name}": slots for name, slots in (tokens.slots or {}).items()}
     for index, layer in enumerate(cache.layers):
@@ -61,7 +67,7 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu") -> C
     """Read what [`save_cache`] wrote.
 
     Args:
-        device: where all layers go; that of the model.
+        device: where all layers go, until they meet the model's.
 
     Raises:
         ValueError: if the file is truncated, corrupt, something else, or of another version.
@@ -107,6 +113,7 @@ def _layer(index: int, formats: list, tensors: dict[str, torch.Tensor], dtype: t
         count = sum(key.startswith(f"{prefix}{name}.") for key in tensors)
         held = tuple(tensors[f"{prefix}{name}.{i}"] for i in range(count))
         setattr(layer, name, Latents(_format(description), held))
+    layer.heads = (0, layer.keys.shape[1], layer.keys.shape[1])
     layer.fingerprint = tensors[prefix + "fingerprint"]
     layer.dtype, layer.device = dtype, layer.keys.device
     layer.num_slots, layer.is_initialized = slots, True
