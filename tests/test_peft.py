@@ -171,13 +171,6 @@ def test_unknown_rope_is_refused():
         cskv_hf.fit(model, [torch.ones(1, 8)])
 
 
-def test_tensor_parallelism_is_refused():
-    model = make_model()
-    model._tp_size = 2  # as from_pretrained leaves it on two ranks
-    with pytest.raises(ValueError, match=r"does not support tensor parallelism.*`device_map` instead"):
-        cskv_hf.fit(model, [torch.ones(1, 8)])
-
-
 def test_adapter_of_another_model(saved):
     folder, _ = saved
     other = make_model(num_hidden_layers=3, head_dim=16)

@@ -100,6 +100,7 @@ class CSKVLayer(CacheLayerMixin):
         sliding_window: of the model's layer, in tokens; None if it attends to all.
         num_dropped: first blocks of latents that are no longer held, since no query can see them through that window.
         copies: of offloaded latents on the compute device, while it is the layer's turn or that comes next.
+        heads: which KV heads these are; see [`LayerFactors.heads`].
 
     Args:
         offloading: keep the latents on the CPU; see [`CSKVCache`].
@@ -124,7 +125,7 @@ class CSKVLayer(CacheLayerMixin):
         return self.__dict__ | {"copies": None}  # may still be on their way, and can be made again
 
     def reset(self) -> None:
-        for name in (*self.EXACT, *self.LATENTS, "fingerprint", "copies"):
+        for name in (*self.EXACT, *self.LATENTS, "fingerprint", "heads", "copies"):
             setattr(self, name, None)
         self.is_initialized = False
         self.num_slots = self.num_dropped = 0
@@ -138,7 +139,7 @@ class CSKVLayer(CacheLayerMixin):
         self.sink_keys = self.sink_values = self.keys
         formats = factors.key_format, factors.value_format
         self.hold(*(Latents.of(f, key_states.new_empty(batch, 0, f.rank), key_states.dtype) for f in formats))
-        self.fingerprint = factors.key_spectrum
+        self.fingerprint, self.heads = factors.key_spectrum, factors.heads
         self.is_initialized = True
 
     def is_filled_by(self, factors: LayerFactors) -> bool:
@@ -164,9 +165,10 @@ class CSKVLayer(CacheLayerMixin):
         self.staged = staged  # lazy_initialization reads the ranks
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif self.keys.device != key_states.device:  # after an `offload` by hand, or a cache from a file
+            self.device, self.copies = key_states.device, None
+            self.prefetch()
         self.staged = None
-        if self.keys.device != key_states.device:
-            self.prefetch()  # after an `offload` by hand
         step, old = staged.step, self.fetch()
         self.copies = None
         keys = torch.cat([self.keys, key_states], dim=2)
@@ -329,6 +331,11 @@ def encode(
     )
 
 
+def _heads(heads: tuple[int, int, int]) -> str:
+    first, count, total = heads
+    return f"KV heads {first} to {first + count - 1} of {total}"
+
+
 class CSKVCache(Cache):
     """A KV cache that keeps `sinks` first and `window` last tokens exactly and everything between as low-rank latents.
 
@@ -411,6 +418,12 @@ class CSKVCache(Cache):
             window = config.window if self.window is None else self.window
             sinks = config.sinks if self.sinks is None else self.sinks
             self.tokens = TokenTable(window, sinks, config.block_size, self.slack)
+        if layer.is_initialized and layer.heads != factors.heads:
+            raise ValueError(
+                f"This CSKVCache holds {_heads(layer.heads)}, layer {layer_idx} of this model has "
+                f"{_heads(factors.heads)} here. Under tensor parallelism a cache belongs to one process: use a new "
+                "one, or `cache.reset()`."
+            )
         held, given = (layer.key_latents, layer.value_latents), (factors.key_format, factors.value_format)
         if layer.is_initialized and tuple(latents.format for latents in held) != given:
             raise ValueError(
@@ -559,7 +572,7 @@ class CSKVCache(Cache):
         """Write the cache to a safetensors file, to go on from with [`CSKVCache.load`].
 
         Raises:
-            ValueError: if the cache is empty.
+            ValueError: if the cache is empty, or holds a part of the heads (tensor parallelism).
         """
         from .cache_file import save_cache
 
@@ -567,8 +580,10 @@ class CSKVCache(Cache):
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu", offloading: bool = False) -> CSKVCache:
-        """Read a cache that [`save`] wrote; for the model and adapter that filled it, on the device of the model, the
-        latents on the CPU if `offloading`.
+        """Read a cache that [`save`] wrote; for the model and adapter that filled it.
+
+        All layers go to `device`, and each moves to that of its layer of the model at the next step; the latents stay
+        on the CPU if `offloading`.
 
         Raises:
             ValueError: if the file is truncated, corrupt, something else, or of another version.

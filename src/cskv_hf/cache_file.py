@@ -27,11 +27,17 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
     """Write a cache that holds tokens; an existing file is replaced only once the new one is complete.
 
     Raises:
-        ValueError: if the cache is empty.
+        ValueError: if the cache is empty, or holds a part of the heads (tensor parallelism).
     """
     tokens = cache.tokens
     if tokens is None or not cache.layers:
         raise ValueError("This CSKVCache is empty: there is nothing to save. Put a prompt through the model first.")
+    _, count, total = cache.layers[0].heads
+    if count < total:
+        raise ValueError(
+            f"This CSKVCache holds {count} of {total} KV heads, those of one process of a tensor-parallel model, and "
+            "cannot be saved. Fill and save a cache of a model in one process."
+        )
     tensors = {"positions": tokens.positions, "inv_freq": tokens.frequencies.inv_freq}
     tensors |= {f"slots.{name}": slots for name, slots in (tokens.slots or {}).items()}
     for index, layer in enumerate(cache.layers):
@@ -64,7 +70,7 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offl
     """Read what [`save_cache`] wrote.
 
     Args:
-        device: where all layers go; that of the model.
+        device: where all layers go, until they meet the model's.
         offloading: keep the latents on the CPU, as [`CSKVCache`] does.
 
     Raises:
@@ -120,6 +126,7 @@ def _fill(layer: CSKVLayer, prefix: str, formats: list, tensors: dict[str, torch
         held = tuple(tensors[f"{prefix}{name}.{i}"] for i in range(count))
         latents.append(Latents(_format(description), held))
     layer.hold(*latents)
+    layer.heads = (0, layer.keys.shape[1], layer.keys.shape[1])  # the cache of one process is not of a share of heads
 
 
 def _describe(format: LatentFormat) -> dict[str, Any]:

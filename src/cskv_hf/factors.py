@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +19,9 @@ from .config import CSKVConfig, num_key_groups
 from .decompose import Factors, even_ranks
 from .latents import LatentFormat
 from .rope import paired
+
+if TYPE_CHECKING:
+    from .sharding import HeadShard
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -60,6 +63,11 @@ class LayerFactors:
     def heads_per_group(self) -> int:
         return self.num_key_value_heads // len(self.key_ranks)
 
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """The first KV head of these factors, how many they are, and how many the layer has in all processes."""
+        return 0, self.num_key_value_heads, self.num_key_value_heads
+
     def encode_keys(self, key_states: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """(batch, num_key_value_heads, tokens, head_dim) before RoPE -> latents (batch, tokens, key_rank).
 
@@ -67,16 +75,18 @@ class LayerFactors:
         default).
         """
         keys = key_states - self._by_head(self.key_mean, key_states.dtype)
-        keys = keys if dtype is None else keys.to(dtype)
-        groups = keys.transpose(1, 2).unflatten(2, (len(self.key_ranks), self.heads_per_group)).flatten(3)
-        parts = [groups[:, :, g] @ A.mT for g, A in enumerate(self.key_A.to(groups.dtype).split(self.key_ranks))]
-        return torch.cat(parts, dim=-1)
+        return self._project_keys(keys if dtype is None else keys.to(dtype))
 
     def encode_values(self, value_states: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """(batch, num_key_value_heads, tokens, head_dim) -> latents (batch, tokens, value_rank); dtypes as in
         [`encode_keys`]."""
         values = value_states - self._by_head(self.value_mean, value_states.dtype)
-        values = values if dtype is None else values.to(dtype)
+        return self._project_values(values if dtype is None else values.to(dtype))
+
+    def _project_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        return project_keys(keys, self.key_A, self.key_ranks)
+
+    def _project_values(self, values: torch.Tensor) -> torch.Tensor:
         return values.transpose(1, 2).flatten(2) @ self.value_A.to(values.dtype).mT
 
     def _by_head(self, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -107,6 +117,14 @@ class LayerFactors:
         """Latents (batch, tokens, value_rank) -> values (batch, num_key_value_heads, tokens, head_dim)."""
         values = latents @ self.value_B.to(latents.dtype).mT + self.value_mean.to(latents.dtype)
         return values.unflatten(-1, (self.num_key_value_heads, self.head_dim)).transpose(1, 2)
+
+
+def project_keys(keys: torch.Tensor, key_A: torch.Tensor, key_ranks: Sequence[int]) -> torch.Tensor:
+    """Deviations of keys (batch, num_key_value_heads, tokens, head_dim) times ``key_A`` of their groups -> (batch,
+    tokens, key_rank)."""
+    groups = keys.transpose(1, 2).unflatten(2, (len(key_ranks), -1)).flatten(3)
+    parts = [groups[:, :, g] @ A.mT for g, A in enumerate(key_A.to(keys.dtype).split(key_ranks))]
+    return torch.cat(parts, dim=-1)
 
 
 class Factor(nn.Module):
@@ -156,6 +174,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.placement: tuple[torch.device, torch.dtype] | None = None  # of the projections, set by the tuner
+        self.shard: HeadShard | None = None  # of a tensor-parallel model, set by the tuner
         self.key_ranks: dict[str, tuple[int, ...]] = {}
         self.formats: dict[str, tuple[LatentFormat, LatentFormat]] = {}  # of keys and values
         self.configs: dict[str, CSKVConfig] = {}
@@ -226,9 +245,10 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
             )
 
     def forward(self, adapter_name: str | None = None) -> LayerFactors:
-        """The factors of an adapter (the one in use by default) as tensors."""
+        """The factors of an adapter (the one in use by default) as tensors; of a tensor-parallel model, those of the
+        heads here."""
         name = adapter_name or self.adapter_in_use
-        return LayerFactors(
+        whole = LayerFactors(
             key_A=self.cskv_key_A[name](),
             key_B=self.cskv_key_B[name](),
             value_A=self.cskv_value_A[name](),
@@ -242,6 +262,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
             num_key_value_heads=self.num_key_value_heads,
             head_dim=self.head_dim,
         )
+        return whole if self.shard is None else self.shard.factors(whole)
 
     # What PEFT's defaults would do wrong for a layer that wraps nothing.
 

@@ -28,10 +28,10 @@ def decoder_of(model: nn.Module) -> nn.Module:
             f"CSKV does not support models of type '{model_type}' ({type(model).__name__}); supported are "
             f"{', '.join(SUPPORTED)}."
         )
-    if getattr(model, "_tp_size", None) not in (None, 1):
+    if getattr(getattr(model.config, "distributed_config", None), "pp_size", None) not in (None, 1):
         raise ValueError(
-            "CSKV does not support tensor parallelism (`tp_plan`): value latents are joint over the KV heads that it "
-            "splits. Load the model with `device_map` instead."
+            "CSKV does not support pipeline parallelism (`pp_size`): a process has only some of the layers. Load the "
+            "model with `device_map` or `tp_plan` instead."
         )
     for module in model.modules():
         if hasattr(module, "layers") and hasattr(module, "rotary_emb"):
@@ -53,6 +53,20 @@ def decoder_of(model: nn.Module) -> nn.Module:
             f"CSKV does not support RoPE scaling of type '{rope_type}'; supported are {', '.join(ROPE_TYPES)}."
         )
     return module
+
+
+def refuse_tensor_parallelism(model: nn.Module, what: str) -> None:
+    """For what looks at all heads of a layer at once.
+
+    Raises:
+        ValueError: if the model is loaded with `tp_plan`; the message says what to do.
+    """
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        raise ValueError(
+            f"{what} does not run on a tensor-parallel model (`tp_plan`), whose processes see some of the heads each. "
+            "Load the model in one process, with `device_map` if it is large, fit and save the adapter there, and "
+            "load it onto the tensor-parallel model with `cskv_hf.load`."
+        )
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from .decompose import (
     value_weight,
     weight_moment,
 )
-from .families import attention_layers, decoder_of, dense_weight, shape_of
+from .families import attention_layers, decoder_of, dense_weight, refuse_tensor_parallelism, shape_of
 from .hub import give_push
 from .latents import LatentFormat, PlainFormat
 from .plan import plan, store_plan
@@ -93,6 +93,7 @@ def fit(
     """
     config = CSKVConfig() if config is None else config
     decoder_of(model)
+    refuse_tensor_parallelism(model, "`fit`")
     shape = shape_of(model)
     if not config.allocates:
         config.layer_ranks(shape)  # refuses ranks that do not fit, before any data is read

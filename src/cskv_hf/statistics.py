@@ -22,7 +22,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .config import ModelShape
-from .families import attention_layers, decoder_of, key_source, shape_of
+from .families import attention_layers, decoder_of, key_source, refuse_tensor_parallelism, shape_of
 
 logger = logging.get_logger(__name__)
 
@@ -261,12 +261,14 @@ def collect_statistics(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if the data is empty, leads to NaN or infinite values, or `state_file` belongs to another model.
+        ValueError: if the data is empty, leads to NaN or infinite values, `state_file` belongs to another model, or
+            the model is tensor-parallel.
         TypeError: for data of an unknown kind.
     """
     from tqdm.auto import tqdm
 
     decoder = decoder_of(model)
+    refuse_tensor_parallelism(model, "`collect_statistics`")
     shape = shape_of(model)
     statistics = KVStatistics.empty(shape, model.config.hidden_size, source)
     if state_file is not None and Path(state_file).exists():

@@ -202,7 +202,8 @@ class TokenTable:
             batch_size: rows of the batch.
         """
         positions = positions.to(torch.int32).expand(batch_size, -1)
-        self.positions = positions.clone() if self.positions is None else torch.cat([self.positions, positions], dim=1)
+        held = positions[:, :0] if self.positions is None else self.positions.to(positions.device)
+        self.positions = torch.cat([held, positions], dim=1)
         if self.frequencies is None:
             inv_freq = frequencies.inv_freq.detach().float().clone()
             if frequencies.change:

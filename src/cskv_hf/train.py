@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .decompose import sqrt_and_inverse
 from .factors import CSKVFactors, LayerFactors
-from .families import attention_layers, decoder_of, key_source
+from .families import attention_layers, decoder_of, key_source, refuse_tensor_parallelism
 from .fitting import error_weights
 from .latents import LatentFormat, PlainFormat
 from .statistics import KVStatistics, collect_statistics, samples
@@ -95,8 +95,8 @@ class CSKVTrainer(Trainer):
         statistics: for ``"attention"``: what the fit collected; by default collected anew from `train_dataset`.
 
     Raises:
-        ValueError: without data, without a fitted adapter, for an unknown objective, or under FSDP and DeepSpeed,
-            which shard factors away from where they are used.
+        ValueError: without data, without a fitted adapter, for an unknown objective, under FSDP and DeepSpeed, which
+            shard factors away from where they are used, or for a tensor-parallel model.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class CSKVTrainer(Trainer):
             )
         if train_dataset is None or (hasattr(train_dataset, "__len__") and len(train_dataset) == 0):
             raise ValueError("`train_dataset` is empty: there is nothing to train on.")
+        refuse_tensor_parallelism(model, "CSKVTrainer")
         config = adapter_config(model)
         if not config.is_fitted:
             raise ValueError("The CSKV adapter has no factors yet. Fit it with `cskv_hf.fit` before training.")

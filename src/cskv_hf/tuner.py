@@ -18,11 +18,12 @@ from peft.utils import PeftType, register_peft_method
 from torch import nn
 from transformers.utils import logging
 
-from .config import CSKVConfig, ModelShape
+from .config import CSKVConfig, ModelShape, num_key_groups
 from .factors import CSKVFactors
 from .families import attention_layers, decoder_of, shape_of
 from .patch import attach, detach
 from .plan import plan, store_plan
+from .sharding import head_shard
 
 logger = logging.get_logger(__name__)
 
@@ -50,9 +51,19 @@ class CSKVModel(BaseTuner):
         _warn_of_another_base(config, model)
         if not config.is_fitted:
             config.layer_ranks(shape)  # refuses ranks that do not fit
+        self._check_shards(model, config, shape)
         config.target_modules = [TARGET]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attach(model)
+
+    def _check_shards(self, model: nn.Module, config: CSKVConfig, shape: ModelShape) -> None:
+        """Refuse what tensor parallelism cannot divide, before anything of the model is changed."""
+        num_groups = num_key_groups(config.key_layout, shape.num_key_value_heads)
+        for name, _ in model.named_modules():
+            if self._check_target_module_exists(config, name):
+                shard = head_shard(model, name, shape.num_key_value_heads)
+                if shard is not None:
+                    shard.check_groups(num_groups)
 
     def _prepare_adapter_config(self, peft_config: CSKVConfig, model_config: dict) -> CSKVConfig:
         return peft_config
@@ -82,6 +93,7 @@ class CSKVModel(BaseTuner):
             key_ranks = sidecar.default_key_ranks(peft_config, key_rank)
         sidecar.update_layer(adapter_name, peft_config, key_ranks, value_rank)
         sidecar.placement = placement(target, self.model)
+        sidecar.shard = head_shard(self.model, current_key, shape.num_key_value_heads)
         offloaded = getattr(getattr(target.k_proj, "_hf_hook", None), "offload", False)
         if offloaded and hasattr(self.model, "hf_device_map"):
             # else transformers takes the factors for offloaded, like the layer, and leaves them unread in the file
