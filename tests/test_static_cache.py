@@ -8,7 +8,7 @@ from conftest import lossless, lossy, make_model, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import feed
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from cskv_hf import CSKVCache, CSKVStaticCache
 from cskv_hf.rope import RotaryFrequencies
@@ -129,15 +129,14 @@ def test_every_token_is_held_once(sizes, turns, seed):
         assert blocks[row].flatten()[:old].tolist() == held[sinks : sinks + old]
 
 
-class Graphs:
-    """A compiler that keeps what it is given to compile."""
+def keep_in(graphs):
+    """A compiler that runs what it is given as it is, and keeps it."""
 
-    def __init__(self):
-        self.graphs = []
-
-    def __call__(self, graph, inputs):
-        self.graphs.append(graph)
+    def backend(graph, inputs):
+        graphs.append(graph)
         return graph.forward
+
+    return backend
 
 
 @pytest.mark.parametrize("family, kind", [("llama", "plain"), ("qwen2-mixed", "packed")])
@@ -145,19 +144,19 @@ def test_one_graph_for_every_step(family, kind):
     """Without a graph break (`fullgraph`), over many blocks, with rows that are padded; equal to the steps alone."""
     torch._dynamo.reset()
     model, ids, mask = lossy(make_model(family), **SETTINGS[kind]), prompt(3, 130), padded(3, 130, [(0, 0, 7)])
-    graphs = Graphs()
-    compiled = torch.compile(model.forward, fullgraph=True, backend=graphs)
+    graphs = []
+    compiled = torch.compile(model.forward, fullgraph=True, backend=keep_in(graphs))
     cache, alone = CSKVStaticCache(130), CSKVStaticCache(130)
     for each in (cache, alone):
         feed(model, ids, each, [40], mask)
     before = [t.data_ptr() for layer in cache.layers for t in layer.tensors]
     actual, expected = decode(compiled, ids, cache, 40, 90, mask), decode(model, ids, alone, 40, 90, mask)
     close(actual, expected)
-    assert len(graphs.graphs) == 1 and cache.get_seq_length() == 130
+    assert len(graphs) == 1 and cache.get_seq_length() == 130
     assert [t.data_ptr() for layer in cache.layers for t in layer.tensors] == before
     for mine, other in zip(cache.layers, alone.layers):  # packed codes too, bit by bit
         assert all(torch.equal(*pair) for pair in zip(mine.tensors, other.tensors) if pair[0].dtype == torch.uint8)
-    nodes = list(graphs.graphs[0].graph.nodes)
+    nodes = list(graphs[0].graph.nodes)
     assert not any(node.target is torch.tensor for node in nodes)  # a constant would be copied to a GPU in every step
     made = [n for n in nodes if n.target in (torch.arange, torch.zeros, torch.full, torch.empty)]
     assert all("device" in node.kwargs for node in made)
@@ -165,7 +164,7 @@ def test_one_graph_for_every_step(family, kind):
     cache.reset()  # and again in the same graph, to the end and not beyond
     feed(model, ids, cache, [40], mask)
     assert torch.equal(decode(compiled, ids, cache, 40, 90, mask), actual)
-    assert len(graphs.graphs) == 1
+    assert len(graphs) == 1
     with pytest.raises(RuntimeError, match="CSKVStaticCache is full"):
         decode(compiled, ids, cache, 129, 1, mask)
     assert cache.get_seq_length() == 130
@@ -187,27 +186,40 @@ def test_inductor():
         assert all(torch.equal(*pair) for pair in zip(latents.held, other.held))
 
 
-def test_a_first_forward_that_is_compiled(plain):
+def test_a_first_forward_that_is_compiled():
     """Allocating is left out of the graph, so that tensors stay where they are."""
     torch._dynamo.reset()
-    ids, cache = prompt(2, 24), CSKVStaticCache(40)
-    compiled = torch.compile(plain.forward, backend="eager", dynamic=False)
-    close(decode(compiled, ids, cache, 0, 24), decode(plain, ids, CSKVCache(), 0, 24))
+    model, ids, cache = lossy(make_model(num_hidden_layers=1)), prompt(2, 24), CSKVStaticCache(40)
+    compiled = torch.compile(model.forward, backend="eager", dynamic=False)
+    close(decode(compiled, ids, cache, 0, 24), decode(model, ids, CSKVCache(), 0, 24))
 
 
 def test_generate_compiles_decoding(plain):
     """As for a StaticCache: decoding steps are compiled, the prompt is not; the same graph in the next call."""
     torch._dynamo.reset()
-    ids, mask, graphs = prompt(3, 40), padded(3, 40, [(0, 0, 7), (2, 0, 25)]), Graphs()
+    ids, mask, graphs = prompt(3, 40), padded(3, 40, [(0, 0, 7), (2, 0, 25)]), []
     ids[mask == 0] = 0
-    config = CompileConfig(backend=graphs, fullgraph=True, mode=None)
+    config = CompileConfig(backend=keep_in(graphs), fullgraph=True, mode=None)
     config._compile_all_devices = True
     cache, expected = CSKVStaticCache(64), plain.generate(ids, attention_mask=mask, cache=CSKVCache, **ONCE)
     for _ in range(2):
         actual = plain.generate(ids, attention_mask=mask, past_key_values=cache, compile_config=config, **ONCE)
         assert torch.equal(actual, expected)
         cache.reset()
-    assert len(graphs.graphs) == 1
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_a_full_static_cache_compiles_whole(plain):
+    """What CSKV adds to a model breaks no graph where another cache is in use."""
+    torch._dynamo.reset()
+    ids, logits = prompt(2, 24), []
+    compiled = torch.compile(plain.forward, fullgraph=True, backend="eager")
+    for call in (plain, compiled):
+        cache = StaticCache(config=plain.config, max_cache_len=30)
+        plain(ids[:, :20], past_key_values=cache)
+        logits.append(call(ids[:, 20:21], past_key_values=cache).logits)
+    close(*logits)
 
 
 def test_generate(plain):

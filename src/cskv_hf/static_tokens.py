@@ -173,8 +173,8 @@ class StaticStep:
         """The columns of the attention of this forward."""
         table, held = self.table, self.table.counts
         num_blocks = table.num_blocks
-        if may_read():
-            num_blocks = int(num_old.max()) // table.block_size  # less work, where nothing is being recorded
+        if may_read() and (held.device.type == "cpu" or self.num_new > 1):  # less work, where that is worth a wait
+            num_blocks = int(num_old.max()) // table.block_size
         self.old = slice(table.sinks, table.sinks + num_blocks * table.block_size)
         old_slots = table.slots[:, self.old]
         is_old = torch.arange(old_slots.shape[1], device=held.device) < num_old
