@@ -127,7 +127,7 @@ def test_detach_is_bit_exact(family):
     before = {
         "class": type(model),
         "implementation": model.config._attn_implementation,
-        "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
+        "hooks": [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()],
         "keys": set(model.state_dict()),
     }
     logits, tokens = model(ids).logits, model.generate(ids, max_new_tokens=8, do_sample=False)
@@ -135,12 +135,13 @@ def test_detach_is_bit_exact(family):
     assert model.config._attn_implementation != before["implementation"] and type(model) is not before["class"]
     detach(model)
     attach(model)
-    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == 3  # attaching twice adds nothing
+    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    assert hooks == 4  # attaching twice adds nothing
     restored = adapted.unload()
     assert restored is model
     assert type(model) is before["class"]
     assert model.config._attn_implementation == before["implementation"]
-    assert [len(m._forward_pre_hooks) for m in model.modules()] == before["hooks"]
+    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == before["hooks"]
     assert set(model.state_dict()) == before["keys"]
     model(ids[:, :4])  # a dynamic RoPE remembers the longest text it saw until it sees a short one
     assert torch.equal(model(ids).logits, logits)

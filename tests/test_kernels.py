@@ -10,7 +10,7 @@ import torch
 from conftest import lossy, make_model, prompt
 
 import cskv_hf.attention as attention
-from cskv_hf import CSKVCache, CSKVConfig, kernels
+from cskv_hf import CSKVCache, CSKVConfig, CSKVStaticCache, kernels
 from cskv_hf.cache import CompressedKV
 from cskv_hf.factors import LayerFactors
 from cskv_hf.latents import Latents
@@ -174,6 +174,21 @@ def test_a_model_generates_the_same(settings, monkeypatch):
                              return_dict_in_generate=True)  # fmt: skip
         outputs.append([out.sequences, *logits, *out.logits])
     assert calls.count(True) == calls.count(False) >= 4
+    torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_a_cache_of_fixed_size(monkeypatch):
+    """Several tokens and one, over latents that are not all there yet."""
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
+    model = lossy(make_model(dtype=torch.float32, **sizes), bits=None, allocation=None, block_size=8).to(DEVICE)
+    ids, outputs, calls = prompt(2, 64).to(DEVICE), [], []
+    for served in (False, True):
+        monkeypatch.setattr(kernels, "serve", lambda query, served=served: calls.append(served) or served)
+        cache = CSKVStaticCache(90)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([58, 5, 1], dim=1)]
+        outputs.append(torch.cat(parts[1:], dim=1))
+    assert calls.count(True) == calls.count(False) == 2
     torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
 
 

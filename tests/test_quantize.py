@@ -8,6 +8,7 @@ from reference import quantised_by_definition
 
 from cskv_hf.quantize import (
     PackedLayout,
+    _to_half_grid,
     bit_runs,
     channel_bits,
     dequantize,
@@ -62,6 +63,23 @@ def test_error_is_at_most_half_a_step(bits, tokens, group_tokens, group_channels
         slack = 2**-9 * (abs(offset) + 8 * scale) + 1e-7
         step = (spread + slack) / (2**b - 1) * (1 + 2**-9)
         assert (restored - latents)[..., channels].abs().max() <= step / 2 + slack / (2**b - 1) + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranges_are_rounded_outwards(dtype):
+    """To the neighbouring float16 as torch knows it, over all its sizes: subnormal ones, powers of two and what lies
+    just beside them, the largest."""
+    torch.manual_seed(0)
+    halves = torch.arange(0, 2**15 - 2**10, 7, dtype=torch.int16).view(torch.float16).to(dtype)  # finite, from 0
+    values = torch.cat(
+        [halves, halves * 1.0002, halves * 0.9999, torch.randn(2000, dtype=dtype), halves.new_full((1,), 1e-9)]
+    )
+    values = torch.cat([values, -values]).clamp(-65504, 65504)
+    for up, beyond in ((True, torch.inf), (False, -torch.inf)):
+        nearest = values.to(torch.float16)
+        inside = nearest.to(dtype) < values if up else nearest.to(dtype) > values
+        expected = torch.where(inside, torch.nextafter(nearest, nearest.new_tensor(beyond)), nearest)
+        assert torch.equal(_to_half_grid(values, up), expected.to(dtype))
 
 
 def test_what_a_clamped_zero_point_does():

@@ -9,6 +9,7 @@ from .config import CSKVConfig, ModelShape
 from .fitting import fit
 from .hub import load, push_to_hub
 from .patch import attach, detach
+from .static_cache import CSKVStaticCache
 from .statistics import KVStatistics, collect_statistics
 from .tuner import CSKVModel, register, shrink
 
@@ -18,6 +19,7 @@ __all__ = [
     "CSKVCache",
     "CSKVConfig",
     "CSKVModel",
+    "CSKVStaticCache",
     "KVStatistics",
     "ModelShape",
     "attach",

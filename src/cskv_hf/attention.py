@@ -22,6 +22,7 @@ from . import kernels
 from .cache import CompressedKV
 from .factors import LayerFactors, compute_dtype
 from .rope import paired, rotate_paired
+from .static_tokens import StaticStep
 from .tokens import Step
 
 PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
@@ -30,7 +31,6 @@ QUERY_CHUNK = 128  # queries at a time, which bounds the scores of a long prompt
 GPU_SCORES = 2**26  # elements of scores that the kernels write at a time, at most, if more than one query is left
 
 
-@torch.compiler.disable
 def compressed_attention(
     query: torch.Tensor,
     kv: CompressedKV,
@@ -50,7 +50,8 @@ def compressed_attention(
     Returns:
         (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked.
     """
-    in_kernels = kv.key_latents.num_tokens > 0 and kernels.serve(query)
+    compiling = torch.compiler.is_compiling()  # which makes kernels of its own, of the torch code
+    in_kernels = kv.key_latents.num_tokens > 0 and not compiling and kernels.serve(query)
     attend = _attend_in_kernels if in_kernels else _attend
     chunk = QUERY_CHUNK
     if in_kernels:  # which write all scores of a chunk
@@ -61,6 +62,9 @@ def compressed_attention(
         masks = (m if m is None or m.shape[2] == 1 else m[:, :, rows] for m in (exact_mask, old_mask))
         chunks.append(attend(query[:, :, rows], kv, scaling, *masks))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
+
+
+_untraced_attention = torch.compiler.disable(compressed_attention)  # of a cache whose shapes change with every token
 
 
 def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
@@ -128,7 +132,8 @@ def _tiles(kv: CompressedKV, batch: int, device: torch.device) -> Iterator[tuple
     latents, factors = kv.key_latents, kv.factors
     block_size = latents.format.block_size
     widest = max(factors.heads_per_group * factors.head_dim, latents.format.rank, kv.value_latents.format.rank)
-    elements = CPU_TILE if device.type == "cpu" else GPU_TILE
+    by_hand = device.type == "cpu" and not torch.compiler.is_compiling()  # every tile makes a graph larger
+    elements = CPU_TILE if by_hand else GPU_TILE
     blocks = max(1, elements // (batch * widest * block_size))
     for first, last in latents.spans(blocks):
         yield (first, last), slice(first * block_size, last * block_size)
@@ -193,7 +198,7 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor | None, shared: int) -> tor
 
 
 def column_masks(
-    attention_mask: Any, step: Step, sliding_window: int | None, device: torch.device
+    attention_mask: Any, step: Step | StaticStep, sliding_window: int | None, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The masks of the exact and of the compressed columns, from whatever mask the model made over slots.
 
@@ -210,7 +215,7 @@ def column_masks(
     within = sliding_window is None or step.num_slots <= sliding_window
     if step.num_new == 1 and step.slots is None and within and attention_mask is None:
         return None, None
-    queries = torch.arange(step.start, step.num_slots, device=device)[:, None]
+    queries = step.start + torch.arange(step.num_new, device=device)[:, None]
     masks = []
     for slots in (step.exact_slots().to(device), step.old_slots().to(device)):
         visible = (slots[:, None] <= queries) & (slots[:, None] >= 0)  # (batch or 1, num_queries, columns)
@@ -255,8 +260,11 @@ def attention_forward(
         key, value = key.materialize()
     if isinstance(key, CompressedKV):
         masks = column_masks(attention_mask, key.step, sliding_window, query.device)
-        return compressed_attention(query, key, scaling, *masks).transpose(1, 2), None
+        attend = compressed_attention if isinstance(key.step, StaticStep) else _untraced_attention
+        return attend(query, key, scaling, *masks).transpose(1, 2), None
     function = base_attention(module, base)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+        attention_mask = attention_mask[..., : key.shape[-2]]  # of a cache of fixed size that was empty
     if sliding_window is not None:
         kwargs["sliding_window"] = sliding_window
     return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

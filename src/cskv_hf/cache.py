@@ -189,7 +189,8 @@ class CSKVLayer(CacheLayerMixin):
         return seen.materialize() if staged.materialize else (seen, seen)
 
     def _evict(self, keys: torch.Tensor, values: torch.Tensor, eviction: Eviction, staged: Staged) -> None:
-        new = encode(take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2), eviction, staged.factors)
+        evicted = take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2)
+        new = encode(*evicted, eviction.positions, eviction.frequencies, staged.factors)
         old = [held.append(latents.to(held.device)) for held, latents in zip(self._latents(), new)]
         if eviction.old_blocks is not None:
             old = [latents.take(self._held(eviction.old_blocks)) for latents in old]
@@ -313,14 +314,18 @@ def nbytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def encode(
-    key_states: torch.Tensor, value_states: torch.Tensor, eviction: Eviction, factors: LayerFactors
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    positions: torch.Tensor,
+    frequencies: RotaryFrequencies,
+    factors: LayerFactors,
 ) -> tuple[Latents, Latents]:
-    """Store exact keys (after RoPE, at the eviction's positions and frequencies) and values as latents; whole blocks.
+    """Store exact keys (after RoPE, at the given positions and frequencies) and values as latents; whole blocks.
 
     Keys are rotated back in float32 or wider.
     """
     dtype = torch.promote_types(key_states.dtype, torch.float32)
-    cos, sin = cos_sin(eviction.positions.to(key_states.device), eviction.frequencies, key_states.dtype)
+    cos, sin = cos_sin(positions.to(key_states.device), frequencies, key_states.dtype)
     unrotated = rotate_back(key_states.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype))
     matmul_dtype = compute_dtype(key_states)
     return (

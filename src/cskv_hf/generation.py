@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from .cache import CSKVCache
 from .factors import CSKVFactors
+from .static_cache import CSKVStaticCache
 
 
 class CSKVGenerationMixin:
@@ -53,6 +54,8 @@ class CSKVGenerationMixin:
             model_kwargs["past_key_values"] = CSKVCache()
             if getattr(generation_config, "is_assistant", False):
                 model_kwargs["past_key_values"].activate_past_recording()
+        if isinstance(model_kwargs.get("past_key_values"), CSKVStaticCache):
+            _check_space(model_kwargs["past_key_values"], generation_config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +85,16 @@ def _refuse_prefix_tuning(model: nn.Module) -> None:
         raise ValueError(
             "Prefix tuning hands generate() a full cache with its prefix in it, which CSKV cannot take over. Take one "
             "of them off (`unload()` for CSKV), or use prompt tuning or a LoRA instead."
+        )
+
+
+def _check_space(cache: CSKVStaticCache, generation_config: Any) -> None:
+    """The last token of a text is never put into a cache."""
+    needed = generation_config.max_length - 1
+    if needed > cache.max_cache_len:
+        raise ValueError(
+            f"This call may need room for {needed} tokens, the prompt included, and the CSKVStaticCache has "
+            f"`max_cache_len`={cache.max_cache_len}. Make it larger, or lower `max_new_tokens` or `max_length`."
         )
 
 

@@ -3,11 +3,12 @@
 The model's own code stays as it is. Attaching adds forward pre-hooks (on the decoder, to see the padding mask; on
 each attention layer, to stage positions and factors), selects our attention function on top of the user's, and gives
 the instance a `generate` that knows caches of ours. Classes and modules of others are not touched. A compiler
-(`torch.compile`) leaves our part out: it changes with every token.
+(`torch.compile`) leaves our part out, which changes with every token, unless the cache is a CSKVStaticCache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .factors import CSKVFactors
 from .families import attention_layers, decoder_of, frequencies_of
 from .generation import give_generate, take_generate
 from .rope import cos_sin
+from .static_cache import CSKVStaticCache
 
 logger = logging.get_logger(__name__)
 
@@ -28,11 +30,21 @@ logger = logging.get_logger(__name__)
 class BeginForward:
     """Pre-hook of the decoder: tells the cache which of the tokens to come are padding."""
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, CSKVCache):
+        if isinstance(cache, CSKVStaticCache):
             cache.begin_forward(kwargs.get("attention_mask"))
+        elif isinstance(cache, CSKVCache):
+            _untraced(cache.begin_forward, kwargs.get("attention_mask"))
+
+
+class FinishForward:
+    """Hook behind the decoder: tells a cache of fixed size that every layer has the new tokens."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, CSKVStaticCache):
+            cache.finish_forward()
 
 
 class StageFactors:
@@ -42,11 +54,16 @@ class StageFactors:
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, CSKVCache):
-            return
+        if isinstance(cache, CSKVStaticCache):
+            self._stage(cache, module, args, kwargs)
+        elif isinstance(cache, CSKVCache):
+            _untraced(self._stage, cache, module, args, kwargs)
+
+    def _stage(
+        self, cache: CSKVCache | CSKVStaticCache, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
         sidecar: CSKVFactors = module.cskv
         adapter = sidecar.adapter_in_use
         if adapter is None:
@@ -61,11 +78,11 @@ class StageFactors:
         positions = kwargs["position_ids"]
         frequencies = frequencies_of(self.rotary)
         if len(cache.layers) <= module.layer_idx:  # once per cache
-            sidecar.check_filled(adapter)
+            _untraced(sidecar.check_filled, adapter)
         if cache.tokens is None:
-            self._check_rotary(positions, kwargs["position_embeddings"])
+            _untraced(self._check_rotary, positions, kwargs["position_embeddings"])
         fused = module.config._attn_implementation.startswith(PREFIX)
-        if not fused:
+        if not fused and isinstance(cache, CSKVCache):
             logger.warning_once(
                 f"The attention implementation was changed to '{module.config._attn_implementation}' after CSKV was "
                 f"attached, so keys and "
@@ -89,6 +106,12 @@ class StageFactors:
             )
 
 
+@torch.compiler.disable
+def _untraced(function: Callable, *args: Any) -> None:
+    """Leave a compiler out: of what a growing cache does, which changes with every token, and of what is done once."""
+    function(*args)
+
+
 def attach(model: nn.Module) -> None:
     """Make a causal language model that holds CSKV sidecars (``self_attn.cskv``) work with [`CSKVCache`]; idempotent.
 
@@ -103,6 +126,7 @@ def attach(model: nn.Module) -> None:
         if hasattr(attention, "cskv"):
             attention.register_forward_pre_hook(StageFactors(decoder.rotary_emb), with_kwargs=True)
     decoder.register_forward_pre_hook(BeginForward(), with_kwargs=True)
+    decoder.register_forward_hook(FinishForward(), with_kwargs=True)
     _set_attention(model, register(model.config._attn_implementation))
     give_generate(model)
 
@@ -111,10 +135,14 @@ def detach(model: nn.Module) -> None:
     """Undo [`attach`]: hooks, attention function and `generate` are as before. The sidecars stay (`unload` removes
     them)."""
     for module in (decoder_of(model), *attention_layers(model)):
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (BeginForward, StageFactors)):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, (BeginForward, StageFactors, FinishForward)):
+                    del hooks[key]
+                    with_kwargs.pop(key, None)
     _set_attention(model, model.config._attn_implementation.removeprefix(PREFIX))
     take_generate(model)
 

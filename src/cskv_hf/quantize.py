@@ -10,9 +10,9 @@ zero. Codes of 3, 5, 6 and 7 bits are split into bit planes of 4, 2 and 1 bits, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -30,11 +30,30 @@ class Tier:
         bits: of a code.
         channels: indices of the latents' channels.
         num_groups: groups of channels; the last may be smaller.
+        runs: the channels as slices (start, stop).
     """
 
     bits: int
     channels: tuple[int, ...]
     num_groups: int
+    runs: tuple[tuple[int, int], ...]
+
+
+def _runs(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Numbers as slices (start, stop) that give them in their order."""
+    starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
+    return tuple((numbers[a], numbers[b - 1] + 1) for a, b in zip(starts, [*starts[1:], len(numbers)]))
+
+
+def _remembered(function: Callable) -> Callable:
+    """`functools.cache`, which a compiler goes around: it wants to see what is computed."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def remembering(*args: Any) -> torch.Tensor:
+        return (function if torch.compiler.is_compiling() else cached)(*args)
+
+    return remembering
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,8 @@ class PackedLayout:
         block_size: tokens of a block, a multiple of 8.
         group_tokens: tokens that share a range, a divisor of `block_size`.
         group_channels: channels of a tier that share a range.
+        tiers: by falling bits.
+        pieces: the channels in their own order as slices (start, stop) of the tiers' channels laid end to end.
     """
 
     bits: tuple[int, ...]
@@ -65,23 +86,20 @@ class PackedLayout:
             )
         if self.group_channels < 1:
             raise ValueError(f"`group_channels` must be at least 1, got {self.group_channels}.")
+        # attributes, not fields, which files would hold; nor cached properties, which a compiler cannot trace
+        object.__setattr__(self, "tiers", self._tiers())
+        object.__setattr__(self, "pieces", self._pieces())
 
-    @cached_property
-    def tiers(self) -> tuple[Tier, ...]:
-        """By falling bits."""
+    def _tiers(self) -> tuple[Tier, ...]:
         tiers = []
         for bits in sorted(set(self.bits), reverse=True):
             channels = tuple(i for i, b in enumerate(self.bits) if b == bits)
-            tiers.append(Tier(bits, channels, -(-len(channels) // self.group_channels)))
+            tiers.append(Tier(bits, channels, -(-len(channels) // self.group_channels), _runs(channels)))
         return tuple(tiers)
 
-    @cached_property
-    def pieces(self) -> tuple[tuple[int, int], ...]:
-        """The channels in their own order as slices (start, stop) of the tiers' channels laid end to end."""
+    def _pieces(self) -> tuple[tuple[int, int], ...]:
         stored = [c for tier in self.tiers for c in tier.channels]
-        where = sorted(range(len(stored)), key=stored.__getitem__)
-        starts = [i for i, place in enumerate(where) if i == 0 or place != where[i - 1] + 1]
-        return tuple((where[a], where[b - 1] + 1) for a, b in zip(starts, [*starts[1:], len(where)]))
+        return _runs(sorted(range(len(stored)), key=stored.__getitem__))
 
     @property
     def rank(self) -> int:
@@ -136,7 +154,7 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return codes
 
 
-@functools.cache
+@_remembered
 def _places(width: int, device: torch.device) -> torch.Tensor:
     """By how much to shift a byte for each of the codes of `width` bits in it, (8 / width, 1, 1)."""
     return torch.arange(0, 8, width, dtype=torch.uint8, device=device)[:, None, None]
@@ -149,21 +167,32 @@ def group_ranges(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
     """
     limit = torch.finfo(RANGE_DTYPE).max
     low, high = groups.amin(-1).clamp(-limit, limit), groups.amax(-1).clamp(-limit, limit)
-    minimum = low.to(RANGE_DTYPE)
-    minimum = torch.where(minimum > low, torch.nextafter(minimum, minimum.new_tensor(-torch.inf)), minimum)
-    exact = (high - minimum.to(groups.dtype)) / (2**bits - 1)
-    step = exact.to(RANGE_DTYPE)
-    step = torch.where(step < exact, torch.nextafter(step, step.new_tensor(torch.inf)), step)
-    return minimum.clamp_min(-limit), step.clamp_max(limit)
+    minimum = _to_half_grid(low, up=False)
+    step = _to_half_grid((high - minimum) / (2**bits - 1), up=True).clamp_max(limit)
+    return minimum.to(RANGE_DTYPE), step.to(RANGE_DTYPE)
+
+
+def _to_half_grid(values: torch.Tensor, up: bool) -> torch.Tensor:
+    """The nearest float16 that is not below (`up`) or not above each value, as float32 or float64.
+
+    In integers, because a compiler keeps 16-bit floats in 32 bits between operations, unrounded.
+    """
+    kind, spare = {torch.float32: (torch.int32, 13), torch.float64: (torch.int64, 42)}[values.dtype]
+    cut = values.view(kind) & -(1 << spare)  # bits that float16 has no room for
+    inner, outer = cut.view(values.dtype), (cut + (1 << spare)).view(values.dtype)
+    normal = torch.where(inner < values if up else inner > values, outer, inner)
+    scaled = values * 2**24
+    subnormal = (scaled.ceil() if up else scaled.floor()) * 2**-24
+    return torch.where(values.abs() < 2**-14, subnormal, normal)
 
 
 def _grouped(latents: torch.Tensor, tier: Tier, layout: PackedLayout) -> torch.Tensor:
     """(batch, tokens, rank) -> the tier's groups (batch, tokens / group_tokens, num_groups, group_tokens *
     group_channels)."""
-    channels = torch.tensor(tier.channels, device=latents.device)
-    padding = tier.num_groups * layout.group_channels - len(channels)
-    channels = torch.cat([channels, channels[-1:].expand(padding)])  # repeats change neither minimum nor maximum
-    groups = latents.index_select(-1, channels).unflatten(-1, (tier.num_groups, layout.group_channels))
+    last, padding = tier.channels[-1], tier.num_groups * layout.group_channels - len(tier.channels)
+    repeats = latents[..., last : last + 1].expand(*latents.shape[:-1], padding)  # change no minimum and no maximum
+    parts = [*(latents[..., start:stop] for start, stop in tier.runs), repeats]
+    groups = torch.cat(parts, dim=-1).unflatten(-1, (tier.num_groups, layout.group_channels))
     times = latents.shape[1] // layout.group_tokens
     return groups.unflatten(1, (times, layout.group_tokens)).transpose(2, 3).flatten(3)
 
@@ -218,15 +247,15 @@ def dequantize(codes: torch.Tensor, ranges: torch.Tensor, layout: PackedLayout, 
     return torch.cat([stored[..., start:stop] for start, stop in layout.pieces], dim=-1)
 
 
-@functools.cache
+@_remembered
 def _ranges_of(layout: PackedLayout, device: torch.device) -> torch.Tensor:
     """Which range of a block belongs to each group of tokens and each channel, in the order they are stored in."""
     times, parts, first = layout.block_size // layout.group_tokens, [], 0
     for tier in layout.tiers:
-        group = torch.arange(len(tier.channels)) // layout.group_channels
-        parts.append(first + torch.arange(times)[:, None] * tier.num_groups + group)
+        group = torch.arange(len(tier.channels), device=device) // layout.group_channels
+        parts.append(first + torch.arange(times, device=device)[:, None] * tier.num_groups + group)
         first += times * tier.num_groups
-    return torch.cat(parts, dim=1).flatten().to(device)
+    return torch.cat(parts, dim=1).flatten()
 
 
 def channel_bits(runs: Sequence[Sequence[Sequence[int]]]) -> tuple[int, ...]:

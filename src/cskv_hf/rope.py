@@ -89,8 +89,14 @@ def rotate_paired(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
 
     Args:
         states: (..., head_dim); overwritten if float32 or float64.
-        turn: complex cos + i sin, (..., head_dim / 2), broadcast against it.
+        turn: complex cos + i sin, (..., head_dim / 2), broadcast against it; or both side by side, (..., head_dim / 2,
+            2), for a compiler, which knows no complex numbers and needs no help to make one pass of it.
     """
+    if not turn.is_complex():
+        first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = turn.unbind(-1)
+        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return turned.flatten(-2).to(states.dtype)
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turn)
     return wide.to(states.dtype)
