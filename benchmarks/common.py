@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from cskv_hf import CSKVCache, CSKVConfig, ModelShape
-from cskv_hf.cache import CompressedKV
+from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.config import num_key_groups
 from cskv_hf.factors import LayerFactors
 from cskv_hf.plan import plan, store_plan

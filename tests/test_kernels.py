@@ -11,7 +11,7 @@ from conftest import lossy, make_model, prompt
 
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVConfig, CSKVStaticCache, kernels
-from cskv_hf.cache import CompressedKV
+from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.factors import LayerFactors
 from cskv_hf.latents import Latents
 from cskv_hf.rope import RotaryFrequencies

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import kernels
-from .cache import CompressedKV
+from .cache_layer import CompressedKV
 from .factors import LayerFactors, compute_dtype
 from .rope import paired, rotate_paired
 from .static_tokens import StaticStep

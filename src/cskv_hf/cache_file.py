@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .cache import CSKVCache, CSKVLayer
+from .cache import CSKVCache
+from .cache_layer import CSKVLayer
 from .latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from .quantize import PackedLayout
 from .rope import RotaryFrequencies

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .cache import MISSING_FACTORS, CompressedKV, Staged, encode
+from .cache_layer import MISSING_FACTORS, CompressedKV, Staged, encode
 from .config import CSKVConfig
 from .factors import LayerFactors
 from .latents import LatentFormat, Latents

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..cache import CompressedKV
+from ..cache_layer import CompressedKV
 from ..latents import Latents, PackedFormat
 from . import chunks_of
 

@@ -1,0 +1,331 @@
+"""One layer of a CSKVCache: its tensors, what `update` does with new keys and values, and what attention gets to see.
+
+Keys are cached after RoPE, and rotated back when they are encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .factors import LayerFactors, compute_dtype
+from .latents import Latents
+from .offload import Copies, copy_ahead, copy_now, to_cpu
+from .rope import RotaryFrequencies, cos_sin, rotate, rotate_back
+from .tokens import Eviction, Index, Step, take
+
+MISSING_FACTORS = (
+    "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "
+    "(`cskv_hf.load(model, adapter)`, or `AutoModelForCausalLM.from_pretrained(adapter)` after `import cskv_hf`), or "
+    "make one with "
+    "`model = cskv_hf.fit(model, data)`; if the model has one, enable it (`set_adapter`, `enable_adapters`). To "
+    "generate without "
+    "compression use `transformers.DynamicCache()`."
+)
+
+
+@dataclass
+class CompressedKV:
+    """What `update` hands to the attention function in place of keys and values: references to tensors, nothing
+    rebuilt.
+
+    Attributes:
+        exact_keys, exact_values: (batch, num_key_value_heads, num_sinks + num_recent, head_dim); keys after RoPE.
+        key_latents, value_latents: of ``num_old`` tokens.
+        factors: of this layer.
+        step: which slots the columns are, and the rotation of the latents' keys.
+    """
+
+    exact_keys: torch.Tensor
+    exact_values: torch.Tensor
+    key_latents: Latents
+    value_latents: Latents
+    factors: LayerFactors
+    step: Step
+
+    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys (after RoPE) and values, (batch, num_key_value_heads, num_slots, head_dim), column = slot.
+
+        The slow way, for attention implementations that know nothing of latents: it rebuilds the whole layer.
+        """
+        dtype = compute_dtype(self.exact_keys)
+        cos, sin = (t[:, None].to(dtype) for t in self.step.old_cos_sin(self.exact_keys.device, self.exact_keys.dtype))
+        key_latents, value_latents = (x.read(0, x.num_blocks, dtype) for x in (self.key_latents, self.value_latents))
+        old_keys = rotate(self.factors.decode_keys(key_latents), cos, sin)
+        old_values = self.factors.decode_values(value_latents)
+        slots = torch.cat([self.step.exact_slots(), self.step.old_slots()], dim=1).to(self.exact_keys.device)
+        return (
+            self._by_slot(torch.cat([self.exact_keys, old_keys.to(self.exact_keys.dtype)], dim=2), slots),
+            self._by_slot(torch.cat([self.exact_values, old_values.to(self.exact_values.dtype)], dim=2), slots),
+        )
+
+    def _by_slot(self, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        batch, heads, _, head_dim = states.shape
+        frame = states.new_zeros(
+            batch, heads, self.step.num_slots + 1, head_dim
+        )  # the last column takes the empty ones
+        target = slots.masked_fill(slots < 0, self.step.num_slots).expand(batch, -1)
+        frame.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, head_dim), states)
+        return frame[:, :, :-1]
+
+
+@dataclass
+class Staged:
+    """What the pre-hook of an attention layer hands over for the `update` that follows; `unseen_blocks` may be dropped
+    after it."""
+
+    step: Step
+    factors: LayerFactors
+    materialize: bool
+    unseen_blocks: int = 0
+
+
+class CSKVLayer(CacheLayerMixin):
+    """The tensors of one layer.
+
+    Attributes:
+        sink_keys, sink_values: (batch, num_key_value_heads, num_sinks, head_dim), keys after RoPE.
+        key_latents, value_latents: [`Latents`] of the old tokens, in the dtype of the model or packed.
+        keys, values: (batch, num_key_value_heads, num_recent, head_dim), the window; named as in other cache layers.
+        fingerprint: key spectrum of the adapter that fills the layer; the adapter's own tensor, not a copy.
+        sliding_window: of the model's layer, in tokens; None if it attends to all.
+        num_dropped: first blocks of latents that are no longer held, since no query can see them through that window.
+        copies: of offloaded latents on the compute device, while it is the layer's turn or that comes next.
+        heads: which KV heads these are; see [`LayerFactors.heads`].
+
+    Args:
+        offloading: keep the latents on the CPU; see [`CSKVCache`].
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False  # a model's sliding window is applied by the mask, over all slots, dropped ones too
+    supports_early_init = False
+
+    EXACT = ("sink_keys", "sink_values", "keys", "values")
+    LATENTS = ("key_latents", "value_latents")
+
+    def __init__(self, offloading: bool = False) -> None:
+        super().__init__()
+        self.offloading = offloading
+        self.staged: Staged | None = None
+        self.copies: Copies | None = None
+        self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"copies": None}  # may still be on their way, and can be made again
+
+    def reset(self) -> None:
+        for name in (*self.EXACT, *self.LATENTS, "fingerprint", "heads", "copies"):
+            setattr(self, name, None)
+        self.is_initialized = False
+        self.num_slots = self.num_dropped = 0
+        self.sliding_window: int | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        factors = self.staged.factors
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = key_states.new_empty(batch, heads, 0, head_dim)
+        self.sink_keys = self.sink_values = self.keys
+        formats = factors.key_format, factors.value_format
+        self.hold(*(Latents.of(f, key_states.new_empty(batch, 0, f.rank), key_states.dtype) for f in formats))
+        self.fingerprint, self.heads = factors.key_spectrum, factors.heads
+        self.is_initialized = True
+
+    def is_filled_by(self, factors: LayerFactors) -> bool:
+        """Whether the latents held are of these factors: the very tensor, or after a copy, equal values."""
+        if self.fingerprint is not factors.key_spectrum:
+            mine = self.fingerprint.to(factors.key_spectrum)
+            if mine.shape != factors.key_spectrum.shape or not torch.equal(mine, factors.key_spectrum):
+                return False
+            self.fingerprint = factors.key_spectrum
+        return True
+
+    @torch.compiler.disable
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        """Append exact keys (after RoPE) and values; return what attention is to see of past and present.
+
+        Returns:
+            Plain tensors (batch, num_key_value_heads, num_slots, head_dim) as long as nothing is compressed, or if
+            materialising was asked for; otherwise the same [`CompressedKV`] twice.
+        """
+        staged, self.staged = self.staged, None
+        if staged is None or staged.step.num_new != key_states.shape[-2]:
+            raise RuntimeError(MISSING_FACTORS)
+        self.staged = staged  # lazy_initialization reads the ranks
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        elif self.keys.device != key_states.device:  # after an `offload` by hand, or a cache from a file
+            self.device, self.copies = key_states.device, None
+            self.prefetch()
+        self.staged = None
+        step, old = staged.step, self.fetch()
+        self.copies = None
+        keys = torch.cat([self.keys, key_states], dim=2)
+        values = torch.cat([self.values, value_states], dim=2)
+        exact_keys, exact_values = keys, values
+        if step.num_sinks:
+            exact_keys = torch.cat([self.sink_keys, keys], dim=2)
+            exact_values = torch.cat([self.sink_values, values], dim=2)
+        held = step.without(self.num_dropped * self.key_latents.format.block_size)
+        seen = CompressedKV(exact_keys, exact_values, *old, staged.factors, held)
+        if step.eviction is None:
+            self.keys, self.values = keys, values
+        else:
+            self._evict(keys, values, step.eviction, staged)
+        self.num_slots = step.num_slots
+        if step.num_old == 0 and step.slots is None:
+            return exact_keys, exact_values
+        return seen.materialize() if staged.materialize else (seen, seen)
+
+    def _evict(self, keys: torch.Tensor, values: torch.Tensor, eviction: Eviction, staged: Staged) -> None:
+        evicted = take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2)
+        new = encode(*evicted, eviction.positions, eviction.frequencies, staged.factors)
+        old = [held.append(latents.to(held.device)) for held, latents in zip(self._latents(), new)]
+        if eviction.old_blocks is not None:
+            old = [latents.take(self._held(eviction.old_blocks)) for latents in old]
+        self.hold(*old)
+        self.drop(staged.unseen_blocks)
+        if (
+            staged.step.num_sinks == 0
+            or not isinstance(eviction.sinks, slice)
+            or staged.step.num_sinks < eviction.sinks.stop
+        ):
+            self.sink_keys = take(torch.cat([self.sink_keys, keys], dim=2), eviction.sinks, 2)
+            self.sink_values = take(torch.cat([self.sink_values, values], dim=2), eviction.sinks, 2)
+        self.keys, self.values = take(keys, eviction.recent, 2), take(values, eviction.recent, 2)
+
+    def get_seq_length(self) -> int:
+        return self.num_slots
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_slots + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def crop_columns(self, kept: dict[str, Any], num_slots: int) -> None:
+        """Keep the given columns of each part; see [`TokenTable.crop`]."""
+        self.num_slots = num_slots
+        if self.is_initialized:
+            self.sink_keys, self.sink_values = (take(t, kept["sinks"], 2) for t in (self.sink_keys, self.sink_values))
+            old = kept["old"]
+            self.num_dropped = min(self.num_dropped, old.stop if isinstance(old, slice) else old.shape[1])  # all, or 0
+            self.hold(*(latents.take(self._held(old)) for latents in self._latents()))
+            self.keys, self.values = (take(t, kept["recent"], 2) for t in (self.keys, self.values))
+
+    def _held(self, blocks: Index) -> Index:
+        """Of blocks to keep, counted over all, the first of which are those dropped: where the others are held."""
+        if isinstance(blocks, slice):
+            return slice(0, blocks.stop - self.num_dropped)
+        return blocks[:, self.num_dropped :] - self.num_dropped
+
+    def drop(self, blocks: int) -> None:
+        """Let go of latents, until so many of the first blocks are gone."""
+        if blocks > self.num_dropped:
+            self.hold(*(latents.drop(blocks - self.num_dropped) for latents in self._latents()))
+            self.num_dropped = blocks
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        if self.is_initialized:
+            for name in self.EXACT:
+                tensor = getattr(self, name)
+                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+            self.hold(*(latents.select_rows(rows) for latents in self._latents()))
+
+    reorder_cache = select_rows
+
+    def _latents(self) -> tuple[Latents, Latents]:
+        return self.key_latents, self.value_latents
+
+    def hold(self, *latents: Latents) -> None:
+        """Keep these as the latents of keys and values, where latents live."""
+        if self.offloading:
+            latents = tuple(to_cpu(x, self.device) for x in latents)
+        self.key_latents, self.value_latents = latents
+        self.copies = None
+
+    def fetch(self) -> tuple[Latents, Latents]:
+        """The latents where attention reads them: those held, or copies of those that are offloaded."""
+        if not self.offloading or not self.is_initialized:
+            return self._latents()
+        if self.copies is None:
+            self.copies = copy_now(self._latents(), self.device)
+        return self.copies.ready()
+
+    def offload(self) -> None:
+        """Move everything to the CPU, sinks and window too; the next `update` brings it back."""
+        if self.is_initialized:
+            self._move("cpu")
+            self.copies = None
+
+    def prefetch(self) -> None:
+        """Undo [`offload`]; of latents that live on the CPU, start copies to the device if it makes them on the
+        side."""
+        if self.is_initialized:
+            self._move(self.device)
+            if self.offloading and self.copies is None:
+                self.copies = copy_ahead(self._latents(), self.device)
+
+    def _move(self, device: Any) -> None:
+        wait = torch.device(device).type == "cpu"  # CPU operations may follow at once
+        for name in self.EXACT:
+            setattr(self, name, getattr(self, name).to(device, non_blocking=not wait))
+        if not self.offloading:
+            self.hold(*(latents.to(device, non_blocking=not wait) for latents in self._latents()))
+
+    def tensors(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Every tensor held, by what it belongs to."""
+        if not self.is_initialized:
+            return {}
+        exact = {name: (getattr(self, name),) for name in self.EXACT}
+        return exact | {name: getattr(self, name).held for name in self.LATENTS}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages behind the tensors, each counted once."""
+        held = [t for tensors in self.tensors().values() for t in tensors]
+        if self.copies is not None:
+            held += [t for latents in self.copies.latents for t in latents.held]
+        return nbytes_of(held)
+
+    @property
+    def offloaded_nbytes(self) -> int:
+        """Those of the latents, if they live on the CPU."""
+        offloaded = self._latents() if self.offloading and self.is_initialized else ()
+        return nbytes_of(t for latents in offloaded for t in latents.held)
+
+
+def nbytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def encode(
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    positions: torch.Tensor,
+    frequencies: RotaryFrequencies,
+    factors: LayerFactors,
+) -> tuple[Latents, Latents]:
+    """Store exact keys (after RoPE, at the given positions and frequencies) and values as latents; whole blocks.
+
+    Keys are rotated back in float32 or wider.
+    """
+    dtype = torch.promote_types(key_states.dtype, torch.float32)
+    cos, sin = cos_sin(positions.to(key_states.device), frequencies, key_states.dtype)
+    unrotated = rotate_back(key_states.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype))
+    matmul_dtype = compute_dtype(key_states)
+    return (
+        Latents.of(factors.key_format, factors.encode_keys(unrotated, matmul_dtype), key_states.dtype),
+        Latents.of(
+            factors.value_format, factors.encode_values(value_states.to(dtype), matmul_dtype), key_states.dtype
+        ),
+    )
