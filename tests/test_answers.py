@@ -175,7 +175,7 @@ def test_summarize():
     assert a.high == pytest.approx(1.0) and a.low == pytest.approx(0.7225, abs=1e-4)
     # 5 values with a standard deviation of 0.354 over sqrt(5) = 0.158: near 0.5 ± 1.96 * 0.158, in steps of 0.05
     assert shares.value == 0.5 and abs(shares.low - 0.19) < 0.07 and abs(shares.high - 0.81) < 0.07
-    assert (equal.value, equal.low, equal.high) == (0.5, 0.5, 0.5)
+    assert (equal.value, equal.low, equal.high) == (0.5, None, None)  # too few for an interval
     assert none == Score("none", None, None, None, 0, 2)
 
 

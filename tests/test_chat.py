@@ -38,7 +38,7 @@ class Forgetful(Letters):
 def test_turns_equal_a_full_cache_that_reads_everything_anew(tokenizer):
     """Lossless factors: a shared cache, cut back where needed, says what a fresh full cache does."""
     model = lossless(make_model())
-    talk = Conversation(model, tokenizer, CSKVCache(), max_new_tokens=12, do_sample=False)
+    talk = Conversation(model, tokenizer, CSKVCache, max_new_tokens=12, do_sample=False)
     messages = []
     for text in ("hello there", "what is it", "and then what"):
         messages.append({"role": "user", "content": text})
@@ -52,7 +52,7 @@ def test_turns_equal_a_full_cache_that_reads_everything_anew(tokenizer):
 
 def test_a_conversation_too_long_for_the_model_is_refused_and_unchanged():
     model = make_model(max_position_embeddings=64)
-    talk = Conversation(model, Letters(), DynamicCache(), max_new_tokens=5, do_sample=False)
+    talk = Conversation(model, Letters(), DynamicCache, max_new_tokens=5, do_sample=False)
     talk.say("short")
     held, messages = list(talk.held), list(talk.messages)
     with pytest.raises(ValueError, match=r"The conversation has .* tokens, the model's context 64"):
@@ -60,9 +60,45 @@ def test_a_conversation_too_long_for_the_model_is_refused_and_unchanged():
     assert talk.held == held and talk.messages == messages
 
 
+@pytest.mark.parametrize("make_cache", [CSKVCache, DynamicCache])
+def test_an_interrupted_turn_is_as_if_it_had_not_been(make_cache):
+    model = lossless(make_model())
+    talk = Conversation(model, Letters(), make_cache, max_new_tokens=12, do_sample=False)
+    other = Conversation(model, Letters(), make_cache, max_new_tokens=12, do_sample=False)
+    assert talk.say("hello there") == other.say("hello there")
+
+    class Stop(StatusStreamer):
+        def put(self, value):
+            self.seen = getattr(self, "seen", 0) + 1
+            if self.seen == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        talk.say("not this", Stop(talk, show=False))
+    assert len(talk.messages) == 2
+    assert talk.say("but this") == other.say("but this")
+
+
+def test_an_answer_ends_where_the_context_does():
+    model = make_model(max_position_embeddings=64)
+    talk = Conversation(model, Letters(), DynamicCache, max_new_tokens=500, do_sample=False)
+    talk.say("hello there")
+    assert talk.cache.get_seq_length() == 63  # the last token was not read
+
+
+def test_a_pad_token_within_the_text_is_read():
+    """The mask is given: were it inferred from the pad token, that token would be hidden."""
+    model = lossless(make_model())
+    model.generation_config.pad_token_id = Letters.pad_token_id = Letters()("a")["input_ids"][0]
+    talk = Conversation(model, Letters(), CSKVCache, max_new_tokens=8, do_sample=False)
+    ids = torch.tensor([talk._render([{"role": "user", "content": "banana"}])])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert talk.say("banana") == Letters().decode(expected[0, ids.shape[1] :])
+    Letters.pad_token_id = 0
+
+
 def test_the_title_shows_the_cache_as_it_grows(capsys):
     model = lossless(make_model())
-    cache = CSKVCache()
-    talk = Conversation(model, Letters(), cache, max_new_tokens=6, do_sample=False)
-    talk.say("hello", StatusStreamer(Letters(), cache, model, show=True))
+    talk = Conversation(model, Letters(), CSKVCache, max_new_tokens=6, do_sample=False)
+    talk.say("hello", StatusStreamer(talk, show=True))
     assert capsys.readouterr().out.count("\033]0;cache: ") >= 6

@@ -105,7 +105,9 @@ def test_eval_report_chat(folder):
     assert result.exit_code == 0 and result.output.count("% of a full cache]") == 2, result.output
     assert "sinks, exact" in result.output
 
-    arguments = ["eval", folder / "model", "--out", folder / "base", "--data", text, "--length", 128, "--limit", 2]
+    other = folder / "other.txt"
+    other.write_text(" ".join(f"w{i * i * i % 88}" for i in range(600)))
+    arguments = ["eval", folder / "model", "--out", folder / "base", "--data", other, "--length", 128, "--limit", 2]
     code, output, _ = cskv(*arguments, "--benchmark", f"text:{text}", "--max-tokens", 256, "--epochs", 1)
     assert code == 0 and "80 % asvd + training" in output and "95 % ours" in output, output
 
@@ -118,9 +120,15 @@ def test_eval_report_chat(folder):
             ("--benchmark", "sums:3", "--data", "text.txt"),
             "`--benchmark` 'sums:3' is none that is known; use text:FILE",
         ),
-        (("--benchmark", "text:none.txt", "--data", "text.txt"), "The text file 'none.txt' does not exist."),
+        (
+            ("--benchmark", "text:none.txt", "--data", "text.txt"),
+            "The file 'none.txt' of `--benchmark` 'text:none.txt' does not exist.",
+        ),
         (("--benchmark", "lines:none.jsonl", "--data", "text.txt"), "none.jsonl"),
         (("--benchmark", "lines:3"), "needs calibration text: give `--data`"),
+        (("--benchmark", "lines:3", "--data", "none.txt"), "`--data` 'none.txt' does not exist."),
+        (("--benchmark", "text:text.txt", "--data", "text.txt"), "is the text of `--data`"),
+        (("--benchmark", "longbench:none.jsonl", "--data", "text.txt"), "does not exist"),
         (("--benchmark", "lines:3", "--tables", "sums", "--data", "text.txt"), "`--tables` 'sums' is none"),
     ],
 )

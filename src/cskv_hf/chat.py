@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import TextStreamer
 from transformers.cache_utils import Cache
 
 from .config import ModelShape
+from .evaluate.answers import context_length
 from .evaluate.memory import held_nbytes
 
 
@@ -22,45 +24,63 @@ class Conversation:
 
     Args:
         model: with or without a CSKV adapter.
-        cache: an empty one, which holds the conversation.
+        make_cache: makes the cache that holds the conversation.
         generate: further arguments of `generate`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, cache: Cache, **generate: Any) -> None:
-        self.model, self.tokenizer, self.cache, self.arguments = model, tokenizer, cache, generate
+    def __init__(self, model: nn.Module, tokenizer: Any, make_cache: Callable[[], Cache], **generate: Any) -> None:
+        self.model, self.tokenizer, self.make_cache, self.arguments = model, tokenizer, make_cache, generate
         self.messages: list[dict[str, str]] = []
+        self.cache = make_cache()
         self.held: list[int] = []  # tokens that the cache has seen
 
     def say(self, text: str, streamer: TextStreamer | None = None) -> str:
-        """One turn; returns the answer, and streams it on the way.
+        """One turn; returns the answer, and streams it on the way. An interrupted turn is as if it had not been.
 
         Raises:
             ValueError: if the conversation is longer than the model's context; nothing is changed then.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._render(messages)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and len(ids) >= limit:
+        room = context_length(self.model) - len(ids)
+        if room < 1:
             raise ValueError(
-                f"The conversation has {len(ids):,} tokens, the model's context {limit:,}. Start a new one."
+                f"The conversation has {len(ids):,} tokens, the model's context {room + len(ids):,}. Start a new one."
             )
         agreed = next((i for i, (a, b) in enumerate(zip(self.held, ids)) if a != b), min(len(self.held), len(ids) - 1))
-        if agreed < len(self.held):
-            try:
-                self.cache.crop(agreed - len(self.held))
-            except ValueError:  # deeper than what sliding layers still hold
-                self.cache.reset()
-                self.held = []
-        output = self.model.generate(
-            input_ids=torch.tensor([ids], device=self.model.device),
-            past_key_values=self.cache,
-            streamer=streamer,
-            **self.arguments,
-        )
+        self._cut_to(agreed)
+        input_ids = torch.tensor([ids], device=self.model.device)
+        arguments = self.arguments | {"max_new_tokens": min(room, self.arguments.get("max_new_tokens", room))}
+        try:
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=self.cache,
+                streamer=streamer,
+                **arguments,
+            )
+        except BaseException:  # an interrupted step leaves a cache that is no longer of one length
+            self._start_over()
+            raise
         self.held = output[0, : self.cache.get_seq_length()].tolist()
         answer = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
+
+    def _cut_to(self, tokens: int) -> None:
+        """Let the cache hold the first `tokens` of the conversation only."""
+        surplus = len(self.held) - tokens
+        if surplus == 0:
+            return
+        try:
+            self.cache.crop(-surplus)
+            self.held = self.held[:tokens]
+        except ValueError:  # beyond what sliding layers still hold
+            self._start_over()
+
+    def _start_over(self) -> None:
+        """A new cache, which reads the whole conversation in the next turn."""
+        self.cache, self.held = self.make_cache(), []
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
@@ -87,11 +107,11 @@ def cache_status(cache: Cache, model: nn.Module) -> str:
 class StatusStreamer(TextStreamer):
     """Streams the answer, and shows what the cache holds in the title of the terminal as it grows."""
 
-    def __init__(self, tokenizer: Any, cache: Cache, model: nn.Module, show: bool) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.cache, self.model, self.show = cache, model, show
+    def __init__(self, talk: Conversation, show: bool) -> None:
+        super().__init__(talk.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.talk, self.show = talk, show
 
     def put(self, value: torch.Tensor) -> None:
         super().put(value)
         if self.show:
-            print(f"\033]0;cache: {cache_status(self.cache, self.model)}\007", end="", flush=True)
+            print(f"\033]0;cache: {self.talk.status()}\007", end="", flush=True)

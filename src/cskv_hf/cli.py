@@ -206,7 +206,7 @@ def evaluate_model(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Text to fit the tables' adapters on.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Cases of a group, or rows of text, at most.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a row of text, and of the longest haystack.")] = 2048,
+    length: Annotated[int, typer.Option(min=128, help="Tokens of a row of text, and of the longest haystack.")] = 2048,
     cut: Annotated[
         int | None,
         typer.Option(
@@ -214,14 +214,19 @@ def evaluate_model(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
-    max_tokens: Annotated[int, typer.Option(help="Calibration tokens at most.")] = 65536,
-    epochs: Annotated[float, typer.Option(help="Of training, for the paper's recipe.")] = 2.0,
-    learning_rate: Annotated[float, typer.Option(help="Of training; the paper's is 5e-5, for 7B.")] = 1e-3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens at most.")] = 65536,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Of training, for the paper's recipe.")] = 2.0,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of training. Default: the paper's 5e-5; 1e-3 for 'bundled'.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the model can take, if its config is wrong about it.")
+    ] = None,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
     dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
 ) -> None:
-    """Measure an adapter, or the paper's tables on a model, and print and save the numbers with their intervals.
+    """Measure an adapter, or the paper's tables on a model; print the numbers, and save them with their intervals.
 
     An interrupted run continues where it was when started again with the same --out.
     """
@@ -241,6 +246,7 @@ def evaluate_model(
             max_tokens=max_tokens,
             epochs=epochs,
             learning_rate=learning_rate,
+            context=context,
             lm_eval_tasks=lm_eval.split(",") if lm_eval else [],
             device_map=device_map,
             dtype=dtype,
@@ -271,7 +277,7 @@ def report(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="Adapter or model, id or directory; or 'bundled'.")],
+    model: Annotated[str, typer.Argument(help="Adapter or model, id or directory.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 512,
     full_cache: Annotated[bool, typer.Option("--full-cache", help="Hold the conversation in a full cache.")] = False,
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
@@ -298,7 +304,7 @@ def chat(
 
     def new() -> Conversation:
         return Conversation(
-            loaded, tokenizer, CSKVCache() if compressed else DynamicCache(), max_new_tokens=max_new_tokens
+            loaded, tokenizer, CSKVCache if compressed else DynamicCache, max_new_tokens=max_new_tokens
         )
 
     talk, interactive = new(), sys.stdin.isatty()
@@ -316,9 +322,12 @@ def chat(
             typer.echo(talk.cache.report() if compressed else talk.status())
         else:
             try:
-                talk.say(text, StatusStreamer(tokenizer, talk.cache, loaded, interactive))
+                talk.say(text, StatusStreamer(talk, interactive and sys.stdout.isatty()))
             except ValueError as error:
                 typer.echo(str(error), err=True)
+                continue
+            except KeyboardInterrupt:
+                typer.echo("(stopped)", err=True)
                 continue
             typer.echo(f"[{talk.status()}]\n", err=True)
 

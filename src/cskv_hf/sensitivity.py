@@ -153,7 +153,7 @@ def measure_sensitivity(
                             divergence += _divergence(full, log_probabilities(ids))
                 finally:
                     handle.remove()
-                rates.append(max(divergence / tokens, LEAST) / max(lost, torch.finfo(torch.float64).tiny))
+                rates.append(max(divergence / tokens, LEAST) / max(lost, LEAST))
             sensitivity.append(rates)
     finally:
         model.train(was_training)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from .cases import Answer, Case
@@ -31,6 +33,7 @@ def answer_cases(
     batch_size: int = 8,
     path: Path | None = None,
     settings: dict[str, Any] | None = None,
+    context: int | None = None,
     description: str = "Answering",
     progress: bool = True,
 ) -> list[Answer]:
@@ -43,6 +46,7 @@ def answer_cases(
         make_cache: ``CSKVCache``, ``DynamicCache`` or another function that makes a cache.
         batch_size: prompts at a time, padded on the left, of like length.
         path: JSON lines to write to and, if they are there, to go on from.
+        context: tokens of prompt and answer that the model can take; what its config says by default.
         settings: what the answers depend on (model, adapter, cache); the first line of the file, compared when going
             on.
 
@@ -54,7 +58,7 @@ def answer_cases(
         raise ValueError(f"Two cases share the id {next(k for k in keys if keys.count(k) > 1)[1]!r}.")
     header = {"settings": settings or {}, "batch_size": batch_size, "cases": len(cases)}
     done = {} if path is None else _read_answers(path, header)
-    limit = context_length(model)
+    limit = context_length(model) if context is None else context
     prompts = [encode_prompt(tokenizer, case) for case in cases]
     order = sorted(range(len(cases)), key=lambda i: len(prompts[i]))  # of like length: little padding
     sizes = [len(prompt) + case.max_new_tokens for prompt, case in zip(prompts, cases)]
@@ -80,6 +84,21 @@ def answer_cases(
     return [answers[key] for key in keys]
 
 
+@contextmanager
+def own_generation_config(model: nn.Module) -> Iterator[None]:
+    """Within it `generate` knows nothing of the model's own defaults (penalties, sampling, a cache) but its tokens."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    held = {id(m): (m, m.generation_config) for m in (model, base)}
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    try:
+        for one, config in held.values():
+            one.generation_config = GenerationConfig(**{name: getattr(config, name) for name in tokens})
+        yield
+    finally:
+        for one, config in held.values():
+            one.generation_config = config
+
+
 def generate_answers(
     model: nn.Module,
     tokenizer: Any,
@@ -87,22 +106,30 @@ def generate_answers(
     cases: Sequence[Case],
     make_cache: Callable[[], Cache],
 ) -> list[str]:
-    """One batch: token ids of the prompts in, the texts generated out, cut behind each case's stop."""
+    """One batch: token ids of the prompts in, the texts generated out, cut behind each case's stop.
+
+    Caches that know no padding (`pads` is False) get prompts of different length one by one.
+    """
+    cache = make_cache()
+    if len({len(prompt) for prompt in prompts}) > 1 and not getattr(cache, "pads", True):
+        one_by_one = [generate_answers(model, tokenizer, [p], [c], make_cache) for p, c in zip(prompts, cases)]
+        return [text for texts in one_by_one for text in texts]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     longest = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     stops = sorted({case.stop for case in cases if case.stop is not None})
     stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops and len({c.stop for c in cases}) == 1 else {}
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        past_key_values=make_cache(),
-        max_new_tokens=max(case.max_new_tokens for case in cases),
-        do_sample=False,
-        pad_token_id=pad,
-        **stopping,
-    )
+    with own_generation_config(model):
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=max(case.max_new_tokens for case in cases),
+            do_sample=False,
+            pad_token_id=pad,
+            **stopping,
+        )
     texts = []
     for row, case in zip(output[:, longest:], cases):
         text = tokenizer.decode(row[: case.max_new_tokens], skip_special_tokens=True)
@@ -114,12 +141,15 @@ def encode_prompt(tokenizer: Any, case: Case) -> list[int]:
     """Token ids of a case's prompt, in the tokenizer's chat template where there is one and the case is for it."""
     if case.chat and getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": case.prompt}]
-        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
-    return list(tokenizer(case.prompt)["input_ids"])
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if case.answer_prefix:
+            ids = [*ids, *tokenizer(case.answer_prefix, add_special_tokens=False)["input_ids"]]
+        return list(ids)
+    return list(tokenizer(case.prompt + case.answer_prefix)["input_ids"])
 
 
 def context_length(model: nn.Module) -> int:
-    """Tokens that the model was made for; unlimited where its config does not say."""
+    """Tokens that the model's config says it was made for; unlimited where it does not say."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62)
 
 

@@ -4,6 +4,7 @@ latents; and latents stored with the quantiser of the paper's published code."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,14 @@ class WindowOnlyLayer(DynamicLayer):
     """Keeps the first `sinks` and at least the last `window` tokens, with the rotation they were cached with; drops
     the rest."""
 
-    def __init__(self, window: int = 32, sinks: int = 4, block_size: int = 32) -> None:
+    def __init__(self, window: int | Callable[[int], int] = 32, sinks: int = 4, block_size: int = 32) -> None:
         super().__init__()
         self.window, self.sinks, self.block_size = window, sinks, block_size
         self.num_seen = 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        if callable(self.window):
+            self.window = self.window(key_states.shape[-2])
         keys, values = super().update(key_states, value_states)
         self.num_seen += key_states.shape[-2]
         dropped = max(0, (keys.shape[-2] - self.sinks - self.window) // self.block_size) * self.block_size
@@ -49,11 +52,14 @@ class WindowOnlyCache(Cache):
     """Not croppable and without padding: a baseline for measurements, not for use.
 
     Args:
-        window, sinks: tokens kept, the last and the first.
+        window, sinks: tokens kept, the last and the first; `window` may be a function of the length of the prompt.
+        block_size: tokens leave in blocks of this many.
     """
 
-    def __init__(self, window: int = 32, sinks: int = 4) -> None:
-        super().__init__(layer_class_to_replicate=functools.partial(WindowOnlyLayer, window, sinks))
+    pads = False  # of padded rows it would keep padding as sinks
+
+    def __init__(self, window: int | Callable[[int], int] = 32, sinks: int = 4, block_size: int = 32) -> None:
+        super().__init__(layer_class_to_replicate=functools.partial(WindowOnlyLayer, window, sinks, block_size))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from .answers import answer_cases
+from .answers import answer_cases, own_generation_config
 from .cases import Case, summarize
 from .divergence import compare_with_full_cache
 from .intervals import wilson_interval
@@ -49,11 +49,14 @@ class Benchmark(Protocol):
 
     Attributes:
         name: of the benchmark, unique within a run.
-        length: tokens of its context, about; decides how long a window of equal bytes is.
+        length: tokens of its context, about; what bytes are counted at.
+        window_length: tokens of the context that decide how long a window of equal bytes is, where the first forward
+            is not the whole prompt; else None.
     """
 
     name: str
     length: int
+    window_length: int | None
 
     def run(
         self, model: nn.Module, tokenizer: Any, make_cache: Callable[[], Cache], path: Path, settings: dict[str, Any]
@@ -79,6 +82,8 @@ class TextBenchmark:
     def length(self) -> int:
         return self.input_ids.shape[1]
 
+    window_length = length
+
     def run(self, model, tokenizer, make_cache, path, settings) -> list[Measurement]:
         result = compare_with_full_cache(model, self.input_ids, make_cache, skip=self.skip)
         intervals, tokens = result.intervals(), result.full.num_tokens
@@ -102,6 +107,7 @@ class RecordBenchmark:
     name: str
     records: dict[str, Sequence[LineRecord]]
     length: int
+    window_length: None = None
 
     def run(self, model, tokenizer, make_cache, path, settings) -> list[Measurement]:
         measured, right, asked = [], 0, 0
@@ -122,6 +128,7 @@ class CaseBenchmark:
     Attributes:
         metric: what the score is called.
         batch_size: prompts at a time.
+        context: tokens of prompt and answer that the model can take; what its config says by default.
     """
 
     name: str
@@ -129,11 +136,13 @@ class CaseBenchmark:
     length: int
     metric: str = "score"
     batch_size: int = 8
+    context: int | None = None
+    window_length: None = None
 
     def run(self, model, tokenizer, make_cache, path, settings) -> list[Measurement]:
         answers = answer_cases(
             model, tokenizer, self.cases, make_cache,
-            batch_size=self.batch_size, path=path, settings=settings, description=self.name, progress=True,
+            batch_size=self.batch_size, path=path, settings=settings, context=self.context, description=self.name,
         )  # fmt: skip
         details = {case.group: case.details for case in self.cases}
         scores = summarize(answers)
@@ -161,12 +170,12 @@ def long_generations(
         batch = prompts[first : first + batch_size].to(model.device)
         if seed is not None:
             torch.manual_seed(seed + first)
-        rows.append(
-            model.generate(
-                input_ids=batch, attention_mask=torch.ones_like(batch), past_key_values=DynamicCache(),
-                max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-                do_sample=seed is not None, top_k=0 if seed is not None else None,
-                pad_token_id=model.generation_config.pad_token_id or 0,
-            )
-        )  # fmt: skip
+        with own_generation_config(model):
+            rows.append(
+                model.generate(
+                    input_ids=batch, attention_mask=torch.ones_like(batch), past_key_values=DynamicCache(),
+                    max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=seed is not None,
+                    top_k=0 if seed is not None else None, pad_token_id=model.generation_config.pad_token_id or 0,
+                )
+            )  # fmt: skip
     return torch.cat(rows).cpu()

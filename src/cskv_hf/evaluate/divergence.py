@@ -81,7 +81,7 @@ def compare_with_full_cache(
     divergence, same = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
     for first in range(0, rows, batch_size):
         batch = input_ids[first : first + batch_size].to(model.device)
-        caches, here = (DynamicCache(), make_cache()), slice(first, first + len(batch))
+        caches, here = (DynamicCache(config=model.config), make_cache()), slice(first, first + len(batch))
         for start in range(0, length - 1, stride):
             piece = batch[:, start : min(start + stride, length - 1)]
             scored = slice(max(0, skip - start - 1), None)
@@ -94,9 +94,9 @@ def compare_with_full_cache(
                 losses[side, here] -= likelihood.gather(-1, targets)[..., 0].sum(1).double().cpu()
             divergence[here] += (full.exp() * (full - other)).sum((1, 2)).double().cpu()
             same[here] += (full.argmax(-1) == other.argmax(-1)).sum(1).double().cpu()
-    scored = length - skip
-    full, compressed = (Perplexity(loss / scored, rows * scored) for loss in losses)
-    return Comparison(full, compressed, divergence / scored, same / scored)
+    count = length - skip
+    full, compressed = (Perplexity(loss / count, rows * count) for loss in losses)
+    return Comparison(full, compressed, divergence / count, same / count)
 
 
 def evaluation_record(model: nn.Module, input_ids: torch.Tensor, source: str) -> dict[str, Any]:

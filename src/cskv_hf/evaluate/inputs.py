@@ -11,24 +11,32 @@ import torch
 from torch import nn
 
 from ..config import ModelShape
-from ..files import calibration_samples, full_rows, replace_file
+from ..files import full_rows, replace_file
 from ..generation import has_active_adapter
 from ..statistics import collect_statistics
 from ..tuner import adapter_config
+from . import longbench, longeval, lveval
+from .answers import context_length, encode_prompt
 from .benchmarks import Benchmark, CaseBenchmark, RecordBenchmark, TextBenchmark, long_generations
 from .cases import Case, sample
+from .fingerprint import file_fingerprint, fingerprint
 from .format import text_tables
 from .methods import Calibration
+from .needle import line_haystack, needle_cases
 from .suite import Suite
 from .tables import TABLES, adapter_table
 
 BUNDLED = "bundled"
 BUNDLED_LINES = (25, 50, 75, 100)  # lines of a record; 100 are about 900 tokens
-BUNDLED_ROWS = 10  # of 1,024 tokens of text
+BUNDLED_ROWS, BUNDLED_LENGTH = 20, 512  # of held-out text
+BUNDLED_LEARNING_RATE, PAPER_LEARNING_RATE = 1e-3, 5e-5
+MOST_ROWS = 64  # of a text, unless `limit` says otherwise
 BUNDLED_RECORDS = 30  # of each length, with 8 questions each: an interval of about 0.03 over all
 BUNDLED_ONLY = {table: ("lines", "text") for table in TABLES if table != "methods"}
 GENERATION_PROMPT, GENERATION_TOKENS = 64, 448
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+KINDS = ("text", "generations", "lines", "topics", "needle", "longbench", "lveval")
+PUBLISHED = ("longbench", "lveval")
 FORMS = (
     "text:FILE", "generations:FILE", "lines:COUNT or lines:FILE", "topics:FILE", "needle:FILE", "longbench:FILE or "
     "longbench:DATASET", "lveval:FILE or lveval:DATASET"
@@ -48,7 +56,8 @@ def evaluate(
     batch_size: int = 8,
     max_tokens: int = 65536,
     epochs: float = 2.0,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
+    context: int | None = None,
     lm_eval_tasks: Sequence[str] = (),
     device_map: str | None = None,
     dtype: str = "auto",
@@ -68,48 +77,63 @@ def evaluate(
         raise ValueError(f"`--tables` '{unknown[0]}' is none that is known; use {', '.join(TABLES)}.")
     if name != BUNDLED and not specs and not lm_eval_tasks:
         raise ValueError(f"There is nothing to measure on: give `--benchmark`, one of {', '.join(FORMS)}.")
+    if data is not None and not data.is_file():
+        raise ValueError(f"`--data` '{data}' does not exist.")
+    specs = list(dict.fromkeys(specs))
+    for spec in specs:
+        check_benchmark(spec)
+        source = Path(spec.partition(":")[2])
+        if data is not None and source.exists() and data.samefile(source):
+            raise ValueError(f"`--benchmark` '{spec}' is the text of `--data`; measure on another than is fitted on.")
+    if lm_eval_tasks:
+        from .lm_eval import check_tasks, format_results, run_lm_eval
+
+        check_tasks(lm_eval_tasks)
+    if learning_rate is None:
+        learning_rate = BUNDLED_LEARNING_RATE if name == BUNDLED else PAPER_LEARNING_RATE
     model, tokenizer = load_model(name, dtype, device_map)
     fitted = has_active_adapter(model)
     if fitted and tables:
         raise ValueError(f"`--tables` fits adapters to a model; '{name}' is an adapter. Give its base model.")
     if not fitted and name != BUNDLED and data is None and specs:
-        raise ValueError(
-            "Without an adapter the tables are fitted first, which needs calibration text: give `--data`."
-        )
+        raise ValueError("Without an adapter, some are fitted first, which needs calibration text: give `--data`.")
+    files = [path for path in (Path(spec.partition(":")[2]) for spec in specs) if path.is_file()]
     settings = {
-        "model": name, "benchmarks": list(specs), "limit": limit, "length": length, "cut": cut,
-        "data": None if data is None else data.name, "max_tokens": max_tokens, "epochs": epochs,
-        "learning_rate": learning_rate,
+        "model": name, "fingerprint": fingerprint(model, 0), "benchmarks": specs, "limit": limit, "length": length,
+        "cut": cut, "batch_size": batch_size, "context": context, "data": None if data is None else data.name,
+        "files": {path.name: file_fingerprint(path) for path in [*files, *([] if data is None else [data])]},
+        "max_tokens": max_tokens, "epochs": epochs, "learning_rate": learning_rate,
+        "chat_template": bool(getattr(tokenizer, "chat_template", None)),
     }  # fmt: skip
+    suite = Suite(model, tokenizer, [], out, settings)  # refuses a folder of another run before anything is done
     if name == BUNDLED and not specs:
-        benchmarks, only = bundled_benchmarks(model, tokenizer, limit or BUNDLED_RECORDS), BUNDLED_ONLY
+        suite.benchmarks, only = bundled_benchmarks(model, tokenizer, limit or BUNDLED_RECORDS), BUNDLED_ONLY
     else:
-        options = {"limit": limit, "length": length, "cut": cut, "batch_size": batch_size}
-        benchmarks, only = [parse_benchmark(spec, model, tokenizer, **options) for spec in specs], {}
+        options = {"limit": limit, "length": length, "cut": cut, "batch_size": batch_size, "context": context}
+        suite.benchmarks, only = [parse_benchmark(spec, model, tokenizer, **options) for spec in specs], {}
 
     def calibration() -> Calibration:
         if data is None:
             return bundled_calibration(model, tokenizer, epochs, learning_rate)
         return file_calibration(model, tokenizer, data, length, max_tokens, epochs, learning_rate)
 
+    suite.make_calibration = calibration
+    shape = ModelShape.from_model_config(model.config)
     if fitted:
-        wanted = {"adapter": adapter_table(adapter_config(model).compression)}
+        wanted = {"adapter": adapter_table(adapter_config(model), shape)}
     else:
-        shape = ModelShape.from_model_config(model.config)
         chosen = tables or (list(TABLES) if name == BUNDLED else ["methods"])
         wanted = {table: TABLES[table](shape) for table in chosen}
     rows = []
-    if benchmarks:
-        rows = Suite(model, tokenizer, benchmarks, out, settings, calibration).run(wanted, only, say)
+    if suite.benchmarks:
+        rows = suite.run(wanted, only, say)
         say("\n" + text_tables(rows))
         say(f"\nSaved {out / 'results.json'}.")
     if lm_eval_tasks:
-        from .lm_eval import format_results, run_lm_eval
-
-        options = {"tokenizer": tokenizer, "limit": limit, "batch_size": batch_size}
+        options = {"tokenizer": tokenizer, "limit": limit, "batch_size": batch_size, "use_cache": out / "lm-eval"}
+        out.mkdir(parents=True, exist_ok=True)
         caches = ["full", "cskv"] if fitted else ["full"]
         runs = [run_lm_eval(model, lm_eval_tasks, cache=cache, **options) for cache in caches]
-        out.mkdir(parents=True, exist_ok=True)
         replace_file(out / "lm-eval.json", json.dumps(runs, indent=1))
         say("\n" + format_results(*runs))
     return rows
@@ -123,6 +147,8 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
         from ..demo.run import load_bundled
 
         return load_bundled()
+    if device_map is None and torch.cuda.is_available():
+        device_map = "cuda"
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map).eval()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -138,9 +164,8 @@ def bundled_benchmarks(model: nn.Module, tokenizer: Any, num_records: int) -> li
         num_records: of each length, with 8 questions each.
     """
     from ..demo.run import evaluation_records, evaluation_text
-    from .needle import line_haystack
 
-    text = evaluation_text(tokenizer)
+    text = evaluation_text(tokenizer, BUNDLED_LENGTH)
     records = {f"{n} lines": evaluation_records(num_records, 8, n) for n in BUNDLED_LINES}
     generations = long_generations(
         model, text[BUNDLED_ROWS:, :GENERATION_PROMPT].contiguous(), GENERATION_TOKENS, seed=0
@@ -167,15 +192,37 @@ def file_calibration(
     """Calibration on the first `max_tokens` of a text file, in rows of `length` tokens.
 
     Raises:
-        ValueError: see [`calibration_samples`].
+        ValueError: see [`full_rows`].
     """
-    rows = [row for row in calibration_samples(path, tokenizer, length) if len(row) > 1]
-    rows = rows[: max(1, max_tokens // length)]
+    rows = full_rows(path, tokenizer, length)[: max(1, max_tokens // length)]
     return Calibration(collect_statistics(model, rows), rows, epochs, learning_rate)
 
 
+def check_benchmark(spec: str) -> None:
+    """Refuse a short form that is none, or a file that is missing, before a model is loaded.
+
+    Raises:
+        ValueError: as described.
+    """
+    kind, _, source = spec.partition(":")
+    if kind not in KINDS or not source:
+        raise ValueError(f"`--benchmark` '{spec}' is none that is known; use {', '.join(FORMS)}.")
+    named = kind == "lines" and source.isdecimal()
+    named = named or (kind in PUBLISHED and not source.endswith((".jsonl", ".json")) and "/" not in source)
+    if not named and not Path(source).is_file():
+        raise ValueError(f"The file '{source}' of `--benchmark` '{spec}' does not exist.")
+
+
 def parse_benchmark(
-    spec: str, model: nn.Module, tokenizer: Any, *, limit: int | None, length: int, cut: int | None, batch_size: int
+    spec: str,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    limit: int | None,
+    length: int,
+    cut: int | None,
+    batch_size: int,
+    context: int | None,
 ) -> Benchmark:
     """A benchmark from its short form, one of [`FORMS`].
 
@@ -184,72 +231,41 @@ def parse_benchmark(
         length: tokens of a row of text, and of the longest haystack.
         cut: tokens beyond which LongBench and LV-Eval prompts lose their middle; None cuts nothing.
         batch_size: prompts at a time.
+        context: tokens that the model can take; what its config says by default.
 
     Raises:
         ValueError: for an unknown form, and for files that are missing or of another format.
     """
+    check_benchmark(spec)
     kind, _, source = spec.partition(":")
-    makers: dict[str, Callable[[], Benchmark]] = {
-        "text": lambda: TextBenchmark(spec, _rows(source, tokenizer, length, limit)),
-        "generations": lambda: _generations(spec, source, model, tokenizer, length, limit),
-        "lines": lambda: _cases(spec, _line_cases(source, limit), "accuracy", tokenizer, batch_size),
-        "topics": lambda: _cases(spec, _topic_cases(source, limit), "accuracy", tokenizer, batch_size),
-        "needle": lambda: _cases(
-            spec, _needle_cases(source, tokenizer, length, limit), "accuracy", tokenizer, batch_size
-        ),
-        "longbench": lambda: _cases(
-            spec, _published_cases("longbench", spec, source, tokenizer, limit, cut), "score", tokenizer, batch_size
-        ),
-        "lveval": lambda: _cases(
-            spec, _published_cases("lveval", spec, source, tokenizer, limit, cut), "score", tokenizer, batch_size
-        ),
-    }
-    if kind not in makers or not source:
-        raise ValueError(f"`--benchmark` '{spec}' is none that is known; use {', '.join(FORMS)}.")
-    return makers[kind]()
+    if kind == "text":
+        return TextBenchmark(spec, _rows(source, tokenizer, length, limit or MOST_ROWS))
+    if kind == "generations":
+        prompts = _rows(source, tokenizer, GENERATION_PROMPT, limit or 16)
+        rows = long_generations(model, prompts, length - GENERATION_PROMPT)
+        return TextBenchmark(spec, rows, skip=GENERATION_PROMPT)
+    if kind == "lines":
+        cases = _line_cases(source, limit)
+    elif kind == "topics":
+        cases = sample(longeval.load_topics(source), limit)
+    elif kind == "needle":
+        lengths = [length // 8, length // 4, length // 2, length]
+        cases = needle_cases(tokenizer, Path(source), lengths, DEPTHS, needles_per_cell=limit or 10)
+    else:
+        load = {"longbench": longbench.cases, "lveval": lveval.cases}[kind]
+        cases = sample(load(source if Path(source).is_file() else spec, tokenizer, cut), limit)
+    limit_tokens = context_length(model) if context is None else context
+    sizes = sorted(len(encode_prompt(tokenizer, case)) for case in cases)
+    fitting = [size for size in sizes if size < limit_tokens] or [min(sizes[0], limit_tokens)]
+    metric = "score" if kind in PUBLISHED else "accuracy"
+    return CaseBenchmark(spec, cases, fitting[len(fitting) // 2], metric, batch_size, context)
 
 
 def _rows(source: str, tokenizer: Any, length: int, limit: int | None) -> torch.Tensor:
     return torch.stack(full_rows(Path(source), tokenizer, length)[:limit])
 
 
-def _generations(spec: str, source: str, model, tokenizer, length: int, limit: int | None) -> Benchmark:
-    prompts = _rows(source, tokenizer, GENERATION_PROMPT, limit or 16)
-    rows = long_generations(model, prompts, length - GENERATION_PROMPT)
-    return TextBenchmark(spec, rows, skip=GENERATION_PROMPT)
-
-
 def _line_cases(source: str, limit: int | None) -> list[Case]:
-    from .longeval import line_cases, line_entries, load_lines
-
     if source.isdecimal():
-        return line_cases(line_entries(int(source), limit or 50))
-    return sample(load_lines(source), limit)
-
-
-def _topic_cases(source: str, limit: int | None) -> list[Case]:
-    from .longeval import load_topics
-
-    return sample(load_topics(source), limit)
-
-
-def _needle_cases(source: str, tokenizer: Any, length: int, limit: int | None) -> list[Case]:
-    from .needle import needle_cases
-
-    lengths = [length // 8, length // 4, length // 2, length]
-    return needle_cases(tokenizer, Path(source), lengths, DEPTHS, needles_per_cell=limit or 10)
-
-
-def _published_cases(
-    kind: str, spec: str, source: str, tokenizer: Any, limit: int | None, cut: int | None
-) -> list[Case]:
-    from . import longbench, lveval
-
-    load = longbench.cases if kind == "longbench" else lveval.cases
-    return sample(load(source if Path(source).is_file() else spec, tokenizer, cut), limit)
-
-
-def _cases(spec: str, cases: Sequence[Case], metric: str, tokenizer: Any, batch_size: int) -> Benchmark:
-    """Named as it was asked for; its length is that of the median prompt."""
-    lengths = sorted(len(tokenizer(case.prompt)["input_ids"]) for case in cases)
-    return CaseBenchmark(spec, cases, lengths[len(lengths) // 2], metric, batch_size)
+        return longeval.line_cases(longeval.line_entries(int(source), limit or 50))
+    return sample(longeval.load_lines(source), limit)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .answers import own_generation_config
 from .intervals import wilson_interval
 
 QUESTION = "what is the content in line {key}?\n"
@@ -105,7 +106,7 @@ def line_retrieval(
     """Ask every question of every record, greedily, with the record read through the cache to measure.
 
     A record is prefilled once per batch; each question then continues from a copy of that cache, so that question
-    and answer both read the compressed record.
+    and answer both read the compressed record. A cache that cannot be copied reads the record anew for every question.
 
     Args:
         records: all with the same number of lines and questions.
@@ -118,27 +119,40 @@ def line_retrieval(
         prefix = tokenizer([r.text for r in batch], return_tensors="pt", padding=True, padding_side="left").to(
             model.device
         )
-        cache = make_cache()
-        model(**prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        def read(prefix=prefix) -> Cache:
+            cache = make_cache()
+            model(**prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return cache
+
+        cache = read()
         for i in range(len(batch[0].asked)):
             question = tokenizer(
                 [r.question(i) for r in batch], return_tensors="pt", padding=True, padding_side="left"
             )
-            output = model.generate(
-                input_ids=torch.cat([prefix["input_ids"], question["input_ids"].to(model.device)], dim=1),
-                attention_mask=torch.cat(
-                    [prefix["attention_mask"], question["attention_mask"].to(model.device)], dim=1
-                ),
-                past_key_values=copy.deepcopy(cache),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                tokenizer=tokenizer,
-                stop_strings="\n",
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            with own_generation_config(model):
+                output = model.generate(
+                    input_ids=torch.cat([prefix["input_ids"], question["input_ids"].to(model.device)], dim=1),
+                    attention_mask=torch.cat(
+                        [prefix["attention_mask"], question["attention_mask"].to(model.device)], dim=1
+                    ),
+                    past_key_values=_copy(cache) or read(),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    tokenizer=tokenizer,
+                    stop_strings="\n",
+                    pad_token_id=tokenizer.pad_token_id,
+                )
             answers = tokenizer.batch_decode(
                 output[:, prefix["input_ids"].shape[1] + question["input_ids"].shape[1] :]
             )
             correct += sum(is_correct(answer, record.value(i)) for answer, record in zip(answers, batch))
             total += len(batch)
     return Accuracy(correct, total)
+
+
+def _copy(cache: Cache) -> Cache | None:
+    try:
+        return copy.deepcopy(cache)
+    except RuntimeError:  # quantised tensors of some libraries refuse
+        return None

@@ -100,6 +100,11 @@ def format_results(*runs: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_tasks(tasks: str | Sequence[str]) -> None:
+    """Refuse unknown tasks, before a model is loaded; see [`task_names`]."""
+    task_names(TaskManager(), tasks)
+
+
 def task_names(manager: TaskManager, tasks: str | Sequence[str]) -> list[str]:
     """Names and YAML files of the tasks asked for, patterns filled in.
 

@@ -7,8 +7,6 @@ leaves prompts, tokens and metrics to the harness.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from typing import Any
 
@@ -21,11 +19,11 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from ..cache import CSKVCache
 from ..config import CSKVConfig
-from ..factors import CSKVFactors
 from ..families import CHANGING_ROPE_TYPES
 from ..generation import has_active_adapter
 from ..hub import check_adapter_files, load, local_adapter
 from .baselines import WindowOnlyCache
+from .fingerprint import active_config
 from .loglikelihood import batches, collect_rows, score_rows
 
 try:
@@ -211,34 +209,8 @@ class CSKVLM(HFLM):
         return nn.utils.rnn.pad_sequence(outputs, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
 
-def fingerprint(model: nn.Module, max_length: int) -> str:
-    """Short hash of what responses depend on: name, dtype, adapter, all factors, and a sample of every weight."""
-    config = active_config(model)
-    settings = {} if config is None else {k: v for k, v in config.to_dict().items() if k != "fit_report"}
-    facts = [model.config.name_or_path, str(model.dtype), max_length, settings]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=_jsonable).encode())
-    for name, tensor in model.state_dict().items():
-        if tensor.device.type != "meta":
-            sample = tensor.detach().flatten()
-            sample = sample if ".cskv." in name else sample[:16]
-            digest.update(name.encode() + sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def active_config(model: nn.Module) -> CSKVConfig | None:
-    """Of the CSKV adapter that the model uses; None if it uses none."""
-    for module in model.modules():
-        if isinstance(module, CSKVFactors) and module.adapter_in_use is not None:
-            return module.configs[module.adapter_in_use]
-    return None
-
-
 def own_tokenizer(adapter: str, **source: str) -> Any:
     """The tokenizer saved beside an adapter; None if there is none."""
     if cached_file(adapter, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **source) is None:
         return None
     return AutoTokenizer.from_pretrained(adapter, **source)
-
-
-def _jsonable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

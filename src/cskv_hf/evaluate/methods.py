@@ -3,6 +3,7 @@ window alone, and transformers' own quantised cache."""
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.trainer_callback import PrinterCallback
 
 from ..cache import CSKVCache
-from ..config import CSKVConfig, ModelShape
+from ..config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape
 from ..fitting import fit
 from ..statistics import KVStatistics
 from ..train import CSKVTrainer, training_arguments
@@ -34,12 +35,13 @@ class Method:
         recipe: what it is, whatever the ratio: "ours", "asvd + training".
         removed: the ratio that a table puts it under; `compression` unless it is the paper's nominal one.
         kind: ``"cskv"`` (an adapter), ``"full"`` (DynamicCache), ``"window"`` (sinks and as many recent tokens as
-            the bytes allow, StreamingLLM-style), ``"quantized"`` (transformers' QuantizedCache, quanto).
+            the bytes of an adapter allow, StreamingLLM-style), ``"quantized"`` (transformers' QuantizedCache, quanto).
         compression: of the bytes of an old token that is asked for; None where the kind has none.
         settings: of [`CSKVConfig`], for an adapter to be fitted; None for the adapter that the model has.
         train: whether the factors are fine-tuned after the fit, quantisation-aware where they are packed.
         clamped: whether latents are stored with the quantiser of the paper's published code.
-        cache: further arguments of the cache: ``window`` of a CSKVCache, ``nbits`` of a QuantizedCache.
+        cache: further arguments of the cache: ``window`` of a CSKVCache, ``nbits`` of a QuantizedCache, and of
+            [`equal_bytes_window`].
         key_share: of the channels kept, those of keys; where a table is about that.
     """
 
@@ -53,6 +55,10 @@ class Method:
     clamped: bool = False
     cache: dict[str, Any] = field(default_factory=dict)
     key_share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got '{self.kind}'.")
 
     @property
     def factors(self) -> dict[str, Any]:
@@ -101,16 +107,22 @@ def prepare(model: nn.Module, method: Method, calibration: Calibration | None) -
     if calibration is None:
         raise ValueError(f"'{method.name}' is fitted first, which needs calibration data; give it with `--data`.")
     fitted = fit(model, calibration.statistics, CSKVConfig(**method.settings), progress=False)
-    if method.clamped:
-        clamp_formats(fitted)
-    if method.train:
-        objective = "mse" if method.settings.get("init") in ("asvd", "svd", "random") else "attention"
-        train_in_place(fitted, calibration, objective)
+    try:
+        if method.clamped:
+            clamp_formats(fitted)
+        if method.train:
+            objective = "mse" if method.settings.get("init") in ("asvd", "svd", "random") else "attention"
+            train_in_place(fitted, calibration, objective)
+    except BaseException:
+        fitted.unload()
+        raise
     return fitted
 
 
 def train_in_place(model: nn.Module, calibration: Calibration, objective: str) -> None:
-    """A short training on the calibration rows, quantisation-aware for packed latents; leaves no files."""
+    """A short training on the calibration rows, quantisation-aware for packed latents; leaves no files, and every
+    module in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(
             folder, num_train_epochs=calibration.epochs, learning_rate=calibration.learning_rate,
@@ -120,38 +132,42 @@ def train_in_place(model: nn.Module, calibration: Calibration, objective: str) -
         trainer = CSKVTrainer(model, arguments, rows, objective=objective, statistics=calibration.statistics)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    for module, mode in modes:
+        module.training = mode
 
 
-def cache_maker(method: Method, model: nn.Module, length: int) -> Callable[[], Cache]:
+def cache_maker(method: Method, model: nn.Module, length: int | None) -> Callable[[], Cache]:
     """A function that makes the method's cache for the prepared model.
 
     Args:
-        length: tokens of the context that is measured; a window alone gets the bytes that an adapter of the same
-            `compression` needs for so many.
+        length: tokens of the context that is measured: a window alone gets the bytes that an adapter of the same
+            `compression` needs for so many. None: those of the prompt, whatever its length.
     """
     if method.kind == "full":
-        return DynamicCache
+        return lambda: DynamicCache(config=model.config)  # which knows of sliding windows
     if method.kind == "quantized":
         return lambda: QuantizedCache("quanto", model.config, **method.cache)
     if method.kind == "window":
-        window = equal_bytes_window(method.compression, length, **method.cache)
-        return lambda: WindowOnlyCache(window)
+        window, sinks = functools.partial(equal_bytes_window, **method.cache), method.cache.get("sinks", 4)
+        return lambda: WindowOnlyCache(window if length is None else window(length), sinks, block_size=1)
     return lambda: CSKVCache(**method.cache)
 
 
-def equal_bytes_window(compression: float, length: int, window: int = 32, sinks: int = 4, block_size: int = 32) -> int:
+def equal_bytes_window(length: int, share: float, window: int = 32, sinks: int = 4, block_size: int = 32) -> int:
     """Recent tokens that a window with sinks may keep, at the bytes that CSKV holds after `length` tokens.
 
-    CSKV's own exact tokens, and the share that `compression` leaves of every other one.
+    Args:
+        share: of an old token's bytes that CSKV keeps.
+        window, sinks, block_size: of CSKV, whose exact tokens are as many exact tokens here.
     """
     old = max(0, (length - sinks - window) // block_size) * block_size
-    return max(window, length - sinks - old + int((1 - compression) * old))
+    return max(1, length - sinks - old + int(share * old))
 
 
 def bytes_of_old_token(model: nn.Module, method: Method) -> float | None:
     """Bytes of one more old token in a 16-bit model, all layers; None where a cache has no such number."""
     shape = ModelShape.from_model_config(model.config)
-    full = 2.0 * 2 * shape.num_hidden_layers * shape.kv_dim
+    full = 2.0 * PLAIN_BYTES * shape.num_hidden_layers * shape.kv_dim
     if method.kind == "full":
         return full
     if method.kind == "window":
@@ -159,4 +175,4 @@ def bytes_of_old_token(model: nn.Module, method: Method) -> float | None:
     if method.kind != "cskv":
         return None
     held = [sidecar.formats[sidecar.adapter_in_use] for sidecar in sidecars(model)]
-    return sum(f.bytes_per_token(torch.bfloat16) for formats in held for f in formats) + 4.0  # and the position
+    return sum(f.bytes_per_token(torch.bfloat16) for formats in held for f in formats) + POSITION_BYTES

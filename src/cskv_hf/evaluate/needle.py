@@ -196,7 +196,8 @@ def _fill(case: Case, tokenizer: Any, template: NeedleTemplate, sentences: list[
     length, depth = case.details["length"], case.details["depth"]
     names = {"key": case.details["key"], "value": case.references[0]}
     needle, intro = template.needle.format(**names), template.intro.format(**names)
-    end = template.question.format(**names) + template.answer_prefix.format(**names)
+    end = template.question.format(**names)
+    case = replace(case, answer_prefix=template.answer_prefix.format(**names))
 
     def filled(count: int) -> Case:
         wanted = depth * before[count]

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .intervals import mean_interval
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -32,13 +34,12 @@ class Perplexity:
     def value(self) -> float:
         return math.exp(float(self.losses.mean()))
 
-    def ratio_interval(self, reference: Perplexity, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-        """95 % interval of ``self.value / reference.value`` by a paired bootstrap over rows."""
-        difference = self.losses - reference.losses
-        generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(len(difference), (samples, len(difference)), generator=generator)
-        means = difference[picks].mean(1).exp()
-        return float(means.quantile(0.025)), float(means.quantile(0.975))
+    def ratio_interval(
+        self, reference: Perplexity, samples: int = 2000, seed: int = 0
+    ) -> tuple[float, float] | tuple[None, None]:
+        """95 % interval of ``self.value / reference.value`` by a paired bootstrap over rows; see [`mean_interval`]."""
+        low, high = mean_interval(self.losses - reference.losses, samples, seed)
+        return (None, None) if low is None else (math.exp(low), math.exp(high))
 
 
 @torch.no_grad()
@@ -62,9 +63,9 @@ def compressed_perplexity(
         raise ValueError(f"Rows of {length} tokens leave nothing to score after `skip`={skip}.")
     cache, loss = make_cache(), torch.zeros(rows, dtype=torch.float64)
     for start in range(0, length - 1, stride):
-        piece = input_ids[:, start : min(start + stride, length - 1)]
+        piece = input_ids[:, start : min(start + stride, length - 1)].to(model.device)
         logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits.float()
-        targets = input_ids[:, start + 1 : start + 1 + piece.shape[1]]
+        targets = input_ids[:, start + 1 : start + 1 + piece.shape[1]].to(model.device)
         likelihood = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         scored = torch.arange(start + 1, start + 1 + piece.shape[1], device=piece.device) >= skip
         loss -= (likelihood * scored).sum(1).double().cpu()

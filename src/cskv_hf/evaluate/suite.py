@@ -50,9 +50,10 @@ class Suite:
     ) -> None:
         self.model, self.tokenizer, self.benchmarks, self.out = model, tokenizer, benchmarks, out
         self.settings = json.loads(json.dumps(settings))
-        self._make_calibration, self._calibration = calibration, None
+        self.make_calibration, self._calibration = calibration, None
         self.path = out / "results.json"
         self.rows: list[dict[str, Any]] = self._earlier_rows()
+        self.left_out: dict[str, str] = {}
 
     def run(
         self,
@@ -62,7 +63,8 @@ class Suite:
     ) -> list[dict[str, Any]]:
         """Measure every method of every table; a method that several tables share is measured once.
 
-        Methods that are not possible on this model, or whose package is missing, are said and left out.
+        Methods that are not possible on this model, or whose package is missing, are left out, which is said and
+        saved (``left_out``).
 
         Args:
             tables: lists of methods by name.
@@ -80,7 +82,7 @@ class Suite:
                 held += [b for b in wanted if all(b is not h for h in held) and not self._measured(method, b)]
         by_factors: dict[str, list[tuple[Method, list[Benchmark]]]] = {}
         for method, benchmarks in todo.values():
-            factors = method.factors if method.settings else {"kind": method.kind}
+            factors = {"kind": method.kind} if method.settings is None else method.factors
             if benchmarks:
                 by_factors.setdefault(_key(factors), []).append((method, benchmarks))
         with tqdm(total=len(todo), desc="Measuring", unit="method") as bar:
@@ -105,11 +107,13 @@ class Suite:
     def _measure_alike(self, alike: list[tuple[Method, list[Benchmark]]], bar: tqdm, say) -> None:
         """Methods that share their factors, which are fitted and trained once."""
         fitted, first, started = self.model, alike[0][0], time.perf_counter()
+        calibration = self.calibration if first.settings is not None else None
         try:
             if first.settings is not None:
-                fitted = prepare(self.model, first, self.calibration)
+                fitted = prepare(self.model, first, calibration)
         except ValueError as error:
-            say(f"{first.name}: not possible on this model: {error}")
+            for method, _ in alike:
+                self._leave_out(method, f"not possible on this model: {error}", say)
             bar.update(len(alike))
             return
         try:
@@ -123,30 +127,34 @@ class Suite:
                 self.model = fitted.unload()
 
     def _measure(self, model: nn.Module, method: Method, benchmark: Benchmark, started: float, say) -> None:
-        make_cache, key = cache_maker(method, model, benchmark.length), _key(method.identity)
+        make_cache, key = cache_maker(method, model, benchmark.window_length), _key(method.identity)
         try:
             make_cache()
         except (ImportError, ValueError) as error:  # a backend that is not installed, a model that it does not serve
-            say(f"{method.name}: left out: {' '.join(str(error).split())}")
+            self._leave_out(method, str(error), say)
             return
         settings = {**self.settings, "method": method.identity, "benchmark": benchmark.name}
         answers = self.out / "answers" / f"{_slug(benchmark.name)}-{_digest(key)}.jsonl"
         try:
+            sizes = _sizes(model, method, make_cache, benchmark)
             measured = benchmark.run(model, self.tokenizer, make_cache, answers, settings)
         except (OSError, RuntimeError) as error:
             if method.kind != "quantized":
                 raise
-            say(f"{method.name}: left out: {' '.join(str(error).split())}")  # its backend compiles itself when used
+            self._leave_out(method, str(error), say)  # its backend compiles itself when used
             return
         seconds = time.perf_counter() - started
-        sizes = _sizes(model, method, make_cache, benchmark)
         self.rows += [_row(key, method, benchmark, m, sizes, seconds) for m in measured]
         self._write()
 
+    def _leave_out(self, method: Method, reason: str, say: Callable[[str], None]) -> None:
+        self.left_out[method.name] = " ".join(reason.split())
+        say(f"{method.name}: left out: {self.left_out[method.name]}")
+
     @property
     def calibration(self) -> Calibration | None:
-        if self._calibration is None and self._make_calibration is not None:
-            self._calibration = self._make_calibration()
+        if self._calibration is None and self.make_calibration is not None:
+            self._calibration = self.make_calibration()
         return self._calibration
 
     def _measured(self, method: Method, benchmark: Benchmark) -> bool:
@@ -176,9 +184,10 @@ class Suite:
         if tables is not None:
             content = {
                 "version": VERSION,
-                "environment": environment(),
+                "environment": environment(self.model),
                 "model": describe(self.model, self.settings.get("model", "")),
                 "settings": self.settings,
+                "left_out": self.left_out,
                 "rows": self.table_rows(tables),
             }
             replace_file(self.path, json.dumps(content, indent=1))
@@ -217,13 +226,13 @@ def _sizes(model: nn.Module, method: Method, make_cache: Callable, benchmark: Be
     }
 
 
-def environment() -> dict[str, str]:
+def environment(model: nn.Module) -> dict[str, str]:
     """Versions and machine, as results carry them."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     return {
         **versions, "cskv_hf": version("cskv-hf"), "python": platform.python_version(), "machine": platform.machine(),
-        "device": device, "threads": str(torch.get_num_threads()),
+        "device": device, "dtype": str(model.dtype).removeprefix("torch."), "threads": str(torch.get_num_threads()),
     }  # fmt: skip
 
 
