@@ -13,7 +13,7 @@ from cskv_hf.evaluate.format import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "paper-bundled.json", ROOT / "docs" / "results.md"
-TEXT, ROWS = ("text", "10 rows of 1,024 tokens", "perplexity_ratio", "perplexity"), "11 rows of 512 tokens"
+TEXT, ROWS = ("text", "20 rows of 512 tokens", "perplexity_ratio", "perplexity"), "22 rows of 512 tokens"
 LINES = [("lines", f"{n} lines", "accuracy", f"{n} lines") for n in (25, 50, 75, 100)]
 OWN = [("generations", ROWS, "kl", "KL, own text"), ("generations", ROWS, "agreement", "same token")]
 ALL_LINES = ("lines", "all", "accuracy", "line retrieval")

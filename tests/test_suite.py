@@ -227,4 +227,4 @@ def test_tables_for_people(tmp_path):
     assert next(line.split()[-2:] for line in text.split("\n") if line.startswith("a method")) == ["0.600", "0.700"]
     assert "1.2500" in text and [line.split()[-1] for line in text.split("\n") if "mmm" in line] == ["-"]
     markdown = markdown_table(rows, "methods", [("lines", "10 lines", "accuracy", "10 lines")])
-    assert "| a method | 1,234 | 25.0 % | 0.600 ±0.010 |" in markdown
+    assert "| a method | 1,234 | 25.0 % | 0.600 (0.590–0.610) |" in markdown

@@ -60,13 +60,13 @@ def find(rows: Sequence[dict[str, Any]], group: str, metric: str, benchmark: str
 
 
 def format_value(row: dict[str, Any] | None, interval: bool = False) -> str:
-    """A number with as many digits as it deserves; "-" where there is none; with half its interval if wanted."""
+    """A number with as many digits as it deserves; "-" where there is none; with its interval if wanted."""
     if row is None or row["value"] is None:
         return "-"
     digits = 4 if row["metric"] in ("perplexity_ratio", "kl") else 3
     text = f"{row['value']:.{digits}f}"
     if interval and row["low"] is not None:
-        text += f" ±{(row['high'] - row['low']) / 2:.{digits}f}"
+        text += f" ({row['low']:.{digits}f}–{row['high']:.{digits}f})"
     return text
 
 
