@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cskv_hf.evaluate.format import markdown_table
+from cskv_hf.evaluate.format import find, markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "paper-bundled.json", ROOT / "docs" / "results.md"
@@ -34,7 +34,13 @@ def page_with_tables(page: str, rows: list[dict]) -> str:
             "<!-- end of table -->",
         )
         before, found, rest = page.partition(begin)
-        assert found, f"{PAGE} has no place for the table '{table}'"
+        if not found:
+            raise SystemExit(f"{PAGE} has no place for the table '{table}'.")
+        for benchmark, group, metric, _ in columns:
+            if find([row for row in rows if row["table"] == table], group, metric, benchmark) is None:
+                raise SystemExit(
+                    f"The results have no '{metric}' of '{benchmark}', '{group}', in the table '{table}'."
+                )
         page = f"{before}{begin}\n{markdown_table(rows, table, columns)}\n{end}{rest.partition(end)[2]}"
     return page
 

@@ -4,6 +4,7 @@ import html
 import json
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 from statistics import median
 
@@ -219,3 +220,12 @@ def test_python_in_the_docs_compiles_and_names_what_exists():
             compile(code, str(page), "exec")
             for name in re.findall(r"cskv_hf\.([A-Za-z_]+)", code):
                 assert hasattr(cskv_hf, name) or (ROOT / "src" / "cskv_hf" / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_results_page_holds_the_tables_of_the_results():
+    """Written by ``python benchmarks/results_page.py`` from what ``cskv eval bundled`` saved."""
+    script = runpy.run_path(str(ROOT / "benchmarks" / "results_page.py"))
+    rows = json.loads(script["RESULTS"].read_text(encoding="utf-8"))["rows"]
+    page = script["PAGE"].read_text(encoding="utf-8")
+    assert page == script["page_with_tables"](page, rows)
+    assert page.count("\n| full cache |") == len(script["COLUMNS"]) and "| - | - |" not in page
