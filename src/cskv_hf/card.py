@@ -3,6 +3,8 @@ functions of a config."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from .config import PLAIN_BYTES, CSKVConfig, ModelShape
 from .latents import PlainFormat
 
@@ -98,12 +100,19 @@ def _measured(config: CSKVConfig) -> str:
     rows = [
         ("perplexity, full cache", f"{evaluation['perplexity_full']:.4f}"),
         ("perplexity, this adapter", f"{evaluation['perplexity']:.4f}"),
-        ("ratio", f"{evaluation['ratio']:.4f} ({evaluation['ratio_low']:.4f} to {evaluation['ratio_high']:.4f})"),
+        ("ratio", ratio_text(evaluation)),
         ("KL divergence, nats per token", f"{evaluation['kl']:.5f}"),
         ("same next token", f"{100 * evaluation['agreement']:.2f} %"),
     ]
     lines.append(f"Evaluated with a compressed past on {evaluation['tokens']:,} tokens ({evaluation['source']}):")
     return " ".join(lines) + "\n\n" + _table(("", ""), rows)
+
+
+def ratio_text(evaluation: dict[str, Any]) -> str:
+    """The ratio of perplexities that was recorded, with its interval where there were rows enough for one."""
+    low, high = evaluation["ratio_low"], evaluation["ratio_high"]
+    interval = "no interval: few rows" if low is None else f"{low:.4f} to {high:.4f}"
+    return f"{evaluation['ratio']:.4f} ({interval})"
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from .card import ratio_text
 from .config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape, num_key_groups
 from .decompose import (
     Factors,
@@ -280,7 +281,6 @@ def format_report(config: CSKVConfig) -> str:
 def format_evaluation(evaluation: dict[str, Any]) -> str:
     """What was recorded in ``fit_report["evaluation"]``, as two lines of at most 80 columns."""
     return (
-        f"on {evaluation['tokens']:,} tokens of {evaluation['source']}: perplexity x {evaluation['ratio']:.4f} "
-        f"({evaluation['ratio_low']:.4f} to {evaluation['ratio_high']:.4f}),\n"
+        f"on {evaluation['tokens']:,} tokens of {evaluation['source']}: perplexity x {ratio_text(evaluation)},\n"
         f"KL {evaluation['kl']:.5f} nats per token, same next token {100 * evaluation['agreement']:.2f} %"
     )
