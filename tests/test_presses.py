@@ -3,6 +3,7 @@ presses themselves need another environment, which the tests do not have."""
 
 import contextlib
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from conftest import make_model, prompt
 from transformers import DynamicCache
 
+from cskv_hf.config import ModelShape
 from cskv_hf.demo.run import evaluation_records, load_bundled
 from cskv_hf.evaluate import intervals, lines
+from cskv_hf.evaluate.format import text_tables
+from cskv_hf.report.data import read_results
 
 SPEC = importlib.util.spec_from_file_location("presses", Path(__file__).parent.parent / "benchmarks" / "presses.py")
 presses = importlib.util.module_from_spec(SPEC)
@@ -134,3 +138,11 @@ def test_what_is_not_a_file_of_cases_or_of_these_results_is_refused(tmp_path):
     assert presses.earlier_rows(path, {"records": 2}) == [] == presses.earlier_rows(tmp_path / "new", {})
     with pytest.raises(ValueError, match="other settings"):
         presses.earlier_rows(path, {"records": 3})
+
+
+def test_a_report_and_a_terminal_read_the_results():
+    path = Path(presses.__file__).parent / "results" / "kvpress-bundled.json"
+    shape = ModelShape.from_model_config(load_bundled()[0].config)
+    rows = read_results(path, shape)["rows"]
+    assert {row["table"] for row in rows} == {"methods"} and len({row["method"] for row in rows}) == 9
+    assert "80 % SnapKV" in text_tables(json.loads(path.read_text(encoding="utf-8"))["rows"])
