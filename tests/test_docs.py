@@ -113,6 +113,22 @@ def test_tables_of_limits_are_the_results(documented):
             documented(page_table, row["name"], "lines retrieved", f"{row['accuracy']:.3f} ±{row['margin']:.3f}")
 
 
+def test_table_of_kvpress_is_the_results(documented):
+    """A row per method; and what its text says of the perplexity."""
+    rows = json.loads((RESULTS / "kvpress-bundled.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        documented("kvpress", row["label"], "whole cache", f"{100 * row['cache_share']:.1f} %")
+        if row["metric"] == "accuracy":
+            column = "line retrieval" if row["group"] == "all" else row["group"]
+            text = f"{row['value']:.3f} ±{(row['high'] - row['low']) / 2:.3f}"
+            documented("kvpress", row["label"], column, text)
+    for row in (row for row in rows if row["metric"] == "kl"):
+        documented("kvpress", row["label"], "KL, second halves", f"{row['value']:.3f}")
+    evicting = [row["value"] for row in rows if row["metric"] == "perplexity_ratio" and row["compression"]]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"to {min(evicting):.2f} to {max(evicting):.2f} of the full cache's" in page
+
+
 def test_numbers_in_sentences_are_the_results():
     """Those of limits.md and faq.md that no table carries, where they stand."""
     limits = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")

@@ -21,8 +21,9 @@ from lm_eval.models.huggingface import HFLM
 
 import cskv_hf
 from cskv_hf import CSKVCache
+from cskv_hf.evaluate.fingerprint import fingerprint
 from cskv_hf.evaluate.lm_eval import format_results, plain_results, run_lm_eval
-from cskv_hf.evaluate.lm_eval_model import CSKVLM, fingerprint
+from cskv_hf.evaluate.lm_eval_model import CSKVLM
 
 CASES = 6
 CHOICE = """

@@ -210,8 +210,12 @@ class CSKVStaticCache(Cache):
         batch_size: int,
         frequencies: RotaryFrequencies,
         materialize: bool,
+        sliding_window: int | None = None,
     ) -> None:
         """Called by the pre-hook of each attention layer, before that layer's `update`; as [`CSKVCache.stage`].
+
+        Args:
+            sliding_window: not used; all places exist anyway, and the mask hides what lies beyond.
 
         Raises:
             ValueError: if the cache was filled with other factors or another batch, if the new tokens do not fit, or
