@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .lm_eval_model import CSKVLM, fingerprint  # says what to install
+from .fingerprint import fingerprint
+from .lm_eval_model import CSKVLM  # says what to install
 
 # isort: split
 import lm_eval
@@ -86,7 +87,7 @@ def run_lm_eval(
 
 def format_results(*runs: dict[str, Any]) -> str:
     """What [`run_lm_eval`] returned, of one or several caches, as one table of at most 80 columns."""
-    lines = [f"{'task':<30}  {'metric':<17}  {'cache':<6}  {'value':>7} {'stderr':>7}  {'n':>5}"]
+    lines = [f"{'task':<27}  {'metric':<17}  {'cache':<6}  {'value':>8} {'stderr':>8}  {'n':>5}"]
     entries = [(run["cache"], entry) for run in runs for entry in run["results"]]
     order = list(dict.fromkeys((e["task"], e["metric"], e["filter"]) for _, e in entries))
     entries.sort(key=lambda item: order.index((item[1]["task"], item[1]["metric"], item[1]["filter"])))
@@ -94,8 +95,8 @@ def format_results(*runs: dict[str, Any]) -> str:
         metric = entry["metric"] if entry["filter"] == "none" else f"{entry['metric']}/{entry['filter']}"
         stderr = "" if entry["stderr"] is None else f"±{entry['stderr']:.4f}"
         lines.append(
-            f"{_shorten(entry['task'], 30):<30}  {_shorten(metric, 17):<17}  {cache:<6}  {entry['value']:>7.6g}"
-            f" {stderr:>7}  {entry['n']:>5}"
+            f"{_shorten(entry['task'], 27):<27}  {_shorten(metric, 17):<17}  {cache:<6}  {entry['value']:>8.6g}"
+            f" {stderr:>8}  {entry['n']:>5}"
         )
     return "\n".join(lines)
 

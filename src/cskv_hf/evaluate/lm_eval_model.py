@@ -137,7 +137,7 @@ class CSKVLM(HFLM):
         if self.cache_kind == "full":
             return DynamicCache()
         config = active_config(self.model)
-        return WindowOnlyCache() if config is None else WindowOnlyCache(config.window, config.sinks)
+        return WindowOnlyCache() if config is None else WindowOnlyCache(config.window, config.sinks, config.block_size)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
