@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoConfig
 
 from . import kernels
 from .attention import CPU_TILE
@@ -20,18 +21,19 @@ from .config import CSKVConfig, ModelShape, num_key_groups
 from .decompose import even_ranks
 from .latents import LatentFormat, PackedFormat
 from .quantize import PLANES, channel_bits
-from .rates import Device, between, full_bytes
+from .rates import Device, between, full_bytes, measure_device
 
 # Passes over float32 elements, each as long as turning a tile by RoPE: what the stages of the torch path took on one
 # core, in such passes (benchmarks/cost.py shows what comes of it).
+KEY_PASSES = 4  # of a rebuilt key: its mean is written, the product added, RoPE turns it, its score reads it
 SOFTMAX_PASSES = 12  # of a score: maximum, difference, exponential, sum, and the copy that joins the heads
 ANGLE_PASSES = 30  # of a pair of RoPE: cos and sin; once per step for all layers
 PLANE_PASSES = {1: 1, 2: 3.5, 3: 6}  # of a code in so many bit planes; joining two takes longer than reading them
 RANGE_PASSES = 5.5  # of a code once unpacked: to a float, times its step, plus its minimum
 PIECE_ELEMENTS = 300  # that one token's channels of a piece are worth, where latents are brought into their own order
-# Operations that are dispatched, views left out: of a step with what the cache does, of a tile, of a key group in it,
-# of a tier of packed latents in it.
-STEP_OPERATIONS, TILE_OPERATIONS, GROUP_OPERATIONS, TIER_OPERATIONS = 60, 20, 4, 8
+# Operations on next to nothing that the rest is worth: of a step with what the cache does (Python and views included:
+# what is left of a short context's time), of a tile, of a key group in it, of a tier of packed latents in it.
+STEP_OPERATIONS, TILE_OPERATIONS, GROUP_OPERATIONS, TIER_OPERATIONS = 300, 20, 4, 8
 KERNEL_OPERATIONS = 60  # of a step in which the kernels attend
 KERNEL_ROWS = 16  # query rows for which the kernel of values unpacks once
 
@@ -105,7 +107,7 @@ def recommend(
     Raises:
         ValueError: for sizes that do not go together, or a GPU that would have to do without the kernels.
     """
-    _check(shape, num_attention_heads, context, batch)
+    check_sizes(shape, num_attention_heads, context, batch)
     if device.kind == "cuda":
         problem = kernels.why_not(torch.empty(1, 1, 1, shape.head_dim, dtype=device.dtype, device="meta"))
         if problem:
@@ -125,6 +127,31 @@ def recommend(
     quickest = min(predictions, key=lambda p: p.seconds).key_layout
     ready = full_seconds(*sizes, context, batch, device, ready=True)
     return Recommendation(context, batch, dynamic, ready, tuple(predictions), quickest)
+
+
+def predict(config: CSKVConfig, device: str, context: int = 8192, num_attention_heads: int | None = None) -> str:
+    """Measure a device and say what a fitted adapter is predicted to take there; see [`recommend`].
+
+    Raises:
+        ValueError: for a device that is not there, an adapter without sizes, or one whose base model's config, which
+            says how many query heads there are, is not to be had.
+    """
+    if config.model_shape is None:
+        raise ValueError("This adapter does not say what model it was fitted to; fit it again with `cskv fit`.")
+    shape = ModelShape(**config.model_shape)
+    if num_attention_heads is None:
+        try:
+            base = AutoConfig.from_pretrained(config.base_model_name_or_path or "")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The config of the base model '{config.base_model_name_or_path}', which says how many query heads "
+                "there are, is not to be had; give their number with `--query-heads`."
+            ) from error
+        config.check_model(ModelShape.from_model_config(base))
+        num_attention_heads = base.get_text_config().num_attention_heads
+    check_sizes(shape, num_attention_heads, context)
+    rates = measure_device(device)
+    return format_recommendation(recommend(config, shape, num_attention_heads, rates, context), rates)
 
 
 def format_recommendation(found: Recommendation, device: Device) -> str:
@@ -239,8 +266,7 @@ def compressed_work(
         scores = 3 * 4 * batch * num_old * num_attention_heads
         return Work(flops, elements, stored + scores + exact * device.dtype.itemsize, KERNEL_OPERATIONS)
     copied = batch > 1 and heads_per_group > 1  # a product over batch and heads at once needs them next to each other
-    # a rebuilt key is turned, and read again for its score
-    of_old = (3 if copied else 2) * shape.kv_dim + sum(_read_passes(f, device.dtype) for f in formats)
+    of_old = (KEY_PASSES + copied) * shape.kv_dim + sum(_read_passes(f, device.dtype) for f in formats)
     scores = SOFTMAX_PASSES * num_attention_heads * batch * context
     angles = ANGLE_PASSES * shape.head_dim / 2 * num_old / shape.num_hidden_layers
     factors = sum(kept.key_ranks) * shape.kv_dim / len(kept.key_ranks)  # rearranged for RoPE's pairs
@@ -280,7 +306,7 @@ def full_seconds(
     return copied / between(device.copied, of_layer) + attention + 2 * device.operation
 
 
-def _check(shape: ModelShape, num_attention_heads: int, context: int, batch: int) -> None:
+def check_sizes(shape: ModelShape, num_attention_heads: int, context: int, batch: int = 1) -> None:
     if num_attention_heads < 1 or num_attention_heads % shape.num_key_value_heads:
         raise ValueError(
             f"`num_attention_heads` must be a multiple of the model's {shape.num_key_value_heads} KV heads, got "

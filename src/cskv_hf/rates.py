@@ -28,7 +28,7 @@ class Device:
         matmul: floating-point operations of a matrix product of a tile's size, a multiply-add being two.
         elements: float32 elements of a tile passed over once.
         read: bytes of a large tensor that are read.
-        copied: bytes read and written by the `torch.cat` of DynamicCache, at `SHORT` and at `LONG` tokens.
+        copied: bytes read and written when DynamicCache grows by `torch.cat`, at `SHORT` and at `LONG` tokens.
         attended: bytes that SDPA goes through for one query, each query head counted, at the same lengths.
         operation: seconds of an operation on next to nothing.
     """
@@ -95,15 +95,27 @@ def measure_device(
 
 
 def _full_rates(place: torch.device, dtype: torch.dtype, length: int, median: Callable) -> tuple[float, float]:
-    """Bytes a second of DynamicCache's copy and of SDPA, of 8 KV heads x 128 and 32 query heads."""
-    keys, new, query = (
-        torch.randn(1, h, n, 128, device=place, dtype=dtype) for h, n in ((8, length), (8, 1), (32, 1))
-    )
-    values = keys.clone()
-    copied, attended = full_bytes(ModelShape("", 1, 8, 128), 32, length, 1, dtype.itemsize)
-    grow = median(lambda: (torch.cat([keys, new], dim=2), torch.cat([values, new], dim=2)))
-    attend = median(lambda: F.scaled_dot_product_attention(query, keys, values, enable_gqa=True))
-    return copied / grow, attended / attend
+    """Bytes a second of DynamicCache's copy and of SDPA, of 8 KV heads x 128 and 32 query heads.
+
+    The copy is what a step with it takes longer than SDPA alone: new keys and values may lie closer to the processor
+    than old ones. Two layers take turns, so that memory is let go and taken again as in a model.
+    """
+    query = torch.randn(1, 32, 1, 128, device=place, dtype=dtype)
+    new = torch.randn(1, 8, 1, 128, device=place, dtype=dtype)
+    layers = [[torch.randn(1, 8, length, 128, device=place, dtype=dtype) for _ in range(2)] for _ in range(2)]
+
+    def attend() -> None:
+        for keys, values in layers:
+            F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    def grow() -> None:
+        for held in layers:
+            held[:] = [torch.cat([states, new], dim=2) for states in held]
+        attend()
+
+    copied, attended = (2 * n for n in full_bytes(ModelShape("", 1, 8, 128), 32, length, 1, dtype.itemsize))
+    ready = median(attend)
+    return copied / max(median(grow) - ready, 0.1 * ready), attended / ready
 
 
 def _place(device: str | torch.device) -> torch.device:
@@ -126,7 +138,8 @@ def _synchronize(place: torch.device) -> None:
 def full_bytes(
     shape: ModelShape, num_attention_heads: int, context: int, batch: int, itemsize: int
 ) -> tuple[int, int]:
-    """Bytes that the `torch.cat` of DynamicCache reads and writes, and those SDPA goes through, for every query head."""
+    """Bytes that the `torch.cat` of DynamicCache reads and writes, and those SDPA goes through, for all
+    query heads."""
     held = 2 * batch * context * shape.head_dim * itemsize
     return 2 * held * shape.num_key_value_heads, held * num_attention_heads
 
