@@ -3,7 +3,8 @@
 The device is measured and the steps are run side by side in one process, as benchmarks/decode.py runs them, so that
 both meet the machine in the same state. With one thread the clock counts the processor's time of that thread, which
 leaves out what else runs on a busy machine. `--against FILE` compares the device as it is measured now with the rows
-of an earlier decode.py instead. Printed are seconds predicted over seconds measured.
+of an earlier decode.py instead. Printed are seconds predicted over seconds measured. Processes differ: run it several
+times.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--against", type=Path, help="JSON of decode.py to compare with, in place of fresh steps")
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON; adds a run to a file that is there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -103,10 +104,10 @@ def main() -> None:
             "clock": clock.__name__,
             "against": args.against and args.against.name,
             "layers": layers,
-            "device": dataclasses.asdict(device) | {"dtype": str(device.dtype)},
-            "rows": rows,
         }
-        args.out.write_text(json.dumps(about, indent=1))
+        run = {"device": dataclasses.asdict(device) | {"dtype": str(device.dtype)}, "rows": rows}
+        earlier = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+        args.out.write_text(json.dumps(about | {"runs": [*earlier, run]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -172,8 +172,8 @@ def format_recommendation(found: Recommendation, device: Device) -> str:
     if best.of_dynamic < 1:
         comparison = f"{best.of_dynamic:.2f} times DynamicCache's time"
     else:
-        comparison = f"{best.of_dynamic:.2f} times DynamicCache's time: it saves bytes, not time"
-    return "\n".join([*lines, f"quickest: key_layout='{best.key_layout}', {comparison}"])
+        comparison = f"{best.of_dynamic:.2f} times DynamicCache's time (saves bytes only)"
+    return "\n".join([*lines, f"quickest: '{best.key_layout}', {comparison}"])
 
 
 def default_layouts(own: str, num_key_value_heads: int) -> list[str]:

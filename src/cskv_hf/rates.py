@@ -87,9 +87,11 @@ def measure_device(
         elements = CPU_TILE / median(lambda: states.mul_(turn))
     large = torch.ones(2**24 if place.type == "cpu" else 2**28, device=place)
     read = large.nbytes / median(large.sum)
-    del large
     small = torch.ones(64, device=place)
     operation = median(lambda: [small.mul_(1.0) for _ in range(500)]) / 500
+    # a process that has freed a larger tensor, as after a prompt, keeps the memory of smaller ones for the next
+    del large
+    torch.empty(30 * 2**20, dtype=torch.uint8, device=place)
     copied, attended = zip(*(_full_rates(place, dtype, length, median) for length in (SHORT, LONG)))
     return Device(place.type, dtype, matmul, elements, read, copied, attended, operation)
 
