@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -204,3 +205,13 @@ def test_what_was_measured_confirms_the_order():
                 orders += 1
                 assert all(run[one]["predicted"] < run[other]["predicted"] for run in runs), (one, other)
     assert sides >= 2 and orders >= 8
+
+
+def test_ratios_of_the_speed_page_are_those_of_the_results():
+    page = (RESULTS.parent.parent / "docs" / "speed.md").read_text(encoding="utf-8")
+    ratios = {}
+    for row in (row for run in json.loads((RESULTS / "cost.json").read_text())["runs"] for row in run["rows"]):
+        ratios.setdefault(row["cache"], {}).setdefault(row["length"], []).append(row["predicted"] / row["measured"])
+    for name, by_length in ratios.items():
+        cells = [f"{median(r):.2f} ({min(r):.2f}–{max(r):.2f})" for r in by_length.values()]
+        assert f"| {name} | {' | '.join(cells)} |" in page
