@@ -155,7 +155,9 @@ class FilledCache:
             yield self.cache.update(states(count), states(count), layer_idx)[0]
 
 
-def median_seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def median_seconds(
+    contestants: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each, taking turns, so that whatever disturbs the machine disturbs all of them.
 
     The first run of a turn is not timed: it finds the allocator and the processor's caches as another left them.
@@ -165,11 +167,11 @@ def median_seconds(contestants: dict[str, Callable[[], object]], rounds: int) ->
         for name, run in contestants.items():
             run()
             synchronize()
-            started = time.perf_counter()
+            started = clock()
             run()
             synchronize()
             if turn > 0:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     return {name: statistics.median(t) for name, t in times.items()}
 
 

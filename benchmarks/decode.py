@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,12 +72,14 @@ def compressed_cache(
 
 
 @torch.no_grad()
-def measure(sizes: Sizes, settings, layers: int, states: RandomStates, length: int, rounds: int) -> list[dict]:
+def measure(
+    sizes: Sizes, settings, layers: int, states: RandomStates, length: int, rounds: int, clock=time.perf_counter
+) -> list[dict]:
     """One row per way of caching: seconds per layer and step, and the bytes that a layer reads."""
     contestants = full_caches(sizes, layers, states, length)
     for setting in settings:
         contestants[setting.name] = compressed_cache(setting, sizes, layers, states, length)
-    seconds = median_seconds({name: step for name, (step, _) in contestants.items()}, rounds)
+    seconds = median_seconds({name: step for name, (step, _) in contestants.items()}, rounds, clock)
     return [
         {"cache": name, "length": length, "batch": states.batch, "seconds": seconds[name] / layers, "bytes": size}
         for name, (_, size) in contestants.items()

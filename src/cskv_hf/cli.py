@@ -165,9 +165,17 @@ def inspect(
     adapter: Annotated[str, typer.Argument(help="Directory or Hub id of an adapter.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw what each layer keeps, as a PNG.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="'cpu' or 'cuda': measure it, and predict a decode step per key layout.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache, for --device.")] = 8192,
+    query_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, where the base model's config is not to be had.")
+    ] = None,
 ) -> None:
-    """Show what an adapter keeps, layer by layer."""
+    """Show what an adapter keeps, layer by layer; with --device, what a decode step is predicted to take."""
     from .config import CSKVConfig
+    from .cost import predict
     from .fitting import format_evaluation, format_report
     from .hub import check_adapter_files, local_adapter
     from .plots import plot_allocation
@@ -179,6 +187,8 @@ def inspect(
         typer.echo(format_report(config))
         if "evaluation" in (config.fit_report or {}):
             typer.echo(format_evaluation(config.fit_report["evaluation"]))
+        if device is not None:
+            typer.echo("\n" + predict(config, device, context, query_heads))
         if plot is not None:
             plot_allocation(plot, config)
             typer.echo(f"\nsaved {plot}")
