@@ -89,11 +89,14 @@ class Suite:
             bar.update(len(todo) - sum(map(len, by_factors.values())))
             for alike in by_factors.values():
                 self._measure_alike(alike, bar, say)
-        self._write(tables)
-        return self.table_rows(tables)
+        self._write(tables, only)
+        return self.table_rows(tables, only)
 
-    def table_rows(self, tables: dict[str, list[Method]]) -> list[dict[str, Any]]:
-        """The measurements, per table and in its order."""
+    def table_rows(
+        self, tables: dict[str, list[Method]], only: dict[str, Sequence[str]] | None = None
+    ) -> list[dict[str, Any]]:
+        """The measurements, per table and in its order; `only` as in [`run`]."""
+        only = only or {}
         by_key: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             by_key.setdefault(row["key"], []).append(row)
@@ -102,6 +105,7 @@ class Suite:
             for name, table in tables.items()
             for method in table
             for row in by_key.get(_key(method.identity), [])
+            if row["benchmark"] in only.get(name, [row["benchmark"]])
         ]  # fmt: skip
 
     def _measure_alike(self, alike: list[tuple[Method, list[Benchmark]]], bar: tqdm, say) -> None:
@@ -177,7 +181,9 @@ class Suite:
             )
         return rows
 
-    def _write(self, tables: dict[str, list[Method]] | None = None) -> None:
+    def _write(
+        self, tables: dict[str, list[Method]] | None = None, only: dict[str, Sequence[str]] | None = None
+    ) -> None:
         """``measured.json``, what is known so far; with tables ``results.json`` too."""
         self.out.mkdir(parents=True, exist_ok=True)
         replace_file(self.out / "measured.json", json.dumps({"settings": self.settings, "rows": self.rows}, indent=1))
@@ -188,7 +194,7 @@ class Suite:
                 "model": describe(self.model, self.settings.get("model", "")),
                 "settings": self.settings,
                 "left_out": self.left_out,
-                "rows": self.table_rows(tables),
+                "rows": self.table_rows(tables, only),
             }
             replace_file(self.path, json.dumps(content, indent=1))
 
