@@ -223,14 +223,15 @@ def test_needle_lies_where_it_should(tokenizer, text, template):
     for case in cases:
         names = {"key": case.details["key"], "value": case.references[0]}
         needle = template.needle.format(**names)
-        end = template.question.format(**names) + template.answer_prefix.format(**names)
+        end = template.question.format(**names)
+        assert case.answer_prefix == template.answer_prefix.format(**names)
         assert case.prompt.startswith(template.intro) and case.prompt.endswith(end)
         assert case.prompt.count(needle) == 1 == case.prompt.count(names["value"])
         assert names["key"] in template.question.format(**names)
         before, behind = case.prompt[len(template.intro) : -len(end)].split(needle)
         assert before + behind in doubled
         assert before == "" or re.search(f"({template.cut})$", before)
-        used = size(case.prompt) + case.max_new_tokens
+        used = size(case.prompt + case.answer_prefix) + case.max_new_tokens
         assert case.details["length"] - longest - 2 <= used <= case.details["length"]
         total = size(before) + size(behind)
         assert abs(size(before) - case.details["depth"] * total) <= longest
