@@ -42,8 +42,9 @@ class NeedleTemplate:
         needle: what is hidden, with the space or line break behind it.
         question: asked behind the haystack.
         intro: read before it.
-        answer_prefix: how the answer begins, behind the chat template, for the model to continue. The first token of an answer comes out of
-            the prefill, with exact keys and values: where that is part of the value, a compressed cache is spared it.
+        answer_prefix: how the answer begins, behind the chat template, for the model to continue. The first token of
+            an answer comes out of the prefill, with exact keys and values: where that is part of the value, a
+            compressed cache is spared it.
         draw: makes a key and a value.
         cut: regular expression of what ends a sentence of the haystack; the needle stands between two sentences.
         stop, max_new_tokens, chat: of the cases (`Case`).
