@@ -213,7 +213,7 @@ def test_run(tokenizer, folder, tmp_path):
     model = lossy(AutoModelForCausalLM.from_pretrained(base))
     model.save_pretrained(adapter)
     tasks = "tiny_choice,tiny_write,tiny_text"
-    settings = dict(include_path=folder, batch_size=4, stride=8, device="cpu")
+    settings = dict(include_path=folder, batch_size=4, stride=8, device="cpu", bootstrap_iters=100)
     ours = run_lm_eval(adapter, tasks, **settings)
     json.dumps(ours)
     assert (ours["cache"], ours["stride"], ours["lm_eval"]) == ("cskv", 8, lm_eval.__version__)
@@ -275,7 +275,7 @@ def test_an_interrupted_run_goes_on(tokenizer, folder, tmp_path, monkeypatch):
 
     score_rows = lm_eval_model.score_rows
     monkeypatch.setattr(lm_eval_model, "score_rows", counted)
-    settings = dict(include_path=folder, batch_size=4, stride=8, tokenizer=tokenizer)
+    settings = dict(include_path=folder, batch_size=4, stride=8, tokenizer=tokenizer, bootstrap_iters=100)
     tasks = ["tiny_choice", "tiny_text"]
     stop_at = None
     expected = run_lm_eval(model, tasks, **settings)["results"]
