@@ -3,8 +3,8 @@
 One attention layer of Llama-3.1-8B's sizes (hidden 4096, 32 query heads, 8 KV heads x 128) with random weights and
 moments, through the functions that `fit` calls: error weights, factors of keys and values, and the layer's report; the
 allocation of bits to all channels of 32 such layers at 95 %; and with ``--probe LAYERS`` the probing of the
-sensitivity over 1,024 tokens, on a model of so many layers of Mistral-7B's sizes that share one layer's weights. The
-pass over the data is one forward of the model and not part of this.
+sensitivity over the tokens that 32 layers read, on a model of so many layers of Mistral-7B's sizes that share one
+layer's weights. The pass over the data is one forward of the model and not part of this.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from cskv_hf import CSKVConfig, KVStatistics, ModelShape
 from cskv_hf.config import num_key_groups
 from cskv_hf.fitting import layer_bases, layer_report
 from cskv_hf.plan import plan
-from cskv_hf.sensitivity import measure_sensitivity
-from cskv_hf.statistics import collect_statistics
+from cskv_hf.sensitivity import measure_sensitivity, probe_samples
+from cskv_hf.statistics import PROBE_LENGTH, PROBE_TOKENS, collect_statistics
 
 SIZES = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, num_hidden_layers=1)
 TOKENS = 8192
-PROBE_TOKENS = 1024
 
 
 def moment(size: int) -> torch.Tensor:
@@ -93,20 +92,22 @@ def deep_model(num_layers: int) -> LlamaForCausalLM:
 
 def probe_model(num_layers: int) -> dict[str, float]:
     """Seconds of the probing, of one forward, and what they come to for 32 layers: L + L (L + 1) runs of a layer."""
-    model, ids = deep_model(num_layers), torch.randint(32000, (PROBE_TOKENS,))
-    statistics = collect_statistics(model, [ids], progress=False)
+    model, kept = deep_model(num_layers), torch.randint(32000, (PROBE_TOKENS,)).split(PROBE_LENGTH)
+    samples = probe_samples(kept, 32)
+    statistics = collect_statistics(model, kept, progress=False)
     attention = model.model.layers[0].self_attn
     bases = [layer_bases(attention, statistics, i, CSKVConfig(), 8) for i in range(num_layers)]
     started = time.perf_counter()
-    measure_sensitivity(model, bases, [ids], progress=False)
+    measure_sensitivity(model, bases, samples, progress=False)
     probing = time.perf_counter() - started
     started = time.perf_counter()
     with torch.no_grad():
-        model.lm_head(model.model.embed_tokens(ids)).log_softmax(-1)
+        for ids in samples:
+            model.lm_head(model.model.embed_tokens(ids)).log_softmax(-1)
     head = time.perf_counter() - started
     layer = (probing - (1 + 2 * num_layers) * head) / (num_layers + num_layers * (num_layers + 1))
     return {
-        "layers": num_layers, "probing": probing, "head": head, "layer": layer,
+        "layers": num_layers, "tokens": sum(map(len, samples)), "probing": probing, "head": head, "layer": layer,
         "of_32_layers": (32 + 32 * 33) * layer + 65 * head,
     }  # fmt: skip
 
@@ -136,7 +137,7 @@ def main() -> None:
     if args.probe:
         probe = probe_model(args.probe)
         print(
-            f"probing     {probe['probing']:>10.0f}           {args.probe} layers, {PROBE_TOKENS} tokens; a layer "
+            f"probing     {probe['probing']:>10.0f}           {args.probe} layers, {probe['tokens']} tokens; a layer "
             f"{probe['layer']:.1f}, the head {probe['head']:.1f}\n"
             f"            {probe['of_32_layers'] / 60:>10.0f} min       32 layers, by these"
         )

@@ -3,8 +3,8 @@
 For the full cache, the paper's recipe and ours, at 50 to 95 % removed: bytes per old token (counted on the tensors),
 perplexity with a compressed past, and KL divergence and next-token agreement against the full cache. A second table
 shows what each step of ours gains, a third compares the key layouts, a fourth what quantisation alone costs, a fifth
-other ways to spend the same bytes. MODEL is
-a directory or id, TEXT a file of documents separated by ``<|endoftext|>`` or blank lines, or JSON lines; ``bundled
+other ways to spend the same bytes, and a sixth, if named by ``--tables``, how many tokens the allocation's probe needs.
+MODEL is a directory or id, TEXT a file of documents separated by ``<|endoftext|>`` or blank lines, or JSON lines; ``bundled
 bundled`` runs the bundled model on the text of the demo, with line retrieval on top. Calibration, training and
 evaluation use different documents.
 """
@@ -104,6 +104,12 @@ class Bench:
             train_in_place(model, calibration, objective)
         self.measure(table, name, model, CSKVCache, config, started)
         self.model = model.unload()
+
+    def probe_on(self, tokens: int, length: int, first: int) -> None:
+        """The sensitivity is measured on so many tokens, pieces of at most `length`, from the row `first` on."""
+        self.statistics.probe_ids = self.statistics.probe_lengths = torch.zeros(0, dtype=torch.long)
+        for row in self.calibration[first:]:
+            self.statistics.add_probe(row[: min(length, tokens - len(self.statistics.probe_ids))])
 
     def measure(self, table, name, model, make_cache, config, started) -> None:
         result = compare_with_full_cache(model, self.text, make_cache)
@@ -251,6 +257,14 @@ def main() -> None:
             saved = sum(RANGE_BYTES / 2 * f.layout.num_ranges / f.layout.block_size for f in formats)
             more = compression - saved / bench.full_bytes  # as if ranges of 8 bits were free of loss
             bench.run("storage", f"{label} and the bytes 8-bit ranges would save", compression=more)
+    if "probes" in tables:
+        bench.header("The allocation's probe on fewer tokens, three samples of each")
+        for compression in (0.8, 0.95):
+            for tokens, length in ((1024, 512), (512, 256), (256, 128), (256, 64)):
+                for first in (0, 20, 60):
+                    bench.probe_on(tokens, length, first)
+                    name = f"{100 * compression:.0f} % {tokens} tokens, pieces of {length}, {first}"
+                    bench.run("probes", name, compression=compression)
     if args.out:
         machine = {"cpu": platform.machine(), "threads": args.threads, "torch": torch.__version__}
         machine |= {"transformers": transformers.__version__, "python": platform.python_version()}

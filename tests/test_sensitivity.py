@@ -7,7 +7,7 @@ from conftest import FAMILIES, calibration_data, make_model
 from cskv_hf.config import CSKVConfig
 from cskv_hf.families import attention_layers, key_source
 from cskv_hf.fitting import layer_bases
-from cskv_hf.sensitivity import measure_sensitivity, probe_cut
+from cskv_hf.sensitivity import measure_sensitivity, probe_cut, probe_samples
 from cskv_hf.statistics import collect_statistics
 
 
@@ -67,6 +67,18 @@ def test_a_probe_computes_only_what_follows():
         attention.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
     measure_sensitivity(model, bases, [torch.arange(2, 40)], progress=False)
     assert runs == [4 + 2 * (4 + 3 + 2 + 1)]
+
+
+def test_deep_models_are_probed_on_fewer_tokens():
+    """The work grows with the square of the layers, so 32 read a quarter: a part of each long sample, whole short
+    ones until there are enough; never less than a quarter."""
+    long, short = [torch.arange(512)] * 2, [torch.arange(20)] * 52
+    for layers, tokens in ((1, 1024), (8, 1024), (16, 512), (32, 256), (80, 256)):
+        assert [len(ids) for ids in probe_samples(long, layers)] == [tokens // 2] * 2
+    read = probe_samples(short, 32)
+    assert [len(ids) for ids in read] == [20] * 13 and sum(map(len, read)) == 0.25 * sum(map(len, short))
+    assert [len(ids) for ids in probe_samples([torch.arange(3)], 32)] == [2]
+    assert torch.equal(probe_samples([torch.arange(512)], 32)[0], torch.arange(128))
 
 
 def test_the_model_is_whole_again_after_an_error():

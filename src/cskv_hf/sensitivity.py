@@ -6,7 +6,8 @@ of each layer is cut alone, on a few calibration tokens, and the divergence of t
 by the energy that the cut lost. The quotient is the exchange rate that makes all channels of the model comparable.
 
 A cut changes nothing before its layer, so a probe starts there, from the hidden states of the uncut model: half the
-work of whole forwards, and the same numbers.
+work of whole forwards, and the same numbers. What is left grows with the square of the number of layers, so deep
+models are probed on fewer tokens, to no measurable loss (benchmarks/quality.py --tables probes).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from .decompose import Factors
 from .families import decoder_of, key_source
 
 LOST_SHARE = 0.1  # of a side's energy, taken away by a probe; 0.02 to 0.4 measured, 0.05 to 0.2 make little difference
+ALL_TOKENS = 8  # layers up to which a probe reads all tokens of the samples; twice as many read half of them, and
+LEAST_SHARE, LEAST_LENGTH = 1 / 4, 128  # so on, but however deep the model at least this share, in pieces so long
 LEAST = 1e-12  # of a divergence, so that a layer nobody reads still gets a price
 
 
@@ -42,6 +45,18 @@ def probe_cut(factors: Factors) -> tuple[torch.Tensor, float]:
         maps.append(factors.B[:, channels].double() * keep[channels] @ factors.A[channels].double())
         start += rank
     return torch.stack(maps), float(tail[kept])
+
+
+def probe_samples(samples: Sequence[torch.Tensor], num_layers: int) -> list[torch.Tensor]:
+    """The tokens that a probe of a model of so many layers reads: beginnings of `samples`, (length,) each."""
+    share = min(1.0, max(LEAST_SHARE, ALL_TOKENS / num_layers))
+    left, read = max(2, round(share * sum(map(len, samples)))), []
+    for ids in samples:
+        ids = ids[: min(left, max(LEAST_LENGTH, round(share * len(ids))))]
+        if len(ids) > 1:
+            read.append(ids)
+            left -= len(ids)
+    return read
 
 
 def _replace_by(projection: torch.Tensor, mean: torch.Tensor):
@@ -110,7 +125,7 @@ def measure_sensitivity(
 
     Args:
         bases: per layer, the full-rank factors of keys and values.
-        samples: (length,) input_ids to measure on.
+        samples: (length,) input_ids to measure on; a deep model reads less of them, see [`probe_samples`].
 
     Raises:
         ValueError: if there is no sample of two tokens or more.
@@ -127,14 +142,14 @@ def measure_sensitivity(
         )
     device = model.get_input_embeddings().weight.device
     device = torch.device(getattr(model, "device", device)) if device.type == "meta" else device
-    batches = [ids[None].to(device) for ids in samples]
+    layers = decoder_of(model).layers
+    batches = [ids[None].to(device) for ids in probe_samples(samples, len(layers))]
 
     def log_probabilities(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
 
     was_training = model.training
     model.eval()
-    layers = decoder_of(model).layers
     tokens = sum(ids.shape[1] for ids in batches)
     sensitivity = []
     try:
