@@ -3,10 +3,10 @@
 For the full cache, the paper's recipe and ours, at 50 to 95 % removed: bytes per old token (counted on the tensors),
 perplexity with a compressed past, and KL divergence and next-token agreement against the full cache. A second table
 shows what each step of ours gains, a third compares the key layouts, a fourth what quantisation alone costs, a fifth
-other ways to spend the same bytes, and a sixth, if named by ``--tables``, how many tokens the allocation's probe needs.
-MODEL is a directory or id, TEXT a file of documents separated by ``<|endoftext|>`` or blank lines, or JSON lines; ``bundled
-bundled`` runs the bundled model on the text of the demo, with line retrieval on top. Calibration, training and
-evaluation use different documents.
+other ways to spend the same bytes, and a sixth, if named by ``--tables``, how many tokens the allocation's probe
+needs. MODEL is a directory or id, TEXT a file of documents separated by ``<|endoftext|>`` or blank lines, or JSON
+lines; ``bundled bundled`` runs the bundled model on the text of the demo, with line retrieval on top. Calibration,
+training and evaluation use different documents.
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ os.environ |= {
     "no_proxy": "127.0.0.1",
 }
 
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # of pytest -n
+THREADS = max(1, min(2, len(os.sched_getaffinity(0)) // PROCESSES))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of processes that tests start, too
+
 import pytest
 import torch
 
@@ -46,7 +50,7 @@ from cskv_hf import CSKVConfig
 
 pytest_plugins = ["doc_tables"]
 
-torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+torch.set_num_threads(THREADS)
 
 SIZES = dict(
     vocab_size=89,

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-REPORT = pytest.StashKey()
 CELLS = pytest.StashKey()
 
 
@@ -28,33 +27,36 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[CELLS] = {}  # table -> row -> column -> text
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    if report.when == "call":
-        item.stash[REPORT] = report
-    return report
+    config.stash[CELLS] = Cells()
+    if not hasattr(config, "workerinput"):  # a process of pytest-xdist hands its reports to the one that started it
+        config.pluginmanager.register(config.stash[CELLS])
 
 
 @pytest.fixture
 def documented(request):
     """A function that claims a cell of a table for the running test."""
-    claims = []
 
     def claim(table: str, row: str, column: str, text: str = "yes") -> None:
-        claims.append((table, row, column, text))
+        request.node.user_properties.append(("documented", (table, row, column, text)))
 
-    yield claim
-    report = request.node.stash.get(REPORT, None)
-    for table, row, column, text in claims:
-        cells = request.config.stash[CELLS].setdefault(table, {}).setdefault(row, {})
-        if report is None or not report.passed:
-            cells[column] = "FAILED"
-        elif cells.get(column) != "FAILED":
-            cells[column] = text
+    return claim
+
+
+class Cells:
+    """Collects the cells from the reports of all tests, whichever process ran them."""
+
+    def __init__(self) -> None:
+        self.tables = {}  # table -> row -> column -> text
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call":
+            return
+        for table, row, column, text in (claim for name, claim in report.user_properties if name == "documented"):
+            cells = self.tables.setdefault(table, {}).setdefault(row, {})
+            if not report.passed:
+                cells[column] = "FAILED"
+            elif cells.get(column) != "FAILED":
+                cells[column] = text
 
 
 def read_table(text: str, table: str) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -77,7 +79,7 @@ def format_table(columns: list[str], cells: dict[str, dict[str, str]]) -> str:
 
 
 def pytest_sessionfinish(session, exitstatus):
-    for table, cells in session.config.stash[CELLS].items():
+    for table, cells in session.config.stash[CELLS].tables.items():
         path = next(page for page in DOCS.glob("*.md") if begin(table) in page.read_text(encoding="utf-8"))
         text = path.read_text(encoding="utf-8")
         columns, held = read_table(text, table)

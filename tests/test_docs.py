@@ -6,7 +6,7 @@ import pkgutil
 import re
 import runpy
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import pytest
 import typer.cli
@@ -101,6 +101,26 @@ def test_tables_of_choosing_are_the_results(documented):
             documented(page_table, row["name"], "KL", f"{row['kl']:.5f}")
             documented(page_table, row["name"], "perplexity, times the full cache's", f"{row['ratio']:.4f}")
             documented(page_table, row["name"], "lines retrieved", f"{row['accuracy']:.3f} ±{row['margin']:.3f}")
+
+
+def test_table_of_probes_is_the_results(documented):
+    """And what the text says of the worst of a quarter."""
+    worst = 0.0
+    for model, file in MODELS.items():
+        results = json.loads((RESULTS / f"probes-{file}.json").read_text(encoding="utf-8"))["rows"]
+        for removed in ("80 %", "95 %"):
+            means = {}
+            for probe in ("1024 tokens, pieces of 512", "512 tokens, pieces of 256", "256 tokens, pieces of 128",
+                          "256 tokens, pieces of 64"):  # fmt: skip
+                kl = [row["kl"] for row in results if row["name"].startswith(f"{removed} {probe},")]
+                assert len(kl) == 3
+                means[probe] = mean(kl)
+                cell = f"{means[probe]:.5f} ({min(kl):.5f}–{max(kl):.5f})"
+                documented("concepts-probes", probe.replace("1024", "1,024"), f"{model}, {removed}", cell)
+            if removed == "95 %":
+                worst = max(worst, means["256 tokens, pieces of 128"] / means["1024 tokens, pieces of 512"])
+    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    assert f"a quarter up to {100 * (worst - 1):.0f} % of the KL at 95 %" in page
 
 
 def test_tables_of_limits_are_the_results(documented):

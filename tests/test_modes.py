@@ -4,18 +4,7 @@ Plain latents are lossless here (full rank), so the tokens must be those of `Dyn
 so tokens must be those of the same cache read by the other attention path (all keys rebuilt, the model's own
 attention), which shares no attention code with the default one; both are held to a slow reference elsewhere.
 
-Where transformers' own generation and cache tests have their counterparts:
-
-    test_greedy_generate, test_sample_generate, test_beam_search_generate, test_beam_sample_generate    MODES
-    test_*_dict_output(s), test_*_dict_outputs_use_cache      "scores and logits", test_attention_weights
-    test_assisted_decoding_matches_greedy_search, test_prompt_lookup_decoding_matches_greedy_search
-                                                              test_speculation_equals_greedy
-    test_left_padding_compatibility, test_cache_extra_left_padding      "left padding", test_against_reference.py
-    test_generate_from_inputs_embeds                          "`inputs_embeds`"
-    test_generate_continue_from_past_key_values               "several turns, one cache"
-    test_generate_with_static_cache                           test_generate.py, test_other_caches_keep_working
-    test_eager_matches_sdpa_generate                          test_against_reference.py, test_every_layout
-    test_cache_copy, test_cache_batched, test_cache_beam_search         "prompt cached", test_cache.py, MODES
+transformers' own generation and cache tests have their counterparts by name in test_upstream_behaviours.py.
 """
 
 import copy

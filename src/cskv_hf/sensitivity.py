@@ -7,7 +7,7 @@ by the energy that the cut lost. The quotient is the exchange rate that makes al
 
 A cut changes nothing before its layer, so a probe starts there, from the hidden states of the uncut model: half the
 work of whole forwards, and the same numbers. What is left grows with the square of the number of layers, so deep
-models are probed on fewer tokens, to no measurable loss (benchmarks/quality.py --tables probes).
+models are probed on fewer tokens, which costs little (benchmarks/quality.py --tables probes).
 """
 
 from __future__ import annotations
