@@ -77,9 +77,11 @@ def check_past_key_values_for_generate(cache, dynamic):
     assert len(cache.layers) == len(dynamic.layers) == 2
     for layer_idx in range(2):
         assert cache.get_seq_length(layer_idx) == dynamic.get_seq_length(layer_idx)
-        keys, values = cache.layers[layer_idx].keys, cache.layers[layer_idx].values
-        assert keys.shape == values.shape == (len(dynamic.layers[layer_idx].keys), *keys.shape[1:])
-        assert keys.shape[2] + cache.tokens.num_old == cache.get_seq_length()
+        layer, full = cache.layers[layer_idx], dynamic.layers[layer_idx]
+        assert layer.keys.shape[:2] + layer.keys.shape[3:] == full.keys.shape[:2] + full.keys.shape[3:]
+        assert layer.keys.shape == layer.values.shape and layer.sink_keys.shape == layer.sink_values.shape
+        exact = layer.sink_keys.shape[2] + layer.keys.shape[2]
+        assert exact + cache.tokens.num_old == full.keys.shape[2]
 
 
 class TestGeneration:
@@ -333,13 +335,13 @@ class TestModels:
                 logits.append(model(prompt(2, 5, 4), past_key_values=cache, use_cache=True).logits)
         torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
 
-    def test_torch_save_load(self, pair):
+    def test_torch_save_load(self):
         """A whole model with its adapter through `torch.save`."""
-        file = io.BytesIO()
-        torch.save(pair[0], file)
+        model, file = compressed(make_model()), io.BytesIO()
+        torch.save(model, file)
         file.seek(0)
         loaded = torch.load(file, weights_only=False)
-        assert torch.equal(generate(loaded, CSKVCache()), generate(pair[0], CSKVCache()))
+        assert torch.equal(generate(loaded, CSKVCache()), generate(model, CSKVCache()))
 
     def test_training_gradient_checkpointing(self):
         """Without a cache the adapter is not in the way: the same gradients as on the model alone."""

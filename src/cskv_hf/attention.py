@@ -267,7 +267,19 @@ def attention_forward(
         attention_mask = attention_mask[..., : key.shape[-2]]  # of a cache of fixed size that was empty
     if sliding_window is not None:
         kwargs["sliding_window"] = sliding_window
+    if "flash" in base:
+        module = _With(module, config=_With(module.config, _attn_implementation=base))
     return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+class _With:
+    """An object with an attribute replaced. Flash attention loads the kernel that its module's config names."""
+
+    def __init__(self, original: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _original=original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
 
 
 def base_attention(module: nn.Module, base: str) -> Callable:

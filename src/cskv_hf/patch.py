@@ -148,5 +148,5 @@ def detach(model: nn.Module) -> None:
 
 
 def _set_attention(model: nn.Module, name: str) -> None:
-    if model.config._attn_implementation != name:
-        model.set_attn_implementation(name)
+    """Not by `set_attn_implementation`: it takes every name with "flash" in it for a kernel that it has to load."""
+    model.config._attn_implementation = name
