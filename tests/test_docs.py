@@ -145,7 +145,7 @@ def test_table_of_kvpress_is_the_results(documented):
     for row in (row for row in rows if row["metric"] == "kl"):
         documented("kvpress", row["label"], "KL, second halves", f"{row['value']:.3f}")
     evicting = [row["value"] for row in rows if row["metric"] == "perplexity_ratio" and row["compression"]]
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "kvpress.md").read_text(encoding="utf-8")
     assert f"to {min(evicting):.2f} to {max(evicting):.2f} of the full cache's" in page
 
 
@@ -213,6 +213,8 @@ def test_numbers_of_the_speed_page_are_those_of_the_results():
     decode, memory = (
         json.loads((ROOT / "benchmarks" / "results" / f"{n}.json").read_text()) for n in ("decode", "memory")
     )
+    probe = json.loads((RESULTS / "fit.json").read_text(encoding="utf-8"))["probe"]
+    assert probe["layers"] == 32 and f"takes {probe['probing'] / 60:.1f} minutes for 32 layers" in page
     ratios = {}
     for run in decode["runs"]:
         dynamic = {row["length"]: row["seconds"] for row in run if row["cache"] == "DynamicCache"}
