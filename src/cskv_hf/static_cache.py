@@ -165,6 +165,8 @@ class CSKVStaticCache(Cache):
         ValueError: if `max_cache_len` or `window` is below 1, or `sinks` below 0.
     """
 
+    max_cache_len = 0  # of an instance its own; transformers 5.14 has a property of this name, without a setter
+
     def __init__(self, max_cache_len: int, window: int | None = None, sinks: int | None = None) -> None:
         super().__init__(layers=[])
         if max_cache_len < 1:
