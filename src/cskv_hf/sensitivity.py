@@ -22,8 +22,9 @@ from .decompose import Factors
 from .families import decoder_of, key_source
 
 LOST_SHARE = 0.1  # of a side's energy, taken away by a probe; 0.02 to 0.4 measured, 0.05 to 0.2 make little difference
-ALL_TOKENS = 8  # layers up to which a probe reads all tokens of the samples; twice as many read half of them, and
-LEAST_SHARE, LEAST_LENGTH = 1 / 4, 128  # so on, but however deep the model at least this share, in pieces so long
+ALL_TOKENS = 8  # layers: a probe of so many reads all tokens of the samples, one of twice as many half of them
+LEAST_SHARE = 1 / 4  # of the tokens, however deep the model
+LEAST_LENGTH = 128  # tokens of a piece; what far tokens are worth does not show in shorter ones
 LEAST = 1e-12  # of a divergence, so that a layer nobody reads still gets a price
 
 
