@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from cskv_hf import KVStatistics, ModelShape, collect_statistics
 from cskv_hf.decompose import centred, key_weight, optimal_factors
 from cskv_hf.demo import run as demo
-from cskv_hf.demo.train_model import Recipe, train
+from cskv_hf.demo.train_model import Recipe, Run, train
 from cskv_hf.evaluate.divergence import compare_with_full_cache
 from cskv_hf.evaluate.intervals import wilson_interval
 from cskv_hf.evaluate.lines import LineRecord, line_retrieval
@@ -55,6 +55,26 @@ TRAINED = dict(
 LAYOUTS = "joint", "head", "rope", "still"
 SETTINGS = Setting(0.8, "head", 16), Setting(0.8, "joint", 16)
 EXACT = 36 + 16  # tokens a CSKVCache holds exactly, on average: sinks, window, and half a block
+
+
+@torch.no_grad()
+def spread_circuit(model: nn.Module) -> None:
+    """Wire all heads of layer 1 as `wire_induction` wires the first two, each with a random rotation of its codes.
+
+    The wired model uses two heads, which is easy on layouts with a basis per head; this one uses all of them for the
+    same, in different channels, which is easy on a joint basis only.
+    """
+    attention, dim = model.model.layers[1].self_attn, model.config.head_dim
+    heads, half = model.config.num_attention_heads, dim // 2
+    slow = torch.cat([torch.arange(half - 6, half), torch.arange(dim - 6, dim)])
+    q, k, v = (p.weight.view(heads, dim, -1) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    o = attention.o_proj.weight.view(-1, heads, dim)
+    for head in reversed(range(heads)):
+        rotation = torch.linalg.qr(torch.randn(len(slow), len(slow)))[0]
+        for weight in (q, k):
+            weight[head] = weight[head % 2]
+            weight[head, slow] = rotation @ weight[head % 2, slow]
+        v[head], o[:, head] = v[head % 2], o[:, head % 2] * 2 / heads
 
 
 @dataclass(frozen=True)
@@ -165,12 +185,13 @@ def commuting_map(
     turned = turned_covariance(moments, frequencies, context)[real][:, real] * torch.outer(root[real], root[real])
     real_energies, real_vectors = torch.linalg.eigh(turned)
 
-    densities = torch.cat([energies.masked_fill(still[:, None], -1.0).flatten() / 2, real_energies])
-    costs = torch.ones(len(densities), dtype=torch.long)
-    costs[: energies.numel()] = 2
-    order = densities.argsort(descending=True)[: len(densities) - int(still.sum()) * moments.num_heads]
-    order = order[costs[order].cumsum(0) <= rank]
-    kept = torch.zeros(len(densities), dtype=torch.bool).index_fill(0, order, True)
+    turning = energies.masked_fill(still[:, None], -torch.inf).flatten()
+    densities, left = torch.cat([turning / 2, real_energies]), rank
+    kept = torch.zeros(len(densities), dtype=torch.bool)
+    for channel in densities.argsort(descending=True).tolist():
+        cost = 2 if channel < len(turning) else 1
+        if densities[channel] > -torch.inf and cost <= left:
+            kept[channel], left = True, left - cost
     chosen = kept[: energies.numel()].view_as(energies)
     maps = (vectors * chosen[:, None]) @ vectors.mH
     before = as_real(maps / complex_root[:, :, None] * complex_root[:, None])
@@ -179,7 +200,7 @@ def commuting_map(
     after[real.outer(real)] = (real_vectors @ real_vectors.mT / root[real, None] * root[real]).flatten()
     lost = energies[~still][~chosen[~still]].sum() + real_energies[~kept[energies.numel() :]].sum()
     total = moments.weight @ moments.covariance.diagonal()
-    return KeyMap(before, after, moments.mean, int(costs[order].sum()), float(lost / total))
+    return KeyMap(before, after, moments.mean, rank - left, float(lost / total))
 
 
 def check_commutes(frequencies: RotaryFrequencies, heads: int, half: int) -> None:
@@ -427,9 +448,10 @@ def main() -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=1000)
     training.add_argument("--tokens", type=int, default=3000, help="of retrieval per step, and of text")
+    training.add_argument("--spread", action="store_true", help="start with the circuit in all heads, not in two")
     training.add_argument("--stop-after", type=float, default=float("inf"), help="seconds")
     measuring = parser.add_argument_group("accuracy")
-    measuring.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.2, 0.125])
+    measuring.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.2, 0.125, 0.1, 0.075])
     measuring.add_argument("--still", type=float, default=0.5, help="radians within the context")
     measuring.add_argument("--length", type=int, default=320, help="tokens per row of text: the context")
     measuring.add_argument("--rows", type=int, default=64, help="of text")
@@ -449,7 +471,13 @@ def main() -> None:
     started, results = time.perf_counter(), {}
     if args.train:
         lines = dict(first_lines=min(16, args.lines), max_lines=args.lines, text_at=args.lines)
-        train(args.train, Recipe(args.steps, args.tokens, **lines, sizes=TRAINED), args.stop_after)
+        recipe = Recipe(args.steps, args.tokens, **lines, sizes=TRAINED)
+        if args.spread and not (args.train / "state.pt").exists():
+            args.train.mkdir(parents=True, exist_ok=True)
+            run = Run(args.train, recipe)
+            spread_circuit(run.model)
+            run.save()
+        train(args.train, recipe, args.stop_after)
     if args.model:
         results["accuracy"] = accuracy(args)
     if args.speed:
