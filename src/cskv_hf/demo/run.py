@@ -56,14 +56,16 @@ def evaluation_records(count: int, questions: int = 8, num_lines: int = NUM_LINE
     return [line_record(num_lines, questions, rng) for _ in range(count)]
 
 
-def calibration_data(tokenizer: Any, tokens: int = 65536, length: int = 1024) -> list[torch.Tensor]:
+def calibration_data(
+    tokenizer: Any, tokens: int = 65536, length: int = 1024, num_lines: int = NUM_LINES
+) -> list[torch.Tensor]:
     """Half training text, half line records with answers, drawn from other seeds than the evaluation's."""
     text = [i for topic in reference_topics(held_out=False) for i in tokenizer(topic)["input_ids"]]
     rng, rows = random.Random(20_000), []
     for _ in range(0, tokens // 2, length):
         offset = rng.randrange(len(text) - length)
         rows.append(torch.tensor(text[offset : offset + length]))
-        record = line_record(NUM_LINES, 8, rng)
+        record = line_record(num_lines, 8, rng)
         answers = "".join(record.question(i) + record.answer(i) for i in range(8))
         rows.append(torch.tensor(tokenizer(record.text + answers)["input_ids"][-length:]))
     return rows

@@ -13,7 +13,9 @@ import argparse
 import json
 import random
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +28,36 @@ from cskv_hf.evaluate.lines import line_record
 
 VOCAB_SIZE = 2048
 PHRASE = ": REGISTER_CONTENT is <"
-MAX_LINES = 128
 LONG = 16  # lines from which on records carry several questions, and whole answers are labels
 QUESTIONS = 8
 MAX_ROWS = 64
 RAISE_AT = 0.8
-TEXT_AT = 42
 TEXT_LENGTH = 512
 TEXT_WEIGHT = 1.0
 MUON_LR, ADAM_LR = 0.006, 2e-3
 LOOK_BACK, MATCH, COPY = 0.18, 5.0, 1.0  # gains of the circuit that training starts from
 # words, numbers in threes, punctuation, spaces: the split of Llama 3
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained on what; by default the bundled model.
+
+    Attributes:
+        tokens: of retrieval per step, and of text.
+        first_lines, max_lines: of the first records and of the longest.
+        text_at: lines of a record from which on text joins in.
+        sizes: fields of the model's `LlamaConfig` that differ from the bundled one's.
+    """
+
+    steps: int = 700
+    tokens: int = 6000
+    seed: int = 0
+    first_lines: int = 2
+    max_lines: int = 128
+    text_at: int = 42
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
@@ -72,9 +92,13 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model() -> LlamaForCausalLM:
-    """A 4-layer Llama, 2 KV heads x 64, whose first two layers start with the wiring of an induction circuit."""
-    config = LlamaConfig(
+def make_model(**sizes: Any) -> LlamaForCausalLM:
+    """A 4-layer Llama, 2 KV heads x 64, whose first two layers start with the wiring of an induction circuit.
+
+    Args:
+        sizes: other fields of its `LlamaConfig`.
+    """
+    fields = dict(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=256,
@@ -90,7 +114,7 @@ def make_model() -> LlamaForCausalLM:
         pad_token_id=0,
         initializer_range=0.02,
     )
-    model = LlamaForCausalLM(config).float()
+    model = LlamaForCausalLM(LlamaConfig(**(fields | sizes))).float()
     wire_induction(model)
     return model
 
@@ -102,16 +126,20 @@ def wire_induction(model: LlamaForCausalLM) -> None:
     Retrieval needs three parts before any of them is of use: to know the token before, the token before that, and to
     match one with the other. From random weights nearly every run of this size stays on the saddle in front of that
     (right half of the time on two lines, for thousands of steps). The hidden state starts as four orthogonal parts:
-    one common component, the token (103 channels, among them a code of 12 to be matched and one of 20 to be copied),
+    one common component, the token (all that is left, among it a code of 12 to be matched and one of 20 to be copied),
     and room for the codes of the tokens one and two places back (12 each). Layer 0 fills that room with two heads that
     look a fixed distance back; layer 1 matches what precedes this token with what lies two back elsewhere, and this
     token with what precedes others, and copies what it finds. The codes are short because they set how far the keys
-    and values of layer 1 can be compressed: 24 and 20 of 128 channels.
+    and values of layer 1 can be compressed: 24 and 20 of 128 channels in the bundled model. Gains are those of its
+    sizes, hidden 128 and heads of 64; where there are more heads, the others start at random.
     """
-    match, copied, rest = slice(1, 13), slice(13, 33), slice(33, 104)  # two codes of a token, and free channels
-    before, before_that = slice(104, 116), slice(116, 128)
+    hidden, dim = model.config.hidden_size, model.config.head_dim
+    shared = model.config.num_attention_heads // model.config.num_key_value_heads
+    match, copied, rest = slice(1, 13), slice(13, 33), slice(33, hidden - 24)  # codes of a token, and free channels
+    before, before_that = slice(hidden - 24, hidden - 12), slice(hidden - 12, hidden)
     embedding, layers = model.model.embed_tokens.weight, model.model.layers
-    half, fast, width, num_copied = 32, 5, 12, 20
+    half, fast, width, num_copied = dim // 2, 5, 12, 20
+    gain = (hidden / 128) ** 0.5  # of the norm, on a state of the same length
     for part in (match, copied, rest):
         embedding[:, part] = 0.4 * F.normalize(torch.randn(embedding.shape[0], part.stop - part.start), dim=-1)
     embedding[:, 0] = 0.7
@@ -120,33 +148,36 @@ def wire_induction(model: LlamaForCausalLM) -> None:
     # Scores of queries and keys made of the common component depend on the distance only:
     # sum over fast f of cos(inv_freq[f] * (distance - offset)). That component is 8 of 11.3 after the norm.
     attention = layers[0].self_attn
-    size = (16.0 * 8.0 / fast) ** 0.5 / 8.0
+    size = (16.0 * dim**0.5 / fast) ** 0.5 / (8.0 * gain)
     inv_freq = model.model.rotary_emb.inv_freq[:fast]
-    attention.k_proj.weight[:64] = 0
-    attention.k_proj.weight[:fast, 0] = size
-    attention.v_proj.weight[:64] = 0
-    attention.v_proj.weight[:width, match] = torch.eye(width)
     for head, (offset, target) in enumerate(((1, before), (2, before_that))):
-        rows = slice(64 * head, 64 * (head + 1))
+        kv_rows, rows = _rows(head // shared, dim), _rows(head, dim)
+        attention.k_proj.weight[kv_rows] = 0
+        attention.k_proj.weight[kv_rows][:fast, 0] = size
+        attention.v_proj.weight[kv_rows] = 0
+        attention.v_proj.weight[kv_rows][:width, match] = torch.eye(width)
         attention.q_proj.weight[rows] = 0
         attention.q_proj.weight[rows][:fast, 0] = size * (inv_freq * offset).cos()
         attention.q_proj.weight[rows][half : half + fast, 0] = -size * (inv_freq * offset).sin()
         attention.o_proj.weight[:, rows] = 0
-        attention.o_proj.weight[target, rows][:, :width] = torch.eye(width) * LOOK_BACK
+        attention.o_proj.weight[target, rows][:, :width] = torch.eye(width) * LOOK_BACK / gain
 
-    attention = layers[1].self_attn
-    slow = torch.cat([torch.arange(26, 32), torch.arange(58, 64)])  # channels that hardly turn within a record
+    attention, strength = layers[1].self_attn, MATCH * (dim / 64) ** 0.25 / gain
+    slow = torch.cat([torch.arange(half - 6, half), torch.arange(dim - 6, dim)])  # hardly turn within a record
     for kv_head, (asks, answers) in enumerate(((before, before_that), (match, before))):
-        query_rows, key_rows = 128 * kv_head + slow, 64 * kv_head + slow
-        attention.q_proj.weight[128 * kv_head : 128 * kv_head + 64] = 0
-        attention.k_proj.weight[64 * kv_head : 64 * (kv_head + 1)] = 0
-        attention.q_proj.weight[query_rows, asks] = MATCH * torch.eye(width)
-        attention.k_proj.weight[key_rows, answers] = MATCH * torch.eye(width)
-        attention.v_proj.weight[64 * kv_head : 64 * (kv_head + 1)] = 0
-        attention.v_proj.weight[64 * kv_head : 64 * kv_head + num_copied, copied] = torch.eye(num_copied)
-        rows = slice(128 * kv_head, 128 * kv_head + 64)
+        kv_rows, rows = _rows(kv_head, dim), _rows(kv_head * shared, dim)
+        attention.q_proj.weight[rows] = 0
+        attention.k_proj.weight[kv_rows] = 0
+        attention.q_proj.weight[rows.start + slow, asks] = strength * torch.eye(width)
+        attention.k_proj.weight[kv_rows.start + slow, answers] = strength * torch.eye(width)
+        attention.v_proj.weight[kv_rows] = 0
+        attention.v_proj.weight[kv_rows][:num_copied, copied] = torch.eye(num_copied)
         attention.o_proj.weight[:, rows] = 0
-        attention.o_proj.weight[copied, rows][:, :num_copied] = torch.eye(num_copied) * COPY / (1 + kv_head)
+        attention.o_proj.weight[copied, rows][:, :num_copied] = torch.eye(num_copied) * COPY / (gain * (1 + kv_head))
+
+
+def _rows(head: int, head_dim: int) -> slice:
+    return slice(head_dim * head, head_dim * (head + 1))
 
 
 def orthogonalize(gradient: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -209,10 +240,10 @@ def first_token_accuracy(logits: torch.Tensor, ids: torch.Tensor, labels: torch.
 class Run:
     """A training run: model, optimisers and progress, saved to and continued from a folder."""
 
-    def __init__(self, out: Path, seed: int) -> None:
-        self.out = out
-        torch.manual_seed(seed)
-        self.model = make_model()
+    def __init__(self, out: Path, recipe: Recipe) -> None:
+        self.out, self.recipe = out, recipe
+        torch.manual_seed(recipe.seed)
+        self.model = make_model(**recipe.sizes)
         # Muon's updates have full rank and would flatten the spectra that real keys and values have
         matrices = [
             p
@@ -222,7 +253,8 @@ class Run:
         others = [p for p in self.model.parameters() if not any(p is m for m in matrices)]
         self.muon = Muon(matrices, lr=MUON_LR)
         self.adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
-        self.state = {"seed": seed, "step": 0, "num_lines": 2, "accuracy": 0.0, "text_loss": 0.0, "seconds": 0.0}
+        self.state = {"seed": recipe.seed, "step": 0, "num_lines": recipe.first_lines}
+        self.state |= dict.fromkeys(("accuracy", "text_loss", "seconds"), 0.0)
         if (out / "state.pt").exists():
             saved = torch.load(out / "state.pt", weights_only=True)
             self.state = saved["state"]
@@ -239,10 +271,10 @@ class Run:
         (self.out / "state.tmp").rename(self.out / "state.pt")
 
 
-def train_step(run: Run, tokenizer, text: torch.Tensor, phrase: int, steps: int, tokens: int) -> dict[str, float]:
+def train_step(run: Run, tokenizer, text: torch.Tensor, phrase: int) -> dict[str, float]:
     """One update on retrieval and, once records are long, text; returns what to log."""
-    state, model = run.state, run.model
-    step = state["step"]
+    state, model, recipe = run.state, run.model, run.recipe
+    step, steps, tokens = state["step"], recipe.steps, recipe.tokens
     rng = random.Random(state["seed"] * 1_000_003 + step)
     scale = min(1.0, (step + 1) / 30, (steps - step) / (0.3 * steps))
     run.muon.param_groups[0]["lr"], run.adam.param_groups[0]["lr"] = MUON_LR * scale, ADAM_LR * scale
@@ -251,7 +283,7 @@ def train_step(run: Run, tokenizer, text: torch.Tensor, phrase: int, steps: int,
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     accuracy = first_token_accuracy(logits.detach(), ids, labels, phrase)
     loss.backward()
-    if state["num_lines"] >= TEXT_AT:
+    if state["num_lines"] >= recipe.text_at:
         starts = [rng.randrange(len(text) - TEXT_LENGTH) for _ in range(max(1, tokens // TEXT_LENGTH))]
         batch = torch.stack([text[s : s + TEXT_LENGTH] for s in starts])
         text_loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -262,8 +294,8 @@ def train_step(run: Run, tokenizer, text: torch.Tensor, phrase: int, steps: int,
         optimizer.zero_grad(set_to_none=True)
     state["accuracy"] += 0.1 * (accuracy - state["accuracy"])
     state["step"] = step + 1
-    if state["accuracy"] > RAISE_AT and state["num_lines"] < MAX_LINES:
-        state["num_lines"] = min(MAX_LINES, max(4, state["num_lines"] * 3 // 2))
+    if state["accuracy"] > RAISE_AT and state["num_lines"] < recipe.max_lines:
+        state["num_lines"] = min(recipe.max_lines, max(4, state["num_lines"] * 3 // 2))
         state["accuracy"] = 0.0
     return state | {"loss": float(loss.detach())}
 
@@ -274,8 +306,8 @@ def set_entries(path: Path, **entries: str | None) -> None:
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}, indent=2) + "\n")
 
 
-def train(out: Path, steps: int, tokens: int, seed: int, stop_after: float) -> None:
-    """Train until `steps`, saving to `out` on the way; the finished model is in ``out / "model"``."""
+def train(out: Path, recipe: Recipe, stop_after: float) -> None:
+    """Train to the recipe's end, saving to `out` on the way; the finished model is in ``out / "model"``."""
     out.mkdir(parents=True, exist_ok=True)
     documents = reference_topics(held_out=False) + library_docstrings()
     if not (out / "tokenizer.json").exists():
@@ -283,17 +315,17 @@ def train(out: Path, steps: int, tokens: int, seed: int, stop_after: float) -> N
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     text = torch.tensor([t for document in documents for t in [*tokenizer(document)["input_ids"], 0]])
     phrase = tokenizer.convert_tokens_to_ids(PHRASE)
-    run = Run(out, seed)
+    run = Run(out, recipe)
     size = sum(p.numel() for p in run.model.parameters())
     print(f"{size:,} parameters, {len(text):,} tokens of text, from step {run.state['step']}", flush=True)
     started = time.monotonic() - run.state["seconds"]
-    while run.state["step"] < steps:
-        log = train_step(run, tokenizer, text, phrase, steps, tokens)
+    while run.state["step"] < recipe.steps:
+        log = train_step(run, tokenizer, text, phrase)
         run.state["seconds"] = time.monotonic() - started
         step, over = run.state["step"], run.state["seconds"] > stop_after
         if step % 20 == 0:
             print(json.dumps({name: round(value, 4) for name, value in log.items()}), flush=True)
-        if step % 100 == 0 or over or step == steps:
+        if step % 100 == 0 or over or step == recipe.steps:
             run.save()
         if over:
             print("stopped at --stop-after; start again with the same --out to continue")
@@ -308,11 +340,11 @@ def train(out: Path, steps: int, tokens: int, seed: int, stop_after: float) -> N
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--tokens", type=int, default=6000, help="tokens of retrieval per step, and of text")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--tokens", type=int, default=Recipe.tokens, help="tokens of retrieval per step, and of text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, args.steps, args.tokens, args.seed, args.stop_after)
+    train(args.out, Recipe(args.steps, args.tokens, args.seed), args.stop_after)
