@@ -168,15 +168,6 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("settings", ["prompt lookup", "assisted, CSKV both", "assisted, early exit"])
-def test_speculation_equals_greedy(settings):
-    """Lossless factors: proposing and rejecting tokens changes none of those that stay."""
-    model = lossless(make_model())
-    ids = torch.cat([prompt(1, 50)] * 3, 1) if settings == "prompt lookup" else LONG
-    found = MODES[settings](model, CSKVCache, prompt(1, 50))
-    assert torch.equal(found, tokens(model, CSKVCache, ids))
-
-
 @torch.no_grad()
 def test_speculation_over_lossy_latents_differs_less_than_compression():
     """Why at all: rejected tokens may have pushed others out of the window a little earlier. How much: less than the
@@ -205,19 +196,6 @@ def test_speculation_over_lossy_latents_differs_less_than_compression():
             assert 0 < between < 0.5 * lost
         else:
             assert between < 1e-12 and lost < 1e-12
-
-
-def test_attention_weights(documented):
-    """Eager attention gives them for every slot, as over a full cache, by rebuilding the keys of the step."""
-    documented("compatibility-refusals", "`output_attentions=True`", "with a CSKVCache", "yes, with eager attention")
-    model, ids = lossless(make_model(attn_implementation="eager")), prompt(2, 50)
-    weights = []
-    for make_cache in (CSKVCache, DynamicCache):
-        output = tokens(model, make_cache, ids, output_attentions=True, return_dict_in_generate=True)
-        weights.append([layer for step in output.attentions for layer in step])
-    assert len(weights[0]) == 24 * 2
-    for one, other in zip(*weights):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 REFUSED = {

@@ -36,11 +36,6 @@ def pair(request):
     return compressed(make_model(request.param)), make_model(request.param)
 
 
-@pytest.fixture(scope="module")
-def assistants():
-    return {"random": make_model(num_hidden_layers=1, seed=5), "same": make_model()}
-
-
 def generate(model, cache, ids=None, mask=None, **settings):
     torch.manual_seed(0)
     ids = prompt(2, 13) if ids is None else ids
@@ -71,6 +66,14 @@ def equal_outputs(pair, **settings):
     assert actual.past_key_values is cache
     check_past_key_values_for_generate(cache, expected.past_key_values)
     return actual
+
+
+@torch.no_grad()
+def continued(model, cache, ids, more, seed=0):
+    """Logits of `more`, read over a cache that holds `ids`."""
+    torch.manual_seed(seed)
+    model(ids, past_key_values=cache, use_cache=True)
+    return model(more, past_key_values=cache, use_cache=True).logits
 
 
 def check_past_key_values_for_generate(cache, dynamic):
@@ -110,7 +113,8 @@ class TestGeneration:
         equal_outputs(pair, do_sample=True)
 
     def test_beam_search_generate(self, pair):
-        equal(pair, num_beams=3)
+        """Long enough for tokens in which beams differ to be compressed."""
+        equal(pair, num_beams=3, max_new_tokens=20)
 
     def test_beam_search_generate_dict_output(self, pair):
         equal_outputs(pair, num_beams=2, num_return_sequences=2)
@@ -133,26 +137,43 @@ class TestGeneration:
 
     @pytest.mark.parametrize("assistant", ["random", "same"])
     @pytest.mark.parametrize("proposals", [1, 5])
-    def test_assisted_decoding_matches_greedy_search(self, pair, assistants, assistant, proposals):
-        """What is proposed and rejected leaves nothing in the cache. It is long enough for tokens to be compressed
-        behind the 64 that are kept exact meanwhile."""
-        ids, helper = prompt(1, 90), copy.deepcopy(assistants[assistant])
+    def test_assisted_decoding_matches_greedy_search(self, pair, assistant, proposals):
+        """What is proposed and rejected leaves nothing in the cache; what the same model proposes, on a compressed
+        cache of its own, is never rejected. The prompt is long enough for tokens to be compressed behind the 64 that
+        are kept exact meanwhile."""
+        ids, cache, forwards = prompt(1, 90), CSKVCache(), []
+        helper = copy.deepcopy(pair[0]) if assistant == "same" else make_model(num_hidden_layers=1, seed=5)
         helper.generation_config.num_assistant_tokens = proposals
         helper.generation_config.num_assistant_tokens_schedule = "constant"
-        greedy = generate(pair[1], DynamicCache(), ids)
-        cache = CSKVCache()
-        assert torch.equal(generate(pair[0], cache, ids, assistant_model=helper), greedy)
+        helper.generation_config.assistant_confidence_threshold = 0.0  # propose so many, however unsure
+        counting = pair[0].get_base_model().register_forward_hook(lambda *_: forwards.append(1))
+        actual = generate(pair[0], cache, ids, assistant_model=helper)
+        counting.remove()
+        assert torch.equal(actual, generate(pair[1], DynamicCache(), ids))
         assert cache.tokens.num_old > 0
+        if assistant == "same":
+            assert len(forwards) == -(-NEW // (proposals + 1))
 
-    def test_assisted_decoding_sample(self, pair, assistants):
-        """Sampling accepts proposals by chance, so only that it runs, and that the prompt stays, can be expected."""
-        output = generate(pair[0], CSKVCache(), prompt(1, 90), assistant_model=assistants["random"], do_sample=True)
-        assert output.shape == (1, 90 + NEW) and torch.equal(output[:, :90], prompt(1, 90))
+    def test_assisted_generation_early_exit(self, pair):
+        """The model's own first layer proposes, on the same cache."""
+        ids = prompt(1, 90)
+        greedy = generate(pair[1], DynamicCache(), ids)
+        assert torch.equal(generate(pair[0], CSKVCache(), ids, assistant_early_exit=1), greedy)
+
+    def test_assisted_decoding_sample(self, pair):
+        """Sampling accepts proposals by chance, so its tokens are known only where one has all the probability."""
+        ids, helper = prompt(1, 90), make_model(num_hidden_layers=1, seed=5)
+        sampled = dict(assistant_model=helper, do_sample=True)
+        output = generate(pair[0], CSKVCache(), ids, **sampled)
+        assert output.shape == (1, 90 + NEW) and torch.equal(output[:, :90], ids)
+        greedy = generate(pair[1], DynamicCache(), ids)
+        assert torch.equal(generate(pair[0], CSKVCache(), ids, top_k=1, **sampled), greedy)
 
     def test_prompt_lookup_decoding_matches_greedy_search(self, pair):
-        ids = torch.cat([prompt(1, 30)] * 3, dim=1)
+        ids, cache = torch.cat([prompt(1, 30)] * 3, dim=1), CSKVCache()
         greedy = generate(pair[1], DynamicCache(), ids)
-        assert torch.equal(generate(pair[0], CSKVCache(), ids, prompt_lookup_num_tokens=3), greedy)
+        assert torch.equal(generate(pair[0], cache, ids, prompt_lookup_num_tokens=3), greedy)
+        assert cache.tokens.num_old > 0
 
     def test_prompt_lookup_decoding_stops_at_eos(self, pair):
         """The end of a sequence among the tokens looked up ends it there, although more were proposed."""
@@ -211,26 +232,26 @@ class TestGeneration:
 
     def test_generate_with_static_cache(self, pair):
         """The model's own static cache stays exact while an adapter is there; ours of fixed size gives the same."""
-        ids = prompt(2, 13)
+        ids, static = prompt(2, 13), StaticCache(pair[1].config, max_cache_len=13 + NEW)
         expected = generate(pair[1], DynamicCache(), ids)
-        assert torch.equal(generate(pair[0], StaticCache(pair[1].config, max_cache_len=13 + NEW), ids), expected)
+        assert torch.equal(generate(pair[0], static, ids), expected)
+        assert static.get_seq_length() == 13 + NEW - 1 and static.layers[1].keys.shape[2] == 13 + NEW
         assert torch.equal(generate(pair[0], CSKVStaticCache(13 + NEW), ids), expected)
 
     def test_eager_matches_sdpa_generate(self, pair):
-        family = "qwen3" if pair[1].config.model_type == "qwen3" else "llama"
-        eager = compressed(make_model(family, attn_implementation="eager"))
+        eager = compressed(make_model(pair[1].config.model_type, attn_implementation="eager"))
         assert eager.config._attn_implementation != pair[0].config._attn_implementation
-        assert torch.equal(generate(eager, CSKVCache()), generate(pair[0], CSKVCache()))
+        settings = dict(return_dict_in_generate=True, output_logits=True)
+        one, other = (generate(model, CSKVCache(), **settings) for model in (eager, pair[0]))
+        assert torch.equal(one.sequences, other.sequences)
+        torch.testing.assert_close(torch.stack(one.logits), torch.stack(other.logits), atol=1e-5, rtol=1e-5)
 
-    def test_generate_methods_with_logits_to_keep(self, pair):
-        outputs = []
-        for logits_to_keep in (0, 1):
-            cache = CSKVCache()
-            with torch.no_grad():
-                pair[0](prompt(2, 13), past_key_values=cache, logits_to_keep=logits_to_keep)
-                outputs.append(pair[0](prompt(2, 3, 4), past_key_values=cache, logits_to_keep=logits_to_keep).logits)
-        assert outputs[0].shape[1] == 3 and outputs[1].shape[1] == 1
-        torch.testing.assert_close(outputs[0][:, -1:], outputs[1])
+    @pytest.mark.parametrize("method", [{}, {"do_sample": True}, {"num_beams": 2}], ids=["greedy", "sample", "beam"])
+    def test_generate_methods_with_logits_to_keep(self, pair, method):
+        """All logits of the prompt, or, as generate() asks for by itself, the last only."""
+        all_logits = generate(pair[0], CSKVCache(), logits_to_keep=0, **method)
+        assert torch.equal(all_logits, generate(pair[0], CSKVCache(), **method))
+        assert torch.equal(all_logits, generate(pair[1], DynamicCache(), **method))
 
 
 class TestCaches:
@@ -248,13 +269,14 @@ class TestCaches:
         assert cache.get_seq_length() == 20
 
     def test_cache_batched(self, pair):
-        """A padded batch of prompts of different length."""
+        """A padded batch of prompts of different length, whose padding takes no place: sinks are real tokens."""
         ids, mask = prompt(3, 18), torch.ones(3, 18, dtype=torch.long)
         mask[1, :5] = mask[2, :11] = 0
-        equal(pair, ids=ids * mask, mask=mask)
+        cache = equal(pair, ids=ids * mask, mask=mask)
+        assert cache.tokens.slots["sinks"].tolist() == [[0], [5], [11]]
 
     def test_cache_beam_search(self, pair):
-        equal(pair, num_beams=4, num_return_sequences=4)
+        equal(pair, num_beams=4, num_return_sequences=4, max_new_tokens=20)
 
     def test_cache_extra_left_padding(self, pair):
         """More padding than any row needs changes no token."""
@@ -265,74 +287,79 @@ class TestCaches:
         assert torch.equal(generate(pair[0], CSKVCache(), padded, mask)[:, 30:], expected)
 
     def test_static_cache_greedy_decoding_pad_left(self, pair):
-        ids, mask = prompt(2, 18), torch.ones(2, 18, dtype=torch.long)
+        ids, mask, cache = prompt(2, 18), torch.ones(2, 18, dtype=torch.long), CSKVStaticCache(18 + NEW)
         mask[1, :7] = 0
-        actual = generate(pair[0], CSKVStaticCache(18 + NEW), ids * mask, mask)
+        actual = generate(pair[0], cache, ids * mask, mask)
         assert torch.equal(actual, generate(pair[1], DynamicCache(), ids * mask, mask))
+        assert cache.tokens.counts.flatten().tolist() == [18 + NEW - 1, 11 + NEW - 1]
 
     def test_reorder_cache_retrocompatibility(self, pair):
         """Rows in another order continue as if they had been read in it."""
-        ids, order, logits = prompt(3, 20), torch.tensor([2, 0, 0]), []
-        for moved in (True, False):
-            cache = CSKVCache()
-            with torch.no_grad():
-                pair[0](ids if moved else ids[order], past_key_values=cache, use_cache=True)
-                if moved:
-                    cache.reorder_cache(order)
-                logits.append(pair[0](prompt(3, 1, 4)[order], past_key_values=cache, use_cache=True).logits)
-        torch.testing.assert_close(*logits)
+        ids, more, order, cache = prompt(3, 20), prompt(3, 1, 4), torch.tensor([2, 0, 0]), CSKVCache()
+        with torch.no_grad():
+            pair[0](ids, past_key_values=cache, use_cache=True)
+            cache.reorder_cache(order)
+            logits = pair[0](more[order], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(logits, continued(pair[1], DynamicCache(), ids[order], more[order]))
 
     def test_cache_reset(self, pair):
-        """Emptied in place, it serves another prompt as a new one does."""
-        cache = CSKVCache()
-        generate(pair[0], cache, prompt(2, 20, seed=8))
+        """Emptied in place, layers and positions, it serves another batch as a new one does."""
+        ids, mask, cache = prompt(3, 20, seed=8), torch.ones(3, 20, dtype=torch.long), CSKVCache()
+        mask[:, :9] = 0
+        generate(pair[0], cache, ids * mask, mask)
         cache.reset()
-        assert cache.get_seq_length() == 0
-        assert torch.equal(generate(pair[0], cache), generate(pair[0], CSKVCache()))
+        assert [cache.get_seq_length(layer_idx) for layer_idx in range(2)] == [0, 0] and cache.nbytes == 0
+        assert torch.equal(generate(pair[0], cache), generate(pair[1], DynamicCache()))
 
 
 class TestModels:
     """tests/test_modeling_common.py, ModelTesterMixin: what a cache and an adapter could break."""
 
     def test_determinism(self, pair):
-        first, second = (
-            generate(pair[0], CSKVCache(), return_dict_in_generate=True, output_logits=True) for _ in "ab"
-        )
-        assert torch.equal(torch.stack(first.logits), torch.stack(second.logits))
+        """Nothing is drawn: two runs from different seeds are the same bit by bit."""
+        first, second = (continued(pair[0], CSKVCache(), prompt(2, 20), prompt(2, 3, 4), seed=seed) for seed in (0, 1))
+        assert torch.equal(first, second)
 
     def test_batching_equivalence(self, pair):
         """Each row of a batch gets the logits that it gets alone."""
-        ids, logits = prompt(3, 20), []
-        for rows in (slice(0, 3), slice(1, 2)):
-            cache = CSKVCache()
-            with torch.no_grad():
-                pair[0](ids[rows, :17], past_key_values=cache, use_cache=True)
-                logits.append(pair[0](ids[rows, 17:], past_key_values=cache, use_cache=True).logits)
-        torch.testing.assert_close(logits[0][1:2], logits[1], atol=1e-5, rtol=1e-5)
+        ids, more = prompt(3, 17), prompt(3, 3, 4)
+        together = continued(pair[0], CSKVCache(), ids, more)
+        for row in range(3):
+            alone = continued(pair[0], CSKVCache(), ids[row : row + 1], more[row : row + 1])
+            torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
-    def test_attention_outputs(self):
-        """Weights of every layer over every slot, of compressed tokens too."""
-        model, cache = compressed(make_model(attn_implementation="eager")), CSKVCache()
-        with torch.no_grad():
-            model(prompt(2, 20), past_key_values=cache, use_cache=True)
-            weights = model(prompt(2, 3, 4), past_key_values=cache, use_cache=True, output_attentions=True).attentions
-        assert [w.shape for w in weights] == [(2, 8, 3, 23)] * 2
-        torch.testing.assert_close(weights[0].sum(-1), torch.ones_like(weights[0].sum(-1)))
+    def test_attention_outputs(self, documented):
+        """Eager attention gives weights of every slot, as over a full cache, by rebuilding the keys of the step."""
+        documented(
+            "compatibility-refusals", "`output_attentions=True`", "with a CSKVCache", "yes, with eager attention"
+        )
+        plain, weights = make_model(attn_implementation="eager"), []
+        for model, cache in (
+            (compressed(make_model(attn_implementation="eager")), CSKVCache()),
+            (plain, DynamicCache()),
+        ):
+            continued(model, cache, prompt(2, 15), prompt(2, 5, 4))
+            history = torch.cat([prompt(2, 15), prompt(2, 5, 4), prompt(2, 3, 5)], dim=1)
+            output = generate(model, cache, history, output_attentions=True, return_dict_in_generate=True)
+            weights.append([layer for step in output.attentions for layer in step])
+        assert len(weights[0]) == NEW * 2 and weights[0][0].shape == (2, 8, 3, 23)
+        for one, other in zip(*weights):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
-    def test_can_set_attention_dynamically(self):
-        """Afterwards keys and values are rebuilt for the implementation chosen: slower, and the same tokens."""
+    @pytest.mark.parametrize("name", ["eager", "sdpa"])
+    def test_can_set_attention_dynamically(self, name):
+        """Afterwards keys and values are rebuilt for the implementation chosen: slower, and the same logits."""
         model, plain = compressed(make_model()), make_model()
-        model.set_attn_implementation("eager")
-        assert torch.equal(generate(model, CSKVCache()), generate(plain, DynamicCache()))
+        for each in (model, plain):
+            each.set_attn_implementation(name)
+        assert model.config._attn_implementation == model.get_base_model().config._attn_implementation == name
+        actual = continued(model, CSKVCache(), prompt(2, 20), prompt(2, 5, 4))
+        expected = continued(plain, DynamicCache(), prompt(2, 20), prompt(2, 5, 4))
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
     def test_eager_matches_sdpa_inference(self, pair):
-        family = "qwen3" if pair[1].config.model_type == "qwen3" else "llama"
-        logits = []
-        for model in (compressed(make_model(family, attn_implementation="eager")), pair[0]):
-            cache = CSKVCache()
-            with torch.no_grad():
-                model(prompt(2, 20), past_key_values=cache, use_cache=True)
-                logits.append(model(prompt(2, 5, 4), past_key_values=cache, use_cache=True).logits)
+        eager = compressed(make_model(pair[1].config.model_type, attn_implementation="eager"))
+        logits = [continued(m, CSKVCache(), prompt(2, 20), prompt(2, 5, 4)) for m in (eager, pair[0])]
         torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
 
     def test_torch_save_load(self):

@@ -96,7 +96,7 @@ def dense_weight(linear: nn.Module, in_features: int, device: torch.device, dtyp
     Read off where it is there to be read; otherwise (quantised, offloaded, under a LoRA) found by asking the layer.
     """
     if type(linear) is nn.Linear and not linear._forward_hooks and not hasattr(linear, "_hf_hook"):
-        return linear.weight.double().cpu()
+        return linear.weight.detach().double().cpu()  # of a float64 model on the CPU, these are the parameter itself
     rows = [linear(torch.zeros(1, in_features, device=device, dtype=dtype))]
     identity = torch.eye(in_features, device=device, dtype=dtype)
     rows.extend(linear(chunk) for chunk in identity.split(1024))
