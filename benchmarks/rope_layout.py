@@ -483,9 +483,10 @@ def main() -> None:
     if args.speed:
         results["speed"] = speed(args)
     if args.out:
-        settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "model", "text", "train")}
+        used = [training] * bool(args.train) + [measuring] * bool(args.model) + [timing] * args.speed
+        settings = {a.dest: str(getattr(args, a.dest)) for group in used for a in group._group_actions}
         names = {k: Path(v).name for k, v in (("model", args.model), ("text", args.text)) if v}
-        about = {"machine": machine(args.threads), "settings": settings | names}
+        about = {"machine": machine(args.threads), "settings": {"lines": args.lines} | settings | names}
         args.out.write_text(json.dumps(about | results | {"minutes": (time.perf_counter() - started) / 60}, indent=1))
 
 
