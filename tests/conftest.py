@@ -11,13 +11,16 @@ from local_hub import LocalHub
 OWNER, STRANGER = "hf_owner", "hf_stranger"  # tokens
 HUB = LocalHub({OWNER: "ada", STRANGER: "eve"}).start()
 HF_HOME = tempfile.mkdtemp(prefix="cskv-hf-home-")
-atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
+EXTENSIONS = tempfile.mkdtemp(prefix="cskv-hf-extensions-")  # without whatever kernels the user has compiled
+for folder in (HF_HOME, EXTENSIONS):
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))]:
     del os.environ[name]
 os.environ |= {
     "HF_ENDPOINT": HUB.url,
     "HF_TOKEN": OWNER,
     "HF_HOME": HF_HOME,
+    "TORCH_EXTENSIONS_DIR": EXTENSIONS,
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

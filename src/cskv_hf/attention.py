@@ -50,11 +50,10 @@ def compressed_attention(
     Returns:
         (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked.
     """
-    compiling = torch.compiler.is_compiling()  # which makes kernels of its own, of the torch code
-    in_kernels = kv.key_latents.num_tokens > 0 and not compiling and kernels.serve(query)
-    attend = _attend_in_kernels if in_kernels else _attend
+    served = kernels.choose(query, kv.factors.key_B) if kv.key_latents.num_tokens else None
+    attend = {"gpu": _attend_on_gpu, "cpu": _attend_on_cpu, None: _attend}[served]
     chunk = QUERY_CHUNK
-    if in_kernels:  # which write all scores of a chunk
+    if served == "gpu":  # all scores of a chunk are written
         chunk = max(1, min(chunk, GPU_SCORES // (query.shape[0] * query.shape[1] * kv.key_latents.num_tokens)))
     chunks = []
     for start in range(0, query.shape[2], chunk):
@@ -91,8 +90,8 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
     return ((exact + old) / softmax.total).view(query.shape).to(query.dtype)
 
 
-def _attend_in_kernels(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
-    from .kernels.attention import old_scores, sum_values
+def _attend_on_gpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
+    from .kernels.gpu import old_scores, sum_values
 
     q, shared = _rows_by_kv_head(query * scaling, kv.factors.num_key_value_heads)
     exact_scores = _masked((q @ kv.exact_keys.mT).float(), exact_mask, shared)
@@ -105,6 +104,13 @@ def _attend_in_kernels(query, kv: CompressedKV, scaling: float, exact_mask, old_
     old = _decode_summed_values(latent, old_sum, kv.factors)
     total = (exact_sum + old_sum).clamp_min(torch.finfo(torch.float32).tiny)
     return ((exact + old) / total).view(query.shape).to(query.dtype)
+
+
+def _attend_on_cpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
+    from .kernels.cpu import attend
+
+    q, _ = _rows_by_kv_head(query.float() * scaling, kv.factors.num_key_value_heads)
+    return attend(q, kv, exact_mask, old_mask).view(query.shape).to(query.dtype)
 
 
 def _rows_by_kv_head(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, int]:
@@ -186,8 +192,8 @@ class OnlineSoftmax:
 
 
 def _masked(scores: torch.Tensor, mask: torch.Tensor | None, shared: int) -> torch.Tensor:
-    """Apply a mask (batch or 1, 1, num_queries or 1, columns) to scores (batch, kv_heads, shared * num_queries,
-    columns)."""
+    """Apply a mask (batch or 1, 1, num_queries or 1, columns) in place to scores (batch, kv_heads, shared *
+    num_queries, columns)."""
     if mask is None:
         return scores
     by_head = scores.unflatten(2, (shared, -1))

@@ -196,6 +196,25 @@ def inspect(
         raise typer.BadParameter(str(error)) from error
 
 
+@app.command()
+def kernels(
+    build: Annotated[
+        bool, typer.Option("--build", help="Compile those for the CPU first; about half a minute.")
+    ] = False,
+) -> None:
+    """Say which kernels attention has here; with --build, compile those for the CPU."""
+    from .kernels import HAS_TRITON, cpu
+
+    if build:
+        try:
+            cpu.build()
+        except (RuntimeError, OSError) as error:
+            raise typer.BadParameter(str(error)) from error
+    on_cpu = f"compiled, {cpu.library_path()}" if cpu.load() else "not compiled; `cskv kernels --build` does it"
+    typer.echo(f"CPU: {on_cpu}")
+    typer.echo(f"GPU: {'Triton is installed' if HAS_TRITON else 'no Triton; `pip install cskv-hf[kernels]`'}")
+
+
 @app.command("eval")
 def evaluate_model(
     model: Annotated[str, typer.Argument(help="Adapter or model, id or directory; or 'bundled'.")],

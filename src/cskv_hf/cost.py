@@ -35,6 +35,10 @@ PIECE_ELEMENTS = 300  # that one token's channels of a piece are worth, where la
 # what is left of a short context's time), of a tile, of a key group in it, of a tier of packed latents in it.
 STEP_OPERATIONS, TILE_OPERATIONS, GROUP_OPERATIONS, TIER_OPERATIONS = 300, 20, 4, 8
 KERNEL_OPERATIONS = 60  # of a step in which the kernels attend
+# The same for the kernels of a CPU, in the passes above: of a rebuilt key that is turned, and scored by each query
+# head that shares it, and of an angle.
+TURNED_PASSES, SCORED_PASSES, COMPUTED_ANGLE_PASSES = 0.5, 0.2, 6
+UNPACKED_PASSES = {1: 0.25, 2: 0.5, 3: 0.75}  # of a code in so many bit planes
 KERNEL_ROWS = 16  # query rows for which the kernel of values unpacks once
 
 LONGEST = 2**20  # tokens up to which `quicker_from` looks
@@ -265,6 +269,12 @@ def compressed_work(
         elements = batch * num_old * (unpacked + shape.kv_dim + 2 * num_attention_heads)
         scores = 3 * 4 * batch * num_old * num_attention_heads
         return Work(flops, elements, stored + scores + exact * device.dtype.itemsize, KERNEL_OPERATIONS)
+    if device.kernels:
+        rows = num_attention_heads // shape.num_key_value_heads
+        of_old = (TURNED_PASSES + SCORED_PASSES * rows) * shape.kv_dim
+        of_old += sum(UNPACKED_PASSES[n] for f in formats for n in _planes(f))
+        angles = COMPUTED_ANGLE_PASSES * shape.head_dim / 2 * num_old / shape.num_hidden_layers
+        return Work(flops, batch * num_old * of_old + angles + 2 * exact, stored, KERNEL_OPERATIONS)
     copied = batch > 1 and heads_per_group > 1  # a product over batch and heads at once needs them next to each other
     of_old = (KEY_PASSES + copied) * shape.kv_dim + sum(_read_passes(f, device.dtype) for f in formats)
     scores = SOFTMAX_PASSES * num_attention_heads * batch * context

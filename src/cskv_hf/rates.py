@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .attention import CPU_TILE
 from .config import ModelShape
 from .factors import compute_dtype
+from .kernels import cpu
 
 SHORT, LONG = 1024, 8192  # tokens at which a device's full caches are measured, of 8 KV heads x 128
 
@@ -31,6 +32,7 @@ class Device:
         copied: bytes read and written when DynamicCache grows by `torch.cat`, at `SHORT` and at `LONG` tokens.
         attended: bytes that SDPA goes through for one query, each query head counted, at the same lengths.
         operation: seconds of an operation on next to nothing.
+        kernels: whether attention runs in kernels of ours: on a GPU, and on a CPU where they are compiled.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Device:
     copied: tuple[float, float]
     attended: tuple[float, float]
     operation: float
+    kernels: bool
 
 
 @torch.no_grad()
@@ -93,7 +96,8 @@ def measure_device(
     del large
     torch.empty(30 * 2**20, dtype=torch.uint8, device=place)
     copied, attended = zip(*(_full_rates(place, dtype, length, median) for length in (SHORT, LONG)))
-    return Device(place.type, dtype, matmul, elements, read, copied, attended, operation)
+    kernels = place.type == "cuda" or cpu.load()
+    return Device(place.type, dtype, matmul, elements, read, copied, attended, operation, kernels)
 
 
 def _full_rates(place: torch.device, dtype: torch.dtype, length: int, median: Callable) -> tuple[float, float]:

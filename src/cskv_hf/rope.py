@@ -65,7 +65,9 @@ def cos_sin(
     """
     inv_freq = frequencies.inv_freq.to(positions.device)
     angles = positions.unsqueeze(-1).float() * inv_freq.float()
-    cos, sin = angles.cos() * frequencies.attention_scaling, angles.sin() * frequencies.attention_scaling
+    cos, sin = angles.cos(), angles.sin_()
+    if frequencies.attention_scaling != 1.0:
+        cos, sin = cos * frequencies.attention_scaling, sin * frequencies.attention_scaling
     return cos.to(dtype), sin.to(dtype)
 
 

@@ -17,7 +17,7 @@ import torch
 from .rope import RotaryFrequencies, cos_sin
 
 ROLLBACK_TOKENS = 64  # assisted decoding proposes 20 tokens by default
-TURN_CHUNK = 2**11  # tokens whose cos and sin are computed at a time; intermediates are several times the result
+TURN_CHUNK = 2**17  # cos that are computed at a time; intermediates are several times the result
 Index = torch.Tensor | slice  # columns to take: a slice for all rows, or (batch, n) with -1 for "nothing here"
 
 
@@ -117,22 +117,31 @@ class Step:
         return self._without[num_dropped]
 
     def old_cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the latents' keys in the model's dtype, (batch, num_old, head_dim / 2)."""
-        return cos_sin(self.old_positions.to(device), self.old_frequencies, dtype)
-
-    def old_turn(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """[`old_cos_sin`] as complex numbers, in float32 or wider; computed once for all layers.
+        """cos and sin of the latents' keys in the model's dtype, computed once for all layers.
 
         Rows that are all alike are one: (batch or 1, num_old, head_dim / 2).
         """
+        key = ("cos_sin", device, dtype)
+        if key not in self._turn:
+            self._turn[key] = cos_sin(self._positions_by_row().to(device), self.old_frequencies, dtype)
+        return self._turn[key]
+
+    def _positions_by_row(self) -> torch.Tensor:
+        """Positions of the latents, (batch, num_old), or (1, num_old) if all rows are alike."""
+        first = self.old_positions[:1]
+        alike = self.slots is None and (len(self.old_positions) == 1 or bool((first == self.old_positions).all()))
+        return first if alike else self.old_positions
+
+    def old_turn(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """[`old_cos_sin`] as complex numbers, in float32 or wider."""
         key = (device, dtype)
         if key not in self._turn:
-            alike = self.slots is None and bool((self.old_positions[:1] == self.old_positions).all())
-            positions = self.old_positions[:1] if alike else self.old_positions
+            positions = self._positions_by_row()
             kind = torch.promote_types(dtype, torch.float32).to_complex()
             turn = torch.empty(*positions.shape, self.old_frequencies.inv_freq.shape[-1], dtype=kind, device=device)
-            for first in range(0, positions.shape[1], TURN_CHUNK):
-                part = slice(first, first + TURN_CHUNK)
+            tokens = max(1, TURN_CHUNK // turn.shape[-1])
+            for first in range(0, positions.shape[1], tokens):
+                part = slice(first, first + tokens)
                 cos, sin = cos_sin(positions[:, part].to(device), self.old_frequencies.columns(part), dtype)
                 turn.real[:, part], turn.imag[:, part] = cos, sin
             self._turn[key] = turn

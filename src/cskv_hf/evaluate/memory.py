@@ -31,7 +31,11 @@ def held_nbytes(cache: Cache, dtype: torch.dtype | None = None) -> int:
 
 
 def _plain_tensors(value: Any) -> list[torch.Tensor]:
-    """A tensor, or the tensors that one of a quantised class is made of."""
+    """A tensor, the tensors that one of a quantised class is made of, or those in a tuple or dict of them."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
+        return [t for part in value for t in _plain_tensors(part)]
     if not isinstance(value, torch.Tensor):
         return []
     if not hasattr(value, "__tensor_flatten__"):

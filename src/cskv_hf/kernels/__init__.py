@@ -1,10 +1,11 @@
-"""Attention over a compressed past on a GPU, in Triton; the torch code in attention.py is its oracle and its
-fallback."""
+"""Attention over a compressed past by kernels: on a GPU in Triton, on a CPU in C++ once the user has compiled it. The
+torch code in attention.py is their oracle and their fallback."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Literal
 
 import torch
 from transformers.utils import logging
@@ -13,36 +14,47 @@ from ..latents import PackedFormat
 
 logger = logging.get_logger(__name__)
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 HEAD_DIMS = (32, 64, 128, 256)
+CPU_QUERIES = 8  # of a row; more are quicker as torch's own matrix products
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def serve(query: torch.Tensor) -> bool:
-    """Whether the kernels take this query; where a GPU has to do without them, one warning says why."""
+def choose(query: torch.Tensor, trained: torch.Tensor) -> Literal["gpu", "cpu"] | None:
+    """The kernels that take this query, or None: if there are none, if somebody asks for gradients of it or of the
+    factor `trained`, or, on a CPU, if a compiler traces it. Where a GPU has to do without them, one warning says why.
+    """
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and (query.requires_grad or trained.requires_grad):
+        return None
+    if query.device.type == "cpu":
+        served = query.shape[2] <= CPU_QUERIES and query.dtype in DTYPES
+        return "cpu" if served and not compiling and _on_cpu() else None
     if not query.is_cuda:
-        return False
+        return None
     problem = why_not(query)
-    if problem:
+    if problem and not compiling:
         logger.warning_once(
             f"Attention over a compressed cache runs without CSKV's Triton kernels, and slower: {problem}."
         )
-    return not problem
+    return None if problem else "gpu"
+
+
+def _on_cpu() -> bool:
+    from .cpu import load
+
+    return load()
 
 
 def why_not(query: torch.Tensor) -> str | None:
     """Why the kernels cannot serve `query`, or None if they can."""
-    if not _has_triton():
+    if not HAS_TRITON:
         return "Triton is not installed (`pip install cskv-hf[kernels]`)"
     if query.shape[-1] not in HEAD_DIMS:
         return f"they need a head_dim of {', '.join(map(str, HEAD_DIMS))}, this model has {query.shape[-1]}"
     if query.dtype not in DTYPES:
         return f"they compute in 16 or 32 bits, this model in {query.dtype}"
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

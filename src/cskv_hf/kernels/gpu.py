@@ -8,12 +8,16 @@ and old token. Softmax needs no running maximum: the maximum is known before val
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from ..cache_layer import CompressedKV
-from ..latents import Latents, PackedFormat
+from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
+from ..quantize import PackedLayout
 from . import chunks_of
 
 KEY_TILE, KEY_CHUNK = 64, 16  # tokens and channels at a time; 16 is the least that tensor cores take
@@ -186,24 +190,16 @@ def old_scores(query: torch.Tensor, kv: CompressedKV) -> torch.Tensor:
     Returns:
         (batch, num_key_value_heads, rows, num_old) float32.
     """
-    batch, heads, rows, head_dim = query.shape
-    factors, latents = kv.factors, kv.key_latents
-    scores = query.new_empty(batch, heads, rows, latents.num_tokens, dtype=torch.float32)
-    pieces, first_piece, _ = chunks_of(latents.format, factors.key_ranks, KEY_CHUNK, query.device)
+    factors, latents, step = kv.factors, kv.key_latents, kv.step
     # float32 keeps the model's own cos and sin; to 16 bits both ways are the same
-    in_tiles = None if query.dtype == torch.float32 else kv.step.old_turn_in_tiles(query.device, KEY_TILE)
-    starts, turn = in_tiles or (None, kv.step.old_turn(query.device, kv.exact_keys.dtype))
-    grid = (triton.cdiv(latents.num_tokens, KEY_TILE), heads, batch)
-    _score_kernel[grid](
-        query.contiguous(), *_stored(latents), pieces, first_piece, factors.key_B.to(query.dtype).mT.contiguous(),
-        factors.key_mean, torch.view_as_real(turn), torch.view_as_real(turn if starts is None else starts), scores,
-        rows, latents.num_tokens, latents.format.rank, *_block_sizes(latents),
-        2 * turn.stride(0) if turn.ndim == 3 and len(turn) > 1 else 0,
-        IN_TILES=in_tiles is not None, HEADS_PER_GROUP=factors.heads_per_group, HEAD_DIM=head_dim, ROWS=ROWS,
-        TILE=KEY_TILE, CHUNK=KEY_CHUNK, num_warps=KEY_WARPS,
-        **_constants(latents, KEY_TILE),
+    in_tiles = None if query.dtype == torch.float32 else step.old_turn_in_tiles(query.device, KEY_TILE)
+    starts, turn = in_tiles or (None, step.old_turn(query.device, kv.exact_keys.dtype))
+    turns = [torch.view_as_real(t) if t.is_complex() else t for t in (turn, turn if starts is None else starts)]
+    launch = gpu_scores if torch.compiler.is_compiling() else _launch_scores
+    return launch(
+        query, *_stored(latents), *_description(latents), factors.key_ranks, factors.key_B, factors.key_mean, *turns,
+        in_tiles is not None,
     )  # fmt: skip
-    return scores
 
 
 def sum_values(
@@ -219,10 +215,42 @@ def sum_values(
     Returns:
         (batch, rows, value_rank) and (batch, rows), float32.
     """
+    launch = gpu_values if torch.compiler.is_compiling() else _launch_values
+    return launch(scores, maximum, *_stored(kv.value_latents), *_description(kv.value_latents), dtype)
+
+
+# A compiler does not look into the two that follow, and calls them as operations. So latents are described by tensors
+# and numbers: bits of every channel (none of plain ones), their number, and the tokens of a block, and tokens and
+# channels of a range.
+
+
+def _launch_scores(
+    query: torch.Tensor, data: torch.Tensor, ranges: torch.Tensor, bits: Sequence[int], rank: int,
+    sizes: Sequence[int], key_ranks: Sequence[int], key_B: torch.Tensor, mean: torch.Tensor, turn: torch.Tensor,
+    tile_turn: torch.Tensor, in_tiles: bool,
+) -> torch.Tensor:  # fmt: skip
+    batch, heads, rows, head_dim = query.shape
+    num_tokens = data.shape[1] * sizes[0]
+    scores = query.new_empty(batch, heads, rows, num_tokens, dtype=torch.float32)
+    format = _format(tuple(bits), rank, *sizes)
+    pieces, first_piece, _ = chunks_of(format, tuple(key_ranks), KEY_CHUNK, query.device)
+    _score_kernel[triton.cdiv(num_tokens, KEY_TILE), heads, batch](
+        query.contiguous(), data.contiguous(), ranges.contiguous(), pieces, first_piece,
+        key_B.to(query.dtype).mT.contiguous(), mean, turn, tile_turn, scores, rows, num_tokens, rank,
+        *_block_sizes(format), turn.stride(0) if turn.ndim == 4 and len(turn) > 1 else 0, IN_TILES=in_tiles,
+        HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim, ROWS=ROWS, TILE=KEY_TILE, CHUNK=KEY_CHUNK,
+        num_warps=KEY_WARPS, **_constants(format, KEY_TILE),
+    )  # fmt: skip
+    return scores
+
+
+def _launch_values(
+    scores: torch.Tensor, maximum: torch.Tensor, data: torch.Tensor, ranges: torch.Tensor, bits: Sequence[int],
+    rank: int, sizes: Sequence[int], dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     batch, rows, num_tokens = scores.shape
-    latents = kv.value_latents
-    rank = latents.format.rank
-    pieces, _, num_pieces = chunks_of(latents.format, (rank,), VALUE_CHUNK, scores.device)
+    format = _format(tuple(bits), rank, *sizes)
+    pieces, _, num_pieces = chunks_of(format, (rank,), VALUE_CHUNK, scores.device)
     row_tiles = triton.cdiv(rows, ROWS)
     tiles = triton.cdiv(num_tokens, VALUE_TILE)
     splits = min(tiles, triton.cdiv(PROGRAMS, num_pieces * batch * row_tiles))
@@ -230,13 +258,26 @@ def sum_values(
     splits = triton.cdiv(num_tokens, per_split)
     summed = scores.new_empty(splits, batch, rows, rank)
     weight = scores.new_empty(splits, batch, rows)
-    _value_kernel[(num_pieces, splits, batch * row_tiles)](
-        scores, maximum.contiguous(), *_stored(latents), pieces, summed, weight,
-        rows, num_tokens, rank, *_block_sizes(latents), per_split, row_tiles,
-        ROWS=ROWS, TILE=VALUE_TILE, CHUNK=VALUE_CHUNK, DTYPE=TRITON_DTYPES[dtype], 
-        num_warps=VALUE_WARPS, **_constants(latents, VALUE_TILE),
+    _value_kernel[num_pieces, splits, batch * row_tiles](
+        scores.contiguous(), maximum.contiguous(), data.contiguous(), ranges.contiguous(), pieces, summed, weight,
+        rows, num_tokens, rank, *_block_sizes(format), per_split, row_tiles, ROWS=ROWS, TILE=VALUE_TILE,
+        CHUNK=VALUE_CHUNK, DTYPE=TRITON_DTYPES[dtype], num_warps=VALUE_WARPS, **_constants(format, VALUE_TILE),
     )  # fmt: skip
     return summed.sum(0), weight.sum(0)
+
+
+gpu_scores = torch.library.custom_op("cskv_hf::gpu_scores", _launch_scores, mutates_args=())
+gpu_values = torch.library.custom_op("cskv_hf::gpu_values", _launch_values, mutates_args=())
+
+
+@gpu_scores.register_fake
+def _(query, data, ranges, bits, rank, sizes, *_):
+    return query.new_empty(*query.shape[:3], data.shape[1] * sizes[0], dtype=torch.float32)
+
+
+@gpu_values.register_fake
+def _(scores, maximum, data, ranges, bits, rank, sizes, dtype):
+    return scores.new_empty(*scores.shape[:2], rank), scores.new_empty(scores.shape[:2])
 
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -244,23 +285,38 @@ TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.f
 
 def _stored(latents: Latents) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and ranges; plain latents stand for both."""
-    tensors = [t.contiguous() for t in latents.tensors]
+    tensors = latents.tensors
     return tensors[0], tensors[-1]
 
 
-def _block_sizes(latents: Latents) -> tuple[int, int]:
+def _description(latents: Latents) -> tuple[tuple[int, ...], int, tuple[int, int, int]]:
+    """What [`_format`] turns back into the format of the latents."""
+    format = latents.format
+    if not isinstance(format, PackedFormat):
+        return (), format.rank, (format.block_size, 1, 1)
+    layout = format.layout
+    return layout.bits, layout.rank, (layout.block_size, layout.group_tokens, layout.group_channels)
+
+
+@functools.cache
+def _format(bits: tuple[int, ...], rank: int, block_size: int, group_tokens: int, group_channels: int) -> LatentFormat:
+    if not bits:
+        return PlainFormat(rank, block_size)
+    return PackedFormat(PackedLayout(bits, block_size, group_tokens, group_channels))
+
+
+def _block_sizes(format: LatentFormat) -> tuple[int, int]:
     """Bytes of codes and number of ranges of a block."""
-    if not isinstance(latents.format, PackedFormat):
+    if not isinstance(format, PackedFormat):
         return 0, 0
-    return latents.format.layout.code_bytes, latents.format.layout.num_ranges
+    return format.layout.code_bytes, format.layout.num_ranges
 
 
-def _constants(latents: Latents, tile: int) -> dict[str, int | bool]:
+def _constants(format: LatentFormat, tile: int) -> dict[str, int | bool]:
     """What a kernel is compiled for: how latents are stored."""
-    if not isinstance(latents.format, PackedFormat):
-        constants = dict(PACKED=False, BLOCK=latents.format.block_size, GROUP_TOKENS=1, GROUP_CHANNELS=1)
-        return constants | dict(ONE_RANGE=False)
-    layout = latents.format.layout
+    if not isinstance(format, PackedFormat):
+        return dict(PACKED=False, BLOCK=format.block_size, GROUP_TOKENS=1, GROUP_CHANNELS=1, ONE_RANGE=False)
+    layout = format.layout
     return dict(
         PACKED=True,
         BLOCK=layout.block_size,

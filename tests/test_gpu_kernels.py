@@ -8,98 +8,22 @@ import sys
 import pytest
 import torch
 from conftest import lossy, make_model, prompt
+from random_past import CASES, DEVICE, layer, past, widened
 
 import cskv_hf.attention as attention
-from cskv_hf import CSKVCache, CSKVConfig, CSKVStaticCache, kernels
-from cskv_hf.cache_layer import CompressedKV
-from cskv_hf.factors import LayerFactors
-from cskv_hf.latents import Latents
-from cskv_hf.rope import RotaryFrequencies
-from cskv_hf.tokens import Step
+from cskv_hf import CSKVCache, CSKVStaticCache, kernels
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py then asks for the interpreter
-
-
-def layer(layout, key_bits, value_bits, heads, head_dim, dtype, group=None):
-    """Random factors of a layer; bits per channel of each key group and of the values, or how many plain channels."""
-    torch.manual_seed(0)
-    plain = isinstance(value_bits, int)
-    key_ranks = tuple(k if plain else len(k) for k in key_bits)
-    value_rank = value_bits if plain else len(value_bits)
-    config = CSKVConfig(key_rank=sum(key_ranks), value_rank=value_rank, key_layout=layout, key_group=group)
-    flat = () if plain else tuple(b for bits in key_bits for b in bits)
-    kv_dim, key_rank = heads * head_dim, sum(key_ranks)
-
-    def matrix(*shape):
-        return (torch.randn(shape) / shape[-1] ** 0.5).to(DEVICE, dtype)
-
-    return LayerFactors(
-        key_A=matrix(key_rank, kv_dim // len(key_ranks)),
-        key_B=matrix(kv_dim // len(key_ranks), key_rank),
-        value_A=matrix(value_rank, kv_dim),
-        value_B=matrix(kv_dim, value_rank),
-        key_mean=matrix(1, kv_dim) * 3,
-        value_mean=matrix(1, kv_dim) * 3,
-        key_spectrum=torch.ones(1, key_rank),
-        key_ranks=key_ranks,
-        key_format=config.format_of("key", flat, key_rank),
-        value_format=config.format_of("value", () if plain else value_bits, value_rank),
-        num_key_value_heads=heads,
-        head_dim=head_dim,
-    )
-
-
-def past(factors, batch, num_old, dtype, positions=None, num_new=1):
-    """A compressed past of random latents behind 7 exact tokens."""
-    torch.manual_seed(1)
-
-    def states(*shape):
-        return torch.randn(shape).to(DEVICE, dtype)
-
-    exact = (batch, factors.num_key_value_heads, 7, factors.head_dim)
-    if positions is None:
-        positions = (100 + torch.arange(num_old))[None].expand(batch, -1)
-    frequencies = RotaryFrequencies(10000.0 ** -torch.linspace(0, 1, factors.head_dim // 2, device=DEVICE), 1.1)
-    step = Step(num_old + 7 - num_new, num_new, 0, num_old, 7, None, positions.to(DEVICE), frequencies)
-    latents = [
-        Latents.of(f, states(batch, num_old, f.rank).float() * 2 + 1, dtype)
-        for f in (factors.key_format, factors.value_format)
-    ]
-    return CompressedKV(states(*exact), states(*exact), *latents, factors, step)
-
-
-CASES = {
-    "plain, head": ("head", (5, 19), 21, 2, 32),
-    "plain, joint": ("joint", (33,), 40, 2, 64),
-    "packed, head": ("head", ((8, 8, 6, 4, 4, 4, 3, 2), (8, 4, 4, 3, 3, 3, 2)), (8, 6, 4, 4, 4, 3, 2, 2), 2, 32),
-    "packed, joint": ("joint", ((8,) * 3 + (5,) * 2 + (4,) * 20 + (1,) * 5,), (7, 7, 4, 4, 2), 2, 32),
-    "packed, groups": ("group:2", ((4,) * 18, (6, 4, 2)), (4,) * 130, 4, 32),
-    "bits that do not fall": ("head", ((2, 4, 2, 8), (4, 2, 4)), (2, 8, 2), 2, 32),
-    "one KV head": ("head", ((4, 4, 3),), (4, 2), 1, 128),
-}
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 COMPILED_ONLY = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 as integers")
 
 
 def relative_error(query, kv, *masks):
     scaling = query.shape[-1] ** -0.5
-    ours = attention._attend_in_kernels(query, kv, scaling, *masks)
+    ours = attention._attend_on_gpu(query, kv, scaling, *masks)
     oracle = attention._attend(query.float(), widened(kv), scaling, *masks)
     assert ours.dtype == query.dtype and torch.isfinite(ours).all()
     return float((ours.float() - oracle).norm() / oracle.norm())
-
-
-def widened(kv):
-    """The same past with everything that is not packed in float32."""
-    tensors = {
-        name: value.float() if isinstance(value, torch.Tensor) else value for name, value in vars(kv.factors).items()
-    }
-    latents = [
-        Latents(x.format, tuple(t.float() if len(x.tensors) == 1 else t for t in x.tensors))
-        for x in (kv.key_latents, kv.value_latents)
-    ]
-    return CompressedKV(kv.exact_keys.float(), kv.exact_values.float(), *latents, LayerFactors(**tensors), kv.step)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +62,12 @@ def test_many_queries_masks_and_groups_of_ranges():
     added = torch.zeros(old_mask.shape, device=DEVICE).masked_fill(~old_mask, torch.finfo(torch.float32).min)
     assert relative_error(query, kv, exact_mask, added) < 2e-6
     exact_mask = exact_mask & False  # row 1 sees nothing at all, and gets zeros
-    assert not attention._attend_in_kernels(query, kv, 0.1, exact_mask, old_mask)[1].any()
+    assert not attention._attend_on_gpu(query, kv, 0.1, exact_mask, old_mask)[1].any()
 
 
 def test_the_sum_is_split_over_the_past(monkeypatch):
     """However many programs share the tokens."""
-    import cskv_hf.kernels.attention as triton_attention
+    import cskv_hf.kernels.gpu as triton_attention
 
     factors = layer(*CASES["packed, head"], torch.float32)
     kv, query = past(factors, 1, 320, torch.float32), torch.randn(1, 4, 1, 32).to(DEVICE)
@@ -165,15 +89,15 @@ def test_a_model_generates_the_same(settings, monkeypatch):
     mask = torch.ones_like(ids)
     mask[0, :11] = 0
     outputs, calls = [], []
-    for served in (False, True):
-        monkeypatch.setattr(kernels, "serve", lambda query, served=served: calls.append(served) or served)
+    for served in (None, "gpu"):
+        monkeypatch.setattr(kernels, "choose", lambda *_, served=served: calls.append(served) or served)
         cache = CSKVCache()
         model(ids[:, :58], attention_mask=mask[:, :58], past_key_values=cache, use_cache=True)
         logits = [model(ids[:, 58:], attention_mask=mask, past_key_values=cache, use_cache=True).logits]
         out = model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, output_logits=True,
                              return_dict_in_generate=True)  # fmt: skip
         outputs.append([out.sequences, *logits, *out.logits])
-    assert calls.count(True) == calls.count(False) >= 4
+    assert calls.count("gpu") == calls.count(None) >= 4
     torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
 
 
@@ -183,13 +107,31 @@ def test_a_cache_of_fixed_size(monkeypatch):
     sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
     model = lossy(make_model(dtype=torch.float32, **sizes), bits=None, allocation=None, block_size=8).to(DEVICE)
     ids, outputs, calls = prompt(2, 64).to(DEVICE), [], []
-    for served in (False, True):
-        monkeypatch.setattr(kernels, "serve", lambda query, served=served: calls.append(served) or served)
+    for served in (None, "gpu"):
+        monkeypatch.setattr(kernels, "choose", lambda *_, served=served: calls.append(served) or served)
         cache = CSKVStaticCache(90)
         parts = [model(part, past_key_values=cache).logits for part in ids.split([58, 5, 1], dim=1)]
         outputs.append(torch.cat(parts[1:], dim=1))
-    assert calls.count(True) == calls.count(False) == 2
+    assert calls.count("gpu") == calls.count(None) == 2
     torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_in_a_compiled_step(monkeypatch):
+    """A compiler calls the kernels as operations: one graph for all steps, which gives what the kernels give."""
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
+    model = lossy(make_model(dtype=torch.float32, **sizes), bits=None, allocation=None, block_size=8).to(DEVICE)
+    monkeypatch.setattr(kernels, "choose", lambda *_: "gpu")
+    ids, outputs, graphs = prompt(2, 64).to(DEVICE), [], []
+    compiled = torch.compile(model.forward, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for step in (model.forward, compiled):
+        cache = CSKVStaticCache(90)
+        model(ids[:, :58], past_key_values=cache)
+        outputs.append(torch.cat([step(token, past_key_values=cache).logits for token in ids[:, 58:].split(1, dim=1)]))
+    torch.testing.assert_close(*outputs, atol=2e-5, rtol=2e-5)
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes]
+    assert {f"cskv_hf.{name}.default" for name in ("gpu_scores", "gpu_values")} <= set(called)
 
 
 COMPILE = """
@@ -197,7 +139,7 @@ import sys
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-import cskv_hf.kernels.attention as kernels
+import cskv_hf.kernels.gpu as kernels
 
 floats = ("turn", "tile_turn", "scores", "maximum", "summed", "weight")
 for packed in (True, False):
@@ -254,6 +196,6 @@ def test_what_the_kernels_do_not_serve(monkeypatch):
     assert kernels.why_not(query) is None
     assert "head_dim of 32, 64, 128, 256, this model has 80" in kernels.why_not(query.new_empty(1, 1, 1, 80))
     assert "torch.float64" in kernels.why_not(query.double())
-    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
     assert "pip install cskv-hf[kernels]" in kernels.why_not(query)
-    assert not kernels.serve(query)  # on a CPU
+    assert kernels.choose(query, query) is None  # on a CPU, where nothing was compiled

@@ -1,0 +1,151 @@
+"""The products of cpu.cpp: compile them for this machine, once, and call them.
+
+They need a C++ compiler, so they are an offer: without them attention on a CPU is torch's own operations, several
+times slower where latents are packed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+from transformers.utils import logging
+
+from ..cache_layer import CompressedKV
+from ..latents import Latents, PackedFormat
+from . import chunks_of
+
+logger = logging.get_logger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp"]
+# what sums need to be vectorised; not -ffast-math, which would flush denormals to zero in the whole process
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+
+
+def library_path() -> Path:
+    """Where the compiled kernels of this source, torch and processor lie."""
+    cpuinfo = Path("/proc/cpuinfo")
+    features = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
+    key = "\n".join([SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), *FLAGS, *features])
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(folder) / "cskv_hf" / f"{name}.so"
+
+
+def build() -> Path:
+    """Compile the kernels for this machine, into torch's folder of extensions (``TORCH_EXTENSIONS_DIR``); takes about
+    half a minute. A complete file appears at once or not at all.
+
+    Returns:
+        The file.
+
+    Raises:
+        RuntimeError: if this is not Linux, there is no C++ compiler, or it fails; the message says what it printed.
+    """
+    if platform.system() != "Linux":
+        raise RuntimeError(f"The CPU kernels can be compiled on Linux only, this is {platform.system()}.")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(
+            f"There is no C++ compiler '{compiler[0]}'. Install one (on Debian `apt install g++`), or name yours in "
+            "the environment variable CXX."
+        )
+    path = library_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        includes = [f"-I{include}" for include in cpp_extension.include_paths()]
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+        # no -lgomp: the OpenMP that torch has loaded is to be used, and its threads
+        command = [*compiler, *FLAGS, abi, *includes, "-c", str(SOURCE), "-o", f"{made}.o"]
+        libraries = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
+        link = [*compiler, "-shared", f"{made}.o", *libraries, "-o", str(made)]
+        for step in (command, link):
+            result = subprocess.run(step, capture_output=True, text=True)
+            if result.returncode:
+                raise RuntimeError(f"The C++ compiler failed: {shlex.join(step)}\n{result.stderr[-2000:]}")
+        os.replace(made, path)
+    load.cache_clear()
+    return path
+
+
+@functools.cache
+def load() -> bool:
+    """Whether the kernels are compiled for this machine; then they are loaded. A warning says if they cannot be."""
+    if platform.system() != "Linux" or not library_path().exists():
+        return False
+    if not hasattr(torch.ops.cskv_hf, "attend"):  # a process can load it only once
+        try:
+            torch.ops.load_library(library_path())
+        except OSError as error:
+            logger.warning_once(
+                f"CSKV's kernels for this CPU cannot be loaded, so attention runs slower: {error}. Compile them again "
+                "with `cskv kernels --build`."
+            )
+            return False
+    return True
+
+
+def attend(
+    query: torch.Tensor, kv: CompressedKV, exact_mask: torch.Tensor | None, old_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention of the queries of each KV head.
+
+    Args:
+        query: (batch, num_key_value_heads, rows, head_dim) float32, scaled, after RoPE; the rows of a query head lie
+            together.
+        exact_mask, old_mask: as in `compressed_attention`.
+
+    Returns:
+        (batch, num_key_value_heads, rows, head_dim) float32.
+    """
+    factors, keys, values = kv.factors, kv.key_latents, kv.value_latents
+    key_pieces, first_piece, _ = chunks_of(keys.format, factors.key_ranks, 2**30, query.device)
+    value_pieces, _, _ = chunks_of(values.format, (values.format.rank,), 2**30, query.device)
+    cos, sin = (t.float() for t in kv.step.old_cos_sin(query.device, kv.exact_keys.dtype))
+    of_keys, of_values = (factors.key_B, factors.key_mean), (factors.value_B, factors.value_mean)
+    return torch.ops.cskv_hf.attend(
+        query.contiguous(), kv.exact_keys.float(), kv.exact_values.float(), _one_mask(exact_mask, old_mask, kv),
+        *_stored(keys), key_pieces, first_piece, *(t.float().contiguous() for t in of_keys), cos, sin, _sizes(keys),
+        *_stored(values), value_pieces, *(t.float().contiguous() for t in of_values), _sizes(values),
+    )  # fmt: skip
+
+
+def _one_mask(exact_mask: torch.Tensor | None, old_mask: torch.Tensor | None, kv: CompressedKV) -> torch.Tensor | None:
+    """The masks of the exact and of the compressed columns side by side; None if there are none."""
+    if exact_mask is None and old_mask is None:
+        return None
+    columns = kv.exact_keys.shape[2], kv.key_latents.num_tokens
+    masks = [
+        torch.ones(1, 1, 1, n, dtype=torch.bool) if mask is None else mask
+        for mask, n in zip((exact_mask, old_mask), columns)
+    ]
+    if any(mask.dtype != torch.bool for mask in masks):
+        lowest = torch.finfo(torch.float32).min
+        masks = [torch.where(m, 0.0, lowest) if m.dtype == torch.bool else m.float() for m in masks]
+    shape = [max(sizes) for sizes in zip(*(mask.shape[:3] for mask in masks))]
+    return torch.cat([mask.expand(*shape, -1) for mask in masks], dim=-1)
+
+
+def _stored(latents: Latents) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Codes and ranges of every segment; plain latents stand for both."""
+    segments = [[t.contiguous() for t in segment] for segment in latents.segments]
+    return [segment[0] for segment in segments], [segment[-1] for segment in segments]
+
+
+def _sizes(latents: Latents) -> tuple[int, int, int]:
+    """The block size, and the tokens and channels that share a range."""
+    if not isinstance(latents.format, PackedFormat):
+        return latents.format.block_size, latents.format.block_size, 1
+    layout = latents.format.layout
+    return layout.block_size, layout.group_tokens, layout.group_channels

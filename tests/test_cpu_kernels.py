@@ -1,0 +1,188 @@
+"""The C++ kernels, compiled here, against the torch path, number by number."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import lossy, make_model, prompt
+from random_past import CASES, layer, past, widened
+from typer.testing import CliRunner
+
+import cskv_hf.attention as attention
+from cskv_hf import CSKVCache, CSKVStaticCache, kernels
+from cskv_hf.cli import app
+from cskv_hf.kernels import cpu
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    path = cpu.build()
+    assert cpu.load()
+    yield path
+    path.unlink()
+    cpu.load.cache_clear()
+
+
+def relative_error(query, kv, *masks):
+    scaling = query.shape[-1] ** -0.5
+    ours = attention._attend_on_cpu(query, kv, scaling, *masks)
+    oracle = attention._attend(query.float(), widened(kv), scaling, *masks)
+    assert ours.dtype == query.dtype and torch.isfinite(ours).all()
+    return float((ours.float() - oracle).norm() / oracle.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_the_torch_path(case, dtype):
+    """Every way of storing, rows of the batch, one query of each head: in float32 to rounding; in 16 bits to the
+    rounding of the result, since all is computed in float32."""
+    factors = layer(*CASES[case], dtype, device="cpu")
+    kv = past(factors, 2, 160, dtype)
+    query = torch.randn(2, 2 * factors.num_key_value_heads, 1, factors.head_dim).to(dtype)
+    assert relative_error(query, kv, None, None) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("head_dim", [4, 8, 36, 80, 96])
+def test_any_head_dim(head_dim):
+    """Heads that fill no vector, or no panel of key_B, to the end."""
+    factors = layer("head", (5, 3, 4), 7, 3, head_dim, torch.float32, device="cpu")
+    query = torch.randn(1, 15, 3, head_dim)  # five query heads to a KV head
+    assert relative_error(query, past(factors, 1, 64, torch.float32, num_new=3), None, None) < 2e-6
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("block_size", [8, 24, 64])
+def test_every_number_of_bits(bits, block_size):
+    """Every combination of bit planes, in blocks of any length."""
+    factors = layer("head", ((bits,) * 9, (bits,) * 4), (bits,) * 37, 2, 32, torch.float32, None, "cpu", block_size)
+    kv = past(factors, 2, 3 * block_size, torch.float32)
+    assert relative_error(torch.randn(2, 4, 1, 32), kv, None, None) < 2e-6
+
+
+def test_positions_of_each_row_and_token():
+    factors = layer(*CASES["packed, head"], torch.float32, device="cpu")
+    positions = torch.stack([torch.arange(64) * 3, torch.arange(64) + 40])
+    kv = past(factors, 2, 64, torch.float32, positions)
+    assert relative_error(torch.randn(2, 4, 1, 32), kv, None, None) < 2e-6
+
+
+def test_many_queries_masks_and_groups_of_ranges():
+    """Masks of each kind and of only some columns, ranges that several channels and only some tokens share."""
+    factors = layer(*CASES["packed, joint"], torch.float32, group=[8, 3], device="cpu")
+    num_new, num_old = 6, 96
+    kv = past(factors, 2, num_old, torch.float32, num_new=num_new)
+    query = torch.randn(2, 2 * 4, num_new, 32)
+    exact_mask = torch.ones(1, 1, num_new, 7, dtype=torch.bool).tril(1)
+    old_mask = torch.rand(2, 1, num_new, num_old) > 0.3
+    added = torch.zeros(old_mask.shape).masked_fill(~old_mask, torch.finfo(torch.float32).min)
+    for masks in ((exact_mask, old_mask), (exact_mask, added), (exact_mask, None), (None, old_mask), (None, added)):
+        assert relative_error(query, kv, *masks) < 2e-6
+    old_mask[1], exact_mask = False, exact_mask & False  # row 1 sees nothing at all, and gets zeros
+    added = torch.where(old_mask, 0.0, torch.finfo(torch.float32).min)
+    for mask in (old_mask, added):
+        assert not attention._attend_on_cpu(query, kv, 0.1, exact_mask, mask)[1].any()
+    query[0, 0, 0, 0] = torch.nan  # is not hidden by a mask
+    assert attention._attend_on_cpu(query, kv, 0.1, exact_mask, old_mask)[0, 0, 0].isnan().all()
+
+
+def test_segments_and_threads():
+    """Latents in several pieces of memory, and however many threads share the work."""
+    factors = layer(*CASES["packed, head"], torch.float32, device="cpu")
+    kv, query = past(factors, 2, 320, torch.float32), torch.randn(2, 4, 1, 32)
+    for latents in (kv.key_latents, kv.value_latents):
+        (whole,) = latents.segments
+        latents.segments = tuple(tuple(t[:, part] for t in whole) for part in (slice(0, 3), slice(3, 4), slice(4, 10)))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert relative_error(query, kv, None, None) < 2e-6
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, dict(bits=None, allocation=None, compression=0.6, block_size=8)], ids=["plain", "packed"]
+)
+@torch.no_grad()
+def test_a_model_generates_the_same(settings, monkeypatch):
+    """Through the whole of generate, with a padded row and a second turn; the kernels are found by themselves."""
+    model = lossy(make_model(dtype=torch.float32), **settings)
+    ids = prompt(2, 64)
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+    outputs, calls, attend = [], [], cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *args: calls.append(1) or attend(*args))
+    for available in (False, True):
+        monkeypatch.setattr(kernels, "_on_cpu", lambda available=available: available and cpu.load())
+        cache = CSKVCache()
+        model(ids[:, :58], attention_mask=mask[:, :58], past_key_values=cache, use_cache=True)
+        logits = [model(ids[:, 58:], attention_mask=mask, past_key_values=cache, use_cache=True).logits]
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, output_logits=True,
+                             return_dict_in_generate=True)  # fmt: skip
+        outputs.append([out.sequences, *logits, *out.logits])
+        assert bool(calls) == available
+    torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_a_cache_of_fixed_size(monkeypatch):
+    """Several tokens and one, over latents that are not all there yet."""
+    model = lossy(make_model(dtype=torch.float32), bits=None, allocation=None, block_size=8)
+    ids, outputs = prompt(2, 64), []
+    for available in (False, True):
+        monkeypatch.setattr(kernels, "_on_cpu", lambda available=available: available)
+        cache = CSKVStaticCache(90)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([58, 5, 1], dim=1)]
+        outputs.append(torch.cat(parts[1:], dim=1))
+    torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
+
+
+def test_what_is_left_to_torch():
+    """Long prompts, float64, gradients, and what a compiler traces."""
+    query = torch.empty(1, 2, 1, 32)
+    assert kernels.choose(query, query) == "cpu"
+    assert kernels.choose(query.expand(1, 2, kernels.CPU_QUERIES + 1, 32), query) is None
+    assert kernels.choose(query.double(), query) is None
+    trained = torch.nn.Parameter(query)
+    assert kernels.choose(query, trained) is None
+    with torch.no_grad():
+        assert kernels.choose(query, trained) == "cpu"
+
+
+def test_denormals_are_not_flushed():
+    """Loading must not change the arithmetic of the process."""
+    assert cpu.load() and float(torch.tensor(1e-40) * 0.5) > 0
+
+
+def test_a_file_that_cannot_be_loaded(monkeypatch, tmp_path):
+    """In a fresh process: a warning, and the torch code."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    path = cpu.library_path()
+    path.parent.mkdir()
+    path.write_bytes(b"of another machine " * 100)
+    code = "from cskv_hf.kernels import cpu; print('loaded', cpu.load())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout == "loaded False\n" and "cskv kernels --build" in out.stderr, out.stderr
+
+
+def test_command(compiled, monkeypatch, tmp_path):
+    """Says what is there, and why it could not be compiled."""
+    run = CliRunner().invoke
+    assert "compiled" in run(app, ["kernels"]).output
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cpu.load.cache_clear()
+    assert "cskv kernels --build" in run(app, ["kernels"]).output
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "CXX" in run(app, ["kernels", "--build"]).output.replace("\n", " ")
+    monkeypatch.setenv("CXX", "c++ --no-such-option")
+    failed = run(app, ["kernels", "--build"])
+    assert failed.exit_code == 2 and "no-such-option" in failed.output
+    assert not list((tmp_path / "cskv_hf").iterdir())  # nothing half made
+    cpu.load.cache_clear()
