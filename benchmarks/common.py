@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cskv_hf import CSKVCache, CSKVConfig, ModelShape
 from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.config import num_key_groups
 from cskv_hf.factors import LayerFactors
+from cskv_hf.kernels import cpu as cpu_kernels
 from cskv_hf.plan import plan, store_plan
 from cskv_hf.rope import RotaryFrequencies
 
@@ -141,7 +143,7 @@ class FilledCache:
         self.frequencies = rotary(sizes, states.device)
         self.cache, self.length, self.num_layers = CSKVCache(), 0, num_layers
         while self.length < length:
-            count = min(4096, length - self.length)
+            count = min(max(32, 4096 // self.batch), length - self.length)  # what a chunk takes beside the cache
             list(self.step(states, count))
 
     @torch.no_grad()
@@ -187,6 +189,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def leave_out_kernels() -> None:
+    """Let this process not find the kernels that are compiled for this CPU."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp()
+
+
 def machine(threads: int) -> dict[str, str | int]:
     """What the numbers were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
@@ -194,6 +201,7 @@ def machine(threads: int) -> dict[str, str | int]:
     return {
         "cpu": cpu,
         "threads": threads,
+        "kernels": cpu_kernels.load(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from common import RandomStates, Setting, Sizes, machine, planned
-from decode import SETTINGS, measure
+from common import RandomStates, Setting, Sizes, leave_out_kernels, machine, planned
+from decode import OTHERS, SETTINGS, measure
 
 from cskv_hf import ModelShape
 from cskv_hf.cost import compressed_work, full_seconds, kept_layers, seconds
@@ -41,7 +41,7 @@ def predicted(name: str, length: int, batch: int, sizes: Sizes, layers: int, dev
 def compare(runs: list[list[dict]], sizes: Sizes, layers: int, device: Device) -> list[dict]:
     """A row per cache and length: the median measured, predicted, and both relative to DynamicCache."""
     measured: dict[tuple[str, int, int], list[float]] = {}
-    for row in (row for run in runs for row in run):
+    for row in (row for run in runs for row in run if row["cache"] not in OTHERS):
         measured.setdefault((row["cache"], row["length"], row["batch"]), []).append(row["seconds"])
     middle = {key: statistics.median(times) for key, times in measured.items()}
     rows = []
@@ -80,9 +80,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--against", type=Path, help="JSON of decode.py to compare with, in place of fresh steps")
+    parser.add_argument("--torch", action="store_true", help="without the kernels compiled for this CPU")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON; adds a run to a file that is there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.torch:
+        leave_out_kernels()
     torch.manual_seed(0)
     clock = time.thread_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
     sizes, layers = Sizes(), args.layers

@@ -3,9 +3,12 @@
 A step of a layer is what its attention does between the projections: put one token's keys and values into the cache
 and attend to everything in it. Several layers with caches of their own take turns, as in a model, so that no layer
 finds its cache in the processor's, and what a model does once per step (positions, cos and sin) is paid once per step.
-Compared are DynamicCache through transformers' own attention function, and SDPA on keys and values that are simply
-there, which no cache that grows can beat. On a GPU (`--device cuda`) in bfloat16, with the share of the bandwidth that
-a large copy reaches in the same run. Processes differ by more than the turns within one: run it several times.
+Compared are, in turns, transformers' DynamicCache, StaticCache and QuantizedCache (4 bits, quanto and hqq where they
+are installed) through transformers' own attention function, and SDPA on keys and values that are simply there, which
+no cache that grows can beat. A QuantizedCache quantises everything anew every 128 steps: a median leaves that out.
+On a GPU (`--device cuda`) in bfloat16. Bytes are those of the cache as it is stored, and what they would take to read
+is given as a share of the bandwidth that a large copy reaches in the same run. Processes differ by more than the turns
+within one: run it several times.
 """
 
 from __future__ import annotations
@@ -13,17 +16,30 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import FilledCache, RandomStates, Setting, Sizes, copy_bandwidth, machine, median_seconds, plan_summary
+from common import (
+    FilledCache,
+    RandomStates,
+    Setting,
+    Sizes,
+    copy_bandwidth,
+    leave_out_kernels,
+    machine,
+    median_seconds,
+    plan_summary,
+)
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoConfig, Cache, DynamicCache, LlamaConfig, QuantizedCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
 
+from cskv_hf import ModelShape
 from cskv_hf.attention import compressed_attention
+from cskv_hf.evaluate.memory import held_nbytes
 
 SETTINGS = (
     Setting(0.8, "head", 16),
@@ -32,30 +48,86 @@ SETTINGS = (
     Setting(0.95, "head"),
     Setting(0.95, "joint"),
 )
+OTHERS = ("StaticCache", "quanto 4 bit", "hqq 4 bit")
+
+
+def attention_module(sizes: Sizes) -> nn.Module:
+    """What transformers' attention function looks at in a model's attention."""
+    module = nn.Module().eval()
+    module.num_key_value_groups = sizes.num_attention_heads // sizes.num_key_value_heads
+    module.is_causal = True
+    return module
+
+
+def model_config(sizes: Sizes, layers: int) -> LlamaConfig:
+    return LlamaConfig(**vars(sizes), num_hidden_layers=layers, attn_implementation="sdpa")
+
+
+def dynamic_cache(sizes: Sizes, layers: int, states: RandomStates, length: int) -> tuple[Callable, int]:
+    cache = DynamicCache()
+    step = update_step(cache, sizes, layers, states, length)
+    return step, 2 * cache.layers[0].keys.nbytes
+
+
+def update_step(cache: Cache, sizes: Sizes, layers: int, states: RandomStates, length: int) -> Callable:
+    """Fills a cache of transformers with `length` tokens; returns a step of all layers."""
+    module, query, scaling = attention_module(sizes), states.query(), sizes.head_dim**-0.5
+    for layer_idx in range(layers):
+        cache.update(states(length), states(length), layer_idx)
+    config, embedded = model_config(sizes, layers), torch.empty(states.batch, 1, 1, device=states.device)
+
+    def step() -> None:
+        # one query needs no mask unless the cache is longer than what it holds
+        mask = create_causal_mask(config, embedded, None, cache) if cache.is_compileable else None
+        for layer_idx in range(layers):
+            keys, values = cache.update(states(1), states(1), layer_idx)
+            sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)
+
+    return step
 
 
 def full_caches(sizes: Sizes, layers: int, states: RandomStates, length: int) -> dict[str, tuple[Callable, int]]:
     """Steps of the full caches, and the bytes of one layer that each has to read."""
-    module = nn.Module().eval()
-    module.num_key_value_groups = sizes.num_attention_heads // sizes.num_key_value_heads
-    module.is_causal = True
-    query, scaling = states.query(), sizes.head_dim**-0.5
-    dynamic = DynamicCache()
+    query = states.query()
     ready = [(states(length), states(length)) for _ in range(layers)]
-    for layer_idx, (keys, values) in enumerate(ready):
-        dynamic.update(keys, values, layer_idx)
-
-    def dynamic_step() -> None:
-        for layer_idx in range(layers):
-            keys, values = dynamic.update(states(1), states(1), layer_idx)
-            sdpa_attention_forward(module, query, keys, values, None, scaling=scaling)
 
     def ready_step() -> None:
         for keys, values in ready:
             F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-    size = 2 * ready[0][0].nbytes
-    return {"DynamicCache": (dynamic_step, size), "SDPA, ready cache": (ready_step, size)}
+    return {
+        "DynamicCache": dynamic_cache(sizes, layers, states, length),
+        "SDPA, ready cache": (ready_step, 2 * ready[0][0].nbytes),
+    }
+
+
+def other_cache(
+    name: str, sizes: Sizes, layers: int, states: RandomStates, length: int, room: int
+) -> tuple[Callable, int]:
+    """A step of one of `OTHERS` and the bytes of one layer.
+
+    Args:
+        room: steps that a StaticCache has room for.
+    """
+    config = model_config(sizes, layers)
+    if name == "StaticCache":
+        cache = StaticCache(config, max_cache_len=length + room)
+    else:
+        cache = QuantizedCache(name.split()[0], config, nbits=4)
+    step = update_step(cache, sizes, layers, states, length)
+    return step, held_nbytes(cache) // layers
+
+
+def installed_others() -> list[str]:
+    """Those of `OTHERS` whose library is there; says which are left out."""
+    found = []
+    for name in OTHERS:
+        try:
+            other_cache(name, Sizes(), 1, RandomStates(Sizes(), 1, "cpu", torch.float32), 64, 1)
+            found.append(name)
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+    return found
 
 
 def compressed_cache(
@@ -73,10 +145,23 @@ def compressed_cache(
 
 @torch.no_grad()
 def measure(
-    sizes: Sizes, settings, layers: int, states: RandomStates, length: int, rounds: int, clock=time.perf_counter
+    sizes: Sizes,
+    settings: Iterable[Setting],
+    layers: int,
+    states: RandomStates,
+    length: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    others: Iterable[str] = (),
 ) -> list[dict]:
-    """One row per way of caching: seconds per layer and step, and the bytes that a layer reads."""
+    """One row per way of caching: seconds per layer and step, and the bytes that a layer reads.
+
+    Args:
+        others: caches of transformers beside DynamicCache, of `OTHERS`.
+    """
     contestants = full_caches(sizes, layers, states, length)
+    for name in others:
+        contestants[name] = other_cache(name, sizes, layers, states, length, room=2 * (rounds + 1))
     for setting in settings:
         contestants[setting.name] = compressed_cache(setting, sizes, layers, states, length)
     seconds = median_seconds({name: step for name, (step, _) in contestants.items()}, rounds, clock)
@@ -87,38 +172,59 @@ def measure(
 
 
 def print_table(rows: list[dict], bandwidth: float) -> None:
+    """Milliseconds and tokens per second of one layer, and the times relative to the full caches."""
     by_name = {row["cache"]: row for row in rows}
     dynamic, ready = (by_name[name]["seconds"] for name in ("DynamicCache", "SDPA, ready cache"))
     print(f"\n{rows[0]['length']} tokens x {rows[0]['batch']} rows")
-    print(f"{'cache':<22}{'ms':>9}{'x Dynamic':>11}{'x ready':>9}{'MB':>9}{'% bandwidth':>13}")
+    print(f"{'cache':<22}{'ms':>8}{'tokens/s':>10}{'x Dynamic':>10}{'x ready':>8}{'MB':>9}{'% bandwidth':>12}")
     for row in rows:
         share = 100 * row["bytes"] / bandwidth / row["seconds"]
         print(
-            f"{row['cache']:<22}{1000 * row['seconds']:>9.2f}{row['seconds'] / dynamic:>11.2f}"
-            f"{row['seconds'] / ready:>9.2f}{row['bytes'] / 1e6:>9.1f}{share:>13.0f}"
+            f"{row['cache']:<22}{1000 * row['seconds']:>8.2f}{row['batch'] / row['seconds']:>10.0f}"
+            f"{row['seconds'] / dynamic:>10.2f}{row['seconds'] / ready:>8.2f}{row['bytes'] / 1e6:>9.1f}{share:>12.0f}"
         )
+
+
+def sizes_of(model: str) -> Sizes:
+    """Of the layers of a model, by its id or directory; only its config is read."""
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    shape = ModelShape.from_model_config(config)
+    return Sizes(config.hidden_size, config.num_attention_heads, shape.num_key_value_heads, shape.head_dim)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="take the sizes of this model's layers; default: those of Llama-3.1-8B")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 16384])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--torch", action="store_true", help="without the kernels compiled for this CPU")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON; adds a run to a file that is there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.torch:
+        leave_out_kernels()
     torch.manual_seed(0)
-    sizes, dtype = Sizes(), torch.float32 if args.device == "cpu" else torch.bfloat16
-    bandwidth = copy_bandwidth(args.device)
+    sizes = sizes_of(args.model) if args.model else Sizes()
+    earlier = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    if earlier.get("sizes", vars(sizes)) != vars(sizes):
+        parser.error(f"{args.out} holds runs of a model of other sizes.")
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    bandwidth, others = copy_bandwidth(args.device), installed_others()
     rows = []
     for length in args.lengths:
         for batch in args.batch:
             states = RandomStates(sizes, batch, args.device, dtype)
-            rows += measure(sizes, SETTINGS, args.layers, states, length, args.rounds)
-            print_table(rows[-2 - len(SETTINGS) :], bandwidth)
+            try:
+                measured = measure(sizes, SETTINGS, args.layers, states, length, args.rounds, others=others)
+            except torch.OutOfMemoryError:
+                print(f"\n{length} tokens x {batch} rows do not fit into the GPU's memory")
+                continue
+            print_table(measured, bandwidth)
+            rows += measured
     if args.out:
         about = {
             "machine": machine(args.threads),
@@ -128,8 +234,7 @@ def main() -> None:
             "copy_bandwidth": bandwidth,
             "plans": {setting.name: plan_summary(setting, sizes) for setting in SETTINGS},
         }
-        earlier = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
-        args.out.write_text(json.dumps(about | {"runs": [*earlier, rows]}, indent=1))
+        args.out.write_text(json.dumps(about | {"runs": [*earlier.get("runs", []), rows]}, indent=1))
 
 
 if __name__ == "__main__":

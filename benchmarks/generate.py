@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import torch
-from common import machine, median_seconds
+from common import leave_out_kernels, machine, median_seconds
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -50,9 +50,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--torch", action="store_true", help="without the kernels compiled for this CPU")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON; adds a run to a file that is there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.torch:
+        leave_out_kernels()
     torch.manual_seed(0)
     contestants = {}
     for name, model in models(args.adapters, args.device):
@@ -73,7 +76,8 @@ def main() -> None:
         print(f"{name[-24:]:<24}{1000 * t:>14.2f}{t / seconds['DynamicCache']:>11.2f}")
     if args.out:
         about = {"machine": machine(args.threads), "length": args.length, "adapters": args.adapters}
-        args.out.write_text(json.dumps(about | {"seconds": seconds}, indent=1))
+        earlier = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+        args.out.write_text(json.dumps(about | {"runs": [*earlier, seconds]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import decode
 import torch
 from common import FilledCache, RandomStates, Setting, Sizes, machine
-from decode import full_caches
 
 from cskv_hf.attention import compressed_attention
 
@@ -42,12 +42,13 @@ def settle() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure_here(name: str, layers: int, length: int, device: str) -> tuple[int, int]:
-    """Bytes that a filled cache holds, and the peak of decoding from it."""
-    sizes, states = Sizes(), RandomStates(Sizes(), 1, device, torch.bfloat16)
+def measure_here(name: str, layers: int, length: int, device: str, batch: int = 1) -> tuple[int, int]:
+    """Bytes that a filled cache holds, and the peak of decoding from it; the cache by its name in decode.py."""
+    sizes, states = Sizes(), RandomStates(Sizes(), batch, device, torch.bfloat16)
     query, on_gpu = states.query(), device != "cpu"
-    warm = FilledCache(Setting(0.8), sizes, 1, 4096, states)  # libraries keep buffers from their first use on
-    compressed_attention(query, next(warm.step(states)), 0.1)
+    single = RandomStates(sizes, 1, device, torch.bfloat16)
+    warm = FilledCache(Setting(0.8), sizes, 1, 4096, single)  # libraries keep buffers from their first use on
+    compressed_attention(single.query(), next(warm.step(single)), 0.1)
     del warm
     if on_gpu:
         before = torch.cuda.memory_allocated()
@@ -68,10 +69,9 @@ def step_of(
     name: str, sizes: Sizes, layers: int, states: RandomStates, length: int, query: torch.Tensor
 ) -> tuple[Callable, int]:
     if name == "DynamicCache":
-        steps = full_caches(sizes, layers, states, length)
-        step, held = steps["DynamicCache"]
+        step, held = decode.dynamic_cache(sizes, layers, states, length)
         return step, held * layers
-    setting = next(setting for setting in SETTINGS if setting.name == name)
+    setting = next(setting for setting in decode.SETTINGS if setting.name == name)
     filled = FilledCache(setting, sizes, layers, length, states)
 
     def step() -> None:

@@ -244,28 +244,66 @@ def test_numbers_of_the_readme_are_those_of_the_results():
         assert [cell.strip() for cell in line.split("|")[2:-1]] == [f"{column[name]:.4f}" for column in columns]
 
 
-def test_numbers_of_the_speed_page_are_those_of_the_results():
-    """Medians over the runs of decode.py, and every row of memory.py."""
+def of_results(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def spread_of(ratios):
+    """Median and range over processes."""
+    return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def test_tables_of_the_speed_page_are_the_results(documented):
+    """Medians and ranges over the runs of each benchmark."""
+    for table, file in (("speed-decode", "decode"), ("speed-torch", "decode-torch")):
+        ratios = {}
+        for run in of_results(file)["runs"]:
+            dynamic = {row["length"]: row["seconds"] for row in run if row["cache"] == "DynamicCache"}
+            for row in run:
+                of_dynamic = row["seconds"] / dynamic[row["length"]]
+                ratios.setdefault((row["cache"], row["length"]), []).append(of_dynamic)
+        for (name, length), r in ratios.items():
+            documented(table, name, f"{length:,} tokens", "1" if name == "DynamicCache" else spread_of(r))
+    for file, column in (("generate", "kernels"), ("generate-torch", "torch")):
+        runs = of_results(file)["runs"]
+        for name in runs[0]:
+            cell = spread_of([run[name] / run["DynamicCache"] for run in runs])
+            documented("speed-generate", name, column, "1" if name == "DynamicCache" else cell)
+    for file, what in (("cost", ""), ("cost-torch", ", torch")):
+        ratios = {}
+        for row in (row for run in of_results(file)["runs"] for row in run["rows"]):
+            ratios.setdefault((row["cache"], row["length"]), []).append(row["predicted"] / row["measured"])
+        for (name, length), r in ratios.items():
+            documented("speed-cost", name, f"{length:,} tokens{what}", spread_of(r))
+    rows = of_results("memory")["rows"]
+    for row in rows:
+        documented("speed-memory", row["cache"], "cache, MB", f"{row['held'] / 1e6:,.1f}")
+        documented("speed-memory", row["cache"], "peak, MB", f"{row['peak'] / 1e6:,.1f}")
+        share = f"{100 * row['peak'] / rows[0]['peak']:.1f} %"
+        documented("speed-memory", row["cache"], "of DynamicCache's peak", share)
+
+
+def test_numbers_in_sentences_of_speed_are_the_results():
+    """On the page itself, and where others quote it."""
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    decode, memory = (
-        json.loads((ROOT / "benchmarks" / "results" / f"{n}.json").read_text()) for n in ("decode", "memory")
-    )
-    probe = json.loads((RESULTS / "fit.json").read_text(encoding="utf-8"))["probe"]
+    probe = of_results("fit")["probe"]
     assert probe["layers"] == 32 and f"takes {probe['probing'] / 60:.1f} minutes for 32 layers" in page
-    ratios = {}
-    for run in decode["runs"]:
-        dynamic = {row["length"]: row["seconds"] for row in run if row["cache"] == "DynamicCache"}
-        for row in run:
-            ratios.setdefault(row["cache"], {}).setdefault(row["length"], []).append(
-                row["seconds"] / dynamic[row["length"]]
-            )
-    for name, by_length in ratios.items():
-        if name != "DynamicCache":
-            cells = [f"{median(r):.2f} ({min(r):.2f}–{max(r):.2f})" for r in by_length.values()]
-            assert f"| {name} | {' | '.join(cells)} |" in page
-    for row in memory["rows"]:
-        share = 100 * row["peak"] / memory["rows"][0]["peak"]
-        assert f"| {row['cache']} | {row['held'] / 1e6:,.1f} | {row['peak'] / 1e6:,.1f} | {share:.1f} % |" in page
+    seconds = of_results("prefill")["seconds"]
+    ratios = [f"{name} {seconds[name] / seconds['DynamicCache']:.2f}" for name in seconds if name != "DynamicCache"]
+    assert ", ".join(ratios) in page
+    quoted = {}
+    for file in ("decode", "decode-torch"):
+        for run in of_results(file)["runs"]:
+            by_name = {row["cache"]: row["seconds"] for row in run if row["length"] == 8192}
+            for name in ("80% head 16 bit", "80% head packed", "95% head packed"):
+                quoted.setdefault((file, name), []).append(by_name[name] / by_name["DynamicCache"])
+    kernels, alone = (
+        [f"{median(r):.2f}" for key, r in quoted.items() if key[0] == f] for f in ("decode", "decode-torch")
+    )
+    faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    packed = f"with packed ones {kernels[1]} times at 80 % and {kernels[2]} times at 95 %"
+    assert f"takes {kernels[0]} times `DynamicCache`'s time, {packed}" in faq
+    assert f"{alone[0]}, {alone[1]} and {alone[2]} without" in faq
 
 
 def test_needle_numbers_are_those_of_the_results():

@@ -1,0 +1,51 @@
+"""Everything that is to be measured on a GPU, in one go: python benchmarks/gpu.py OUT [--minutes 12]
+
+First the tests of the kernels, on the GPU that is there; then every benchmark of speed and memory, each in a process
+of its own, which prints its table and leaves its JSON in the folder OUT. One that fails does not stop the others, and
+none is begun once the minutes are over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {
+    "tests": "-m pytest tests/test_gpu_kernels.py",
+    "decode": "benchmarks/decode.py --lengths 32768 --batch 1 16 --out {out}",
+    "step": "benchmarks/step.py --out {out}",
+    "decode-short": "benchmarks/decode.py --lengths 1024 8192 --batch 1 --out {out}",
+    "memory": "benchmarks/memory.py --out {out}",
+    "prefill": "benchmarks/prefill.py --out {out}",
+    "cost": "benchmarks/cost.py --lengths 8192 32768 --out {out}",
+    "capacity": "benchmarks/capacity.py --out {out}",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder for the JSON")
+    parser.add_argument("--minutes", type=float, default=12, help="after which nothing new is begun")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    started, failed = time.monotonic(), []
+    for name, command in COMMANDS.items():
+        if time.monotonic() - started > 60 * args.minutes:
+            print(f"not begun: {name}")
+            continue
+        words = command.format(out=args.out.resolve() / f"{name}-gpu.json").split()
+        device = ["--device", args.device] if name != "tests" else []
+        print(f"\n== {name}", flush=True)
+        if subprocess.run([sys.executable, *words, *device], cwd=ROOT).returncode:
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
