@@ -38,7 +38,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 
 from cskv_hf import ModelShape
-from cskv_hf.attention import compressed_attention
+from cskv_hf.attention import column_masks, compressed_attention
 from cskv_hf.evaluate.memory import held_nbytes
 
 SETTINGS = (
@@ -63,32 +63,34 @@ def model_config(sizes: Sizes, layers: int) -> LlamaConfig:
     return LlamaConfig(**vars(sizes), num_hidden_layers=layers, attn_implementation="sdpa")
 
 
-def dynamic_cache(sizes: Sizes, layers: int, states: RandomStates, length: int) -> tuple[Callable, int]:
+def dynamic_cache(sizes: Sizes, layers: int, states: RandomStates, length: int, new: int) -> tuple[Callable, int]:
     cache = DynamicCache()
-    step = update_step(cache, sizes, layers, states, length)
+    step = update_step(cache, sizes, layers, states, length, new)
     return step, 2 * cache.layers[0].keys.nbytes
 
 
-def update_step(cache: Cache, sizes: Sizes, layers: int, states: RandomStates, length: int) -> Callable:
-    """Fills a cache of transformers with `length` tokens; returns a step of all layers."""
-    module, query, scaling = attention_module(sizes), states.query(), sizes.head_dim**-0.5
+def update_step(cache: Cache, sizes: Sizes, layers: int, states: RandomStates, length: int, new: int) -> Callable:
+    """Fills a cache of transformers with `length` tokens; returns a step of all layers and `new` tokens."""
+    module, query, scaling = attention_module(sizes), states.query(new), sizes.head_dim**-0.5
     for layer_idx in range(layers):
         cache.update(states(length), states(length), layer_idx)
-    config, embedded = model_config(sizes, layers), torch.empty(states.batch, 1, 1, device=states.device)
+    config, embedded = model_config(sizes, layers), torch.empty(states.batch, new, 1, device=states.device)
 
     def step() -> None:
         # one query needs no mask unless the cache is longer than what it holds
-        mask = create_causal_mask(config, embedded, None, cache) if cache.is_compileable else None
+        mask = create_causal_mask(config, embedded, None, cache) if cache.is_compileable or new > 1 else None
         for layer_idx in range(layers):
-            keys, values = cache.update(states(1), states(1), layer_idx)
+            keys, values = cache.update(states(new), states(new), layer_idx)
             sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)
 
     return step
 
 
-def full_caches(sizes: Sizes, layers: int, states: RandomStates, length: int) -> dict[str, tuple[Callable, int]]:
+def full_caches(
+    sizes: Sizes, layers: int, states: RandomStates, length: int, new: int
+) -> dict[str, tuple[Callable, int]]:
     """Steps of the full caches, and the bytes of one layer that each has to read."""
-    query = states.query()
+    query = states.query(new)
     ready = [(states(length), states(length)) for _ in range(layers)]
 
     def ready_step() -> None:
@@ -96,25 +98,25 @@ def full_caches(sizes: Sizes, layers: int, states: RandomStates, length: int) ->
             F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     return {
-        "DynamicCache": dynamic_cache(sizes, layers, states, length),
+        "DynamicCache": dynamic_cache(sizes, layers, states, length, new),
         "SDPA, ready cache": (ready_step, 2 * ready[0][0].nbytes),
     }
 
 
 def other_cache(
-    name: str, sizes: Sizes, layers: int, states: RandomStates, length: int, room: int
+    name: str, sizes: Sizes, layers: int, states: RandomStates, length: int, new: int, steps: int
 ) -> tuple[Callable, int]:
     """A step of one of `OTHERS` and the bytes of one layer.
 
     Args:
-        room: steps that a StaticCache has room for.
+        steps: that a StaticCache has room for.
     """
     config = model_config(sizes, layers)
     if name == "StaticCache":
-        cache = StaticCache(config, max_cache_len=length + room)
+        cache = StaticCache(config, max_cache_len=length + steps * new)
     else:
         cache = QuantizedCache(name.split()[0], config, nbits=4)
-    step = update_step(cache, sizes, layers, states, length)
+    step = update_step(cache, sizes, layers, states, length, new)
     return step, held_nbytes(cache) // layers
 
 
@@ -123,7 +125,7 @@ def installed_others() -> list[str]:
     found = []
     for name in OTHERS:
         try:
-            other_cache(name, Sizes(), 1, RandomStates(Sizes(), 1, "cpu", torch.float32), 64, 1)
+            other_cache(name, Sizes(), 1, RandomStates(Sizes(), 1, "cpu", torch.float32), 64, 1, 1)
             found.append(name)
         except ImportError as error:
             print(f"{name} is left out: {error}")
@@ -131,14 +133,14 @@ def installed_others() -> list[str]:
 
 
 def compressed_cache(
-    setting: Setting, sizes: Sizes, layers: int, states: RandomStates, length: int
+    setting: Setting, sizes: Sizes, layers: int, states: RandomStates, length: int, new: int
 ) -> tuple[Callable, int]:
-    query, scaling = states.query(), sizes.head_dim**-0.5
+    query, scaling = states.query(new), sizes.head_dim**-0.5
     filled = FilledCache(setting, sizes, layers, length, states)
 
     def step() -> None:
-        for kv in filled.step(states):
-            compressed_attention(query, kv, scaling)
+        for kv in filled.step(states, new):
+            compressed_attention(query, kv, scaling, *column_masks(None, kv.step, None, query.device))
 
     return step, filled.cache.layers[0].nbytes
 
@@ -153,17 +155,19 @@ def measure(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     others: Iterable[str] = (),
+    new: int = 1,
 ) -> list[dict]:
     """One row per way of caching: seconds per layer and step, and the bytes that a layer reads.
 
     Args:
         others: caches of transformers beside DynamicCache, of `OTHERS`.
+        new: tokens of a step.
     """
-    contestants = full_caches(sizes, layers, states, length)
+    contestants = full_caches(sizes, layers, states, length, new)
     for name in others:
-        contestants[name] = other_cache(name, sizes, layers, states, length, room=2 * (rounds + 1))
+        contestants[name] = other_cache(name, sizes, layers, states, length, new, 2 * (rounds + 1))
     for setting in settings:
-        contestants[setting.name] = compressed_cache(setting, sizes, layers, states, length)
+        contestants[setting.name] = compressed_cache(setting, sizes, layers, states, length, new)
     seconds = median_seconds({name: step for name, (step, _) in contestants.items()}, rounds, clock)
     return [
         {"cache": name, "length": length, "batch": states.batch, "seconds": seconds[name] / layers, "bytes": size}
@@ -171,7 +175,7 @@ def measure(
     ]
 
 
-def print_table(rows: list[dict], bandwidth: float) -> None:
+def print_table(rows: list[dict], bandwidth: float, new: int) -> None:
     """Milliseconds and tokens per second of one layer, and the times relative to the full caches."""
     by_name = {row["cache"]: row for row in rows}
     dynamic, ready = (by_name[name]["seconds"] for name in ("DynamicCache", "SDPA, ready cache"))
@@ -180,7 +184,7 @@ def print_table(rows: list[dict], bandwidth: float) -> None:
     for row in rows:
         share = 100 * row["bytes"] / bandwidth / row["seconds"]
         print(
-            f"{row['cache']:<22}{1000 * row['seconds']:>8.2f}{row['batch'] / row['seconds']:>10.0f}"
+            f"{row['cache']:<22}{1000 * row['seconds']:>8.2f}{row['batch'] * new / row['seconds']:>10.0f}"
             f"{row['seconds'] / dynamic:>10.2f}{row['seconds'] / ready:>8.2f}{row['bytes'] / 1e6:>9.1f}{share:>12.0f}"
         )
 
@@ -197,6 +201,7 @@ def main() -> None:
     parser.add_argument("--model", help="take the sizes of this model's layers; default: those of Llama-3.1-8B")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 16384])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--new", type=int, default=1, help="tokens of a step, as when a speculation is verified")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
@@ -210,8 +215,8 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = sizes_of(args.model) if args.model else Sizes()
     earlier = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    if earlier.get("sizes", vars(sizes)) != vars(sizes):
-        parser.error(f"{args.out} holds runs of a model of other sizes.")
+    if (earlier.get("sizes", vars(sizes)), earlier.get("new", args.new)) != (vars(sizes), args.new):
+        parser.error(f"{args.out} holds runs of a model of other sizes, or of other steps.")
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     bandwidth, others = copy_bandwidth(args.device), installed_others()
     rows = []
@@ -219,11 +224,12 @@ def main() -> None:
         for batch in args.batch:
             states = RandomStates(sizes, batch, args.device, dtype)
             try:
-                measured = measure(sizes, SETTINGS, args.layers, states, length, args.rounds, others=others)
+                run = (sizes, SETTINGS, args.layers, states, length, args.rounds)
+                measured = measure(*run, others=others, new=args.new)
             except torch.OutOfMemoryError:
                 print(f"\n{length} tokens x {batch} rows do not fit into the GPU's memory")
                 continue
-            print_table(measured, bandwidth)
+            print_table(measured, bandwidth, args.new)
             rows += measured
     if args.out:
         about = {
@@ -231,6 +237,7 @@ def main() -> None:
             "sizes": vars(sizes),
             "dtype": str(dtype),
             "layers": args.layers,
+            "new": args.new,
             "copy_bandwidth": bandwidth,
             "plans": {setting.name: plan_summary(setting, sizes) for setting in SETTINGS},
         }

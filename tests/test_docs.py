@@ -291,6 +291,15 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     seconds = of_results("prefill")["seconds"]
     ratios = [f"{name} {seconds[name] / seconds['DynamicCache']:.2f}" for name in seconds if name != "DynamicCache"]
     assert ", ".join(ratios) in page
+    joint = [
+        row
+        for run in of_results("cost")["runs"]
+        for row in run["rows"]
+        if row["cache"] == "95% joint packed" and row["length"] == 8192
+    ]
+    measured, predicted = ([row[f"{what}_of_dynamic"] for row in joint] for what in ("measured", "predicted"))
+    both = f"measured at {min(measured):.2f} to {max(measured):.2f} of `DynamicCache` and predicted at"
+    assert f"{both} {min(predicted):.2f} to {max(predicted):.2f}" in page
     quoted = {}
     for file in ("decode", "decode-torch"):
         for run in of_results(file)["runs"]:

@@ -23,7 +23,7 @@ from . import chunks_of
 KEY_TILE, KEY_CHUNK = 64, 16  # tokens and channels at a time; 16 is the least that tensor cores take
 VALUE_TILE, VALUE_CHUNK = 32, 64  # tokens of one block, so that a channel has one range
 ROWS = 16  # queries of a KV head, and query heads, at a time
-KEY_WARPS, VALUE_WARPS = 8, 4  # as few as leave no registers to spill (tests/test_kernels.py)
+KEY_WARPS, VALUE_WARPS = 8, 4  # as few as leave no registers to spill (tests/test_gpu_kernels.py)
 PROGRAMS = 1024  # of the value kernel, at least, if there are tokens enough
 
 
