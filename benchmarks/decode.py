@@ -87,7 +87,7 @@ def update_step(cache: Cache, sizes: Sizes, layers: int, states: RandomStates, l
 
 
 def full_caches(
-    sizes: Sizes, layers: int, states: RandomStates, length: int, new: int
+    sizes: Sizes, layers: int, states: RandomStates, length: int, new: int = 1
 ) -> dict[str, tuple[Callable, int]]:
     """Steps of the full caches, and the bytes of one layer that each has to read."""
     query = states.query(new)
@@ -133,7 +133,7 @@ def installed_others() -> list[str]:
 
 
 def compressed_cache(
-    setting: Setting, sizes: Sizes, layers: int, states: RandomStates, length: int, new: int
+    setting: Setting, sizes: Sizes, layers: int, states: RandomStates, length: int, new: int = 1
 ) -> tuple[Callable, int]:
     query, scaling = states.query(new), sizes.head_dim**-0.5
     filled = FilledCache(setting, sizes, layers, length, states)
@@ -175,7 +175,7 @@ def measure(
     ]
 
 
-def print_table(rows: list[dict], bandwidth: float, new: int) -> None:
+def print_table(rows: list[dict], bandwidth: float, new: int = 1) -> None:
     """Milliseconds and tokens per second of one layer, and the times relative to the full caches."""
     by_name = {row["cache"]: row for row in rows}
     dynamic, ready = (by_name[name]["seconds"] for name in ("DynamicCache", "SDPA, ready cache"))
