@@ -4,11 +4,11 @@ A step of a layer is what its attention does between the projections: put one to
 and attend to everything in it. Several layers with caches of their own take turns, as in a model, so that no layer
 finds its cache in the processor's, and what a model does once per step (positions, cos and sin) is paid once per step.
 Compared are, in turns, transformers' DynamicCache, StaticCache and QuantizedCache (4 bits, quanto and hqq where they
-are installed) through transformers' own attention function, and SDPA on keys and values that are simply there, which
-no cache that grows can beat. A QuantizedCache quantises everything anew every 128 steps: a median leaves that out.
-On a GPU (`--device cuda`) in bfloat16. Bytes are those of the cache as it is stored, and what they would take to read
-is given as a share of the bandwidth that a large copy reaches in the same run. Processes differ by more than the turns
-within one: run it several times.
+are installed) through transformers' own attention function, and SDPA on keys and values that are simply there. A
+QuantizedCache quantises everything anew every 128 steps: a median leaves that out. On a GPU (`--device cuda`) in
+bfloat16. Bytes are those of the cache as it is stored, and what they would take to read is given as a share of the
+bandwidth that a large copy reaches in the same run. Processes differ by more than the turns within one: run it several
+times.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def model_config(sizes: Sizes, layers: int) -> LlamaConfig:
     return LlamaConfig(**vars(sizes), num_hidden_layers=layers, attn_implementation="sdpa")
 
 
-def dynamic_cache(sizes: Sizes, layers: int, states: RandomStates, length: int, new: int) -> tuple[Callable, int]:
+def dynamic_cache(sizes: Sizes, layers: int, states: RandomStates, length: int, new: int = 1) -> tuple[Callable, int]:
     cache = DynamicCache()
     step = update_step(cache, sizes, layers, states, length, new)
     return step, 2 * cache.layers[0].keys.nbytes
@@ -215,7 +215,7 @@ def main() -> None:
     torch.manual_seed(0)
     sizes = sizes_of(args.model) if args.model else Sizes()
     earlier = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    if (earlier.get("sizes", vars(sizes)), earlier.get("new", args.new)) != (vars(sizes), args.new):
+    if (earlier.get("sizes", vars(sizes)), earlier.get("new", 1 if earlier else args.new)) != (vars(sizes), args.new):
         parser.error(f"{args.out} holds runs of a model of other sizes, or of other steps.")
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     bandwidth, others = copy_bandwidth(args.device), installed_others()

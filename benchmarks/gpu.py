@@ -38,7 +38,7 @@ def main() -> None:
         if time.monotonic() - started > 60 * args.minutes:
             print(f"not begun: {name}")
             continue
-        words = command.format(out=args.out.resolve() / f"{name}-gpu.json").split()
+        words = [word.format(out=args.out.resolve() / f"{name}-gpu.json") for word in command.split()]
         device = ["--device", args.device] if name != "tests" else []
         print(f"\n== {name}", flush=True)
         if subprocess.run([sys.executable, *words, *device], cwd=ROOT).returncode:

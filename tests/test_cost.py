@@ -155,6 +155,16 @@ def test_refuses(device, heads, context, message):
         recommend(ranks(), LLAMA, heads, device, context)
 
 
+def test_kernels_of_a_cpu_are_predicted_quicker():
+    """The same products with fewer passes and operations; packed latents gain most."""
+    with_kernels, spared = dataclasses.replace(CPU, kernels=True), []
+    for config in (ranks(bits=16), ranks(bits=4)):
+        alone, quick = (work(config, device=device) for device in (CPU, with_kernels))
+        assert quick.flops == alone.flops and quick.bytes == alone.bytes and quick.operations < alone.operations
+        spared.append(alone.elements - quick.elements)
+    assert 0 < spared[0] < spared[1]
+
+
 def test_measured_device_is_a_device(monkeypatch):
     monkeypatch.setattr("cskv_hf.rates.SHORT", 64)
     monkeypatch.setattr("cskv_hf.rates.LONG", 128)

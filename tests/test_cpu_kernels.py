@@ -144,6 +144,38 @@ def test_a_cache_of_fixed_size(monkeypatch):
     torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("cache", [dict(offloading=True), {}], ids=["offloaded", "sliding"])
+@torch.no_grad()
+def test_latents_that_lie_elsewhere_or_are_gone(cache, monkeypatch):
+    """Offloaded ones, and layers that have dropped what their sliding window no longer shows."""
+    sliding = {} if cache else dict(family="mistral", sliding_window=24)
+    model = lossy(make_model(dtype=torch.float32, **sliding), bits=None, allocation=None, block_size=8)
+    ids, outputs, calls, attend = prompt(2, 160), [], [], cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *args: calls.append(1) or attend(*args))
+    for available in (False, True):
+        monkeypatch.setattr(kernels, "_on_cpu", lambda available=available: available)
+        past = CSKVCache(**cache)
+        parts = [model(part, past_key_values=past).logits for part in ids.split([150, 5, 5], dim=1)]
+        outputs.append(torch.cat(parts[1:], dim=1))
+    assert calls and any(layer.num_dropped for layer in past.layers) == (not cache)
+    torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
+
+
+def test_sizes_that_do_not_go_together():
+    """As of a cache from a file that was tampered with: an error, not somebody else's memory."""
+    factors = layer(*CASES["packed, head"], torch.float32, device="cpu")
+    query = torch.randn(1, 4, 1, 32)
+    for spoil in (
+        lambda kv: setattr(kv.step, "old_positions", kv.step.old_positions[:, :32]),
+        lambda kv: setattr(kv, "value_latents", kv.value_latents.take(slice(0, 1))),
+        lambda kv: setattr(kv.key_latents, "segments", tuple((c[..., :-8], r) for c, r in kv.key_latents.segments)),
+    ):
+        kv = past(factors, 1, 64, torch.float32)
+        spoil(kv)
+        with pytest.raises(RuntimeError, match=r"latents of (64|32) tokens|other sizes"):
+            attention._attend_on_cpu(query, kv, 0.1, None, None)
+
+
 def test_what_is_left_to_torch():
     """Long prompts, float64, gradients, and what a compiler traces."""
     query = torch.empty(1, 2, 1, 32)
@@ -151,7 +183,7 @@ def test_what_is_left_to_torch():
     assert kernels.choose(query.expand(1, 2, kernels.CPU_QUERIES + 1, 32), query) is None
     assert kernels.choose(query.double(), query) is None
     trained = torch.nn.Parameter(query)
-    assert kernels.choose(query, trained) is None
+    assert kernels.choose(query, query, trained) is None
     with torch.no_grad():
         assert kernels.choose(query, trained) == "cpu"
 

@@ -56,7 +56,7 @@ def test_a_static_cache_attends_to_what_it_holds(scripts, sizes, monkeypatch):
     decode, seen = scripts["decode"], []
     monkeypatch.setattr(decode, "sdpa_attention_forward", lambda m, q, k, v, mask, scaling: seen.append((k, mask)))
     states = scripts["common"].RandomStates(sizes, 1, "cpu", torch.float32)
-    step, _ = decode.other_cache("StaticCache", sizes, 1, states, 64, 4)
+    step, _ = decode.other_cache("StaticCache", sizes, 1, states, 64, 1, 4)
     for held in (65, 66):
         step()
         keys, mask = seen[-1]

@@ -51,8 +51,9 @@ class StageFactors:
     """Pre-hook of an attention layer: hands the cache what its `update` needs. A plain object, so that a model can
     be copied."""
 
-    def __init__(self, rotary: nn.Module, sliding_window: int | None) -> None:
-        self.rotary, self.sliding_window = rotary, sliding_window
+    def __init__(self, rotary: nn.Module) -> None:
+        self.rotary = rotary
+        self.sliding_window: int | None = None  # read anew for every cache
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -78,6 +79,7 @@ class StageFactors:
         positions = kwargs["position_ids"]
         frequencies = frequencies_of(self.rotary)
         if len(cache.layers) <= module.layer_idx:  # once per cache
+            self.sliding_window = sliding_window(module.config, module.layer_idx)
             _untraced(sidecar.check_filled, adapter)
         if cache.tokens is None:
             _untraced(self._check_rotary, positions, kwargs["position_embeddings"])
@@ -125,8 +127,7 @@ def attach(model: nn.Module) -> None:
     detach(model)
     for attention in attention_layers(model):
         if hasattr(attention, "cskv"):
-            window = sliding_window(attention.config, attention.layer_idx)
-            attention.register_forward_pre_hook(StageFactors(decoder.rotary_emb, window), with_kwargs=True)
+            attention.register_forward_pre_hook(StageFactors(decoder.rotary_emb), with_kwargs=True)
     decoder.register_forward_pre_hook(BeginForward(), with_kwargs=True)
     decoder.register_forward_hook(FinishForward(), with_kwargs=True)
     _set_attention(model, register(model.config._attn_implementation))

@@ -7,6 +7,7 @@ The half-rotation convention of the Llama family: channel f and channel f + head
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,11 @@ def cos_sin(
     if frequencies.attention_scaling != 1.0:
         cos, sin = cos * frequencies.attention_scaling, sin * frequencies.attention_scaling
     return cos.to(dtype), sin.to(dtype)
+
+
+def widened(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """In float32, if they are narrower."""
+    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from . import kernels
 from .cache_layer import MISSING_FACTORS, CompressedKV, Staged, encode
 from .config import CSKVConfig
 from .factors import LayerFactors
@@ -53,6 +54,7 @@ class CSKVStaticLayer(CacheLayerMixin):
             self._room_for(format, key_states) for format in (factors.key_format, factors.value_format)
         )
         self.fingerprint = factors.key_spectrum
+        kernels.prepare(factors, key_states.device)
         keep_in_place(self.tensors)
         self.is_initialized = True
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .rope import RotaryFrequencies, cos_sin
+from .rope import RotaryFrequencies, cos_sin, widened
 from .tokens import take
 
 FULL = "a CSKVStaticCache is full: it got more tokens than its `max_cache_len`"  # from within a compiled graph
@@ -235,15 +235,20 @@ class StaticStep:
         return self.slots[1]
 
     def old_cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the latents' keys in the model's dtype, (batch, old columns, head_dim / 2)."""
-        return cos_sin(self.table.positions[:, self.old].to(device), self.frequencies, dtype)
+        """cos and sin of the latents' keys, rounded to the model's dtype, in float32 or wider, (batch, old columns,
+        head_dim / 2); computed once for all layers."""
+        key = ("cos_sin", device, dtype)
+        if key not in self._turn:
+            positions = self.table.positions[:, self.old].to(device)
+            self._turn[key] = widened(cos_sin(positions, self.frequencies, dtype))
+        return self._turn[key]
 
     def old_turn(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """[`old_cos_sin`] in float32 or wider, once for all layers: complex numbers, or for a compiler, which knows
-        none, (batch, old columns, head_dim / 2, 2)."""
+        """[`old_cos_sin`] as complex numbers, or for a compiler, which knows none, side by side, (batch, old columns,
+        head_dim / 2, 2)."""
         key = (device, dtype)
         if key not in self._turn:
-            cos, sin = (t.to(torch.promote_types(dtype, torch.float32)) for t in self.old_cos_sin(device, dtype))
+            cos, sin = self.old_cos_sin(device, dtype)
             compiling = torch.compiler.is_compiling()
             self._turn[key] = torch.stack([cos, sin], dim=-1) if compiling else torch.complex(cos, sin)
         return self._turn[key]

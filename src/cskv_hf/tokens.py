@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .rope import RotaryFrequencies, cos_sin
+from .rope import RotaryFrequencies, cos_sin, widened
 
 ROLLBACK_TOKENS = 64  # assisted decoding proposes 20 tokens by default
 TURN_CHUNK = 2**17  # cos that are computed at a time; intermediates are several times the result
@@ -117,13 +117,14 @@ class Step:
         return self._without[num_dropped]
 
     def old_cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the latents' keys in the model's dtype, computed once for all layers.
+        """cos and sin of the latents' keys, rounded to the model's dtype, in float32 or wider; computed once for all
+        layers.
 
         Rows that are all alike are one: (batch or 1, num_old, head_dim / 2).
         """
         key = ("cos_sin", device, dtype)
         if key not in self._turn:
-            self._turn[key] = cos_sin(self._positions_by_row().to(device), self.old_frequencies, dtype)
+            self._turn[key] = widened(cos_sin(self._positions_by_row().to(device), self.old_frequencies, dtype))
         return self._turn[key]
 
     def _positions_by_row(self) -> torch.Tensor:
@@ -133,7 +134,7 @@ class Step:
         return first if alike else self.old_positions
 
     def old_turn(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """[`old_cos_sin`] as complex numbers, in float32 or wider."""
+        """[`old_cos_sin`] as complex numbers."""
         key = (device, dtype)
         if key not in self._turn:
             positions = self._positions_by_row()

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers.utils import logging
 
 from ..latents import PackedFormat
+
+if TYPE_CHECKING:
+    from ..factors import LayerFactors
 
 logger = logging.get_logger(__name__)
 
@@ -20,12 +23,12 @@ CPU_QUERIES = 8  # of a row; more are quicker as torch's own matrix products
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def choose(query: torch.Tensor, trained: torch.Tensor) -> Literal["gpu", "cpu"] | None:
+def choose(query: torch.Tensor, *others: torch.Tensor) -> Literal["gpu", "cpu"] | None:
     """The kernels that take this query, or None: if there are none, if somebody asks for gradients of it or of the
-    factor `trained`, or, on a CPU, if a compiler traces it. Where a GPU has to do without them, one warning says why.
-    """
+    `others` that go into attention, or, on a CPU, if a compiler traces it. Where a GPU has to do without them, one
+    warning says why."""
     compiling = torch.compiler.is_compiling()
-    if torch.is_grad_enabled() and (query.requires_grad or trained.requires_grad):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, *others)):
         return None
     if query.device.type == "cpu":
         served = query.shape[2] <= CPU_QUERIES and query.dtype in DTYPES
@@ -55,6 +58,15 @@ def why_not(query: torch.Tensor) -> str | None:
     if query.dtype not in DTYPES:
         return f"they compute in 16 or 32 bits, this model in {query.dtype}"
     return None
+
+
+def prepare(factors: LayerFactors, device: torch.device) -> None:
+    """Make what the kernels of a GPU keep of a layer, before a CUDA graph is recorded, which would take it for its
+    own."""
+    if device.type == "cuda" and HAS_TRITON:
+        from .gpu import prepare_tables
+
+        prepare_tables(factors, device)
 
 
 @functools.cache

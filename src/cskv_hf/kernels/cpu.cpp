@@ -68,6 +68,27 @@ struct Stored {
     for (const at::Tensor& segment : data) sum += segment.size(1);
     return sum;
   }
+
+  // That the segments hold what the pieces and the number of tokens say; nothing below looks again.
+  void check(int64_t batch, int64_t num_tokens, const at::Tensor& table) const {
+    int64_t channels = 0, code_bytes = 0, num_ranges = 0;
+    for (int64_t p = 0; p < table.size(0); ++p) {
+      const int32_t* piece = pieces + 8 * p;
+      channels += piece[1];
+      code_bytes = std::max(code_bytes, piece[3] + int64_t(piece[4]) * piece[2] * block_size / 8);
+      num_ranges = std::max(num_ranges, piece[6] + int64_t(piece[7]) * (block_size / group_tokens));
+    }
+    TORCH_CHECK(channels == rank, "The latents have ", channels, " channels, the factors ", rank, ".");
+    TORCH_CHECK(blocks() * block_size == num_tokens, "There are latents of ", blocks() * block_size,
+                " tokens where there should be ", num_tokens, ".");
+    for (size_t i = 0; i < data.size(); ++i) {
+      const bool packed = data[i].scalar_type() == at::kByte;
+      TORCH_CHECK(data[i].size(0) == batch && ranges[i].size(0) == batch && ranges[i].size(1) == data[i].size(1) &&
+                      (packed ? data[i].size(2) == code_bytes && ranges[i].size(2) == num_ranges
+                              : data[i].size(2) == block_size && data[i].size(3) == rank),
+                  "Latents of other sizes than the factors': ", data[i].sizes(), " and ", ranges[i].sizes(), ".");
+    }
+  }
 };
 
 // Tokens first to last (exclusive) of a piece with one range per channel. Planes as in `pack` of quantize.py: token
@@ -103,11 +124,13 @@ typedef void (*Unpack)(const uint8_t*, int64_t, int64_t, int64_t, int64_t, int64
 constexpr Unpack UNPACK[] = {nullptr,   unpack<1>, unpack<2>, unpack<3>, unpack<4>,
                              unpack<5>, unpack<6>, unpack<7>, unpack<8>};
 
-void read_packed(const Stored& stored, const at::Tensor& data, const at::Tensor& range_data, int64_t block,
-                 const int32_t* piece, float* out, int64_t out_row) {
+void read_packed(const Stored& stored, const at::Tensor& data, const at::Tensor& range_data, int64_t batch,
+                 int64_t block, const int32_t* piece, float* out, int64_t out_row) {
   const int64_t count = piece[1], bits = piece[2], width = piece[4], inside = piece[5], groups = piece[7];
-  const auto* codes = data.const_data_ptr<uint8_t>() + block * data.size(2) + piece[3] + inside;
-  const auto* ranges = range_data.const_data_ptr<at::Half>() + (block * range_data.size(2) + piece[6]) * 2;
+  const auto* codes =
+      data.const_data_ptr<uint8_t>() + batch * data.stride(0) + block * data.size(2) + piece[3] + inside;
+  const auto* ranges = range_data.const_data_ptr<at::Half>() + batch * range_data.stride(0) +
+                       (block * range_data.size(2) + piece[6]) * 2;
   std::vector<float> minimum(count), step(count);
   for (int64_t first = 0; first < stored.block_size; first += stored.group_tokens, ranges += 2 * groups) {
     for (int64_t k = 0; k < count; ++k) {
@@ -120,9 +143,10 @@ void read_packed(const Stored& stored, const at::Tensor& data, const at::Tensor&
 }
 
 template <typename T>
-void read_plain(const Stored& stored, const at::Tensor& data, int64_t block, const int32_t* piece, float* out,
-                int64_t out_row) {
-  const T* from = data.const_data_ptr<T>() + block * stored.block_size * stored.rank + piece[0];
+void read_plain(const Stored& stored, const at::Tensor& data, int64_t batch, int64_t block, const int32_t* piece,
+                float* out, int64_t out_row) {
+  const T* from =
+      data.const_data_ptr<T>() + batch * data.stride(0) + block * stored.block_size * stored.rank + piece[0];
   for (int64_t t = 0; t < stored.block_size; ++t)
     for (int64_t k = 0; k < piece[1]; ++k) out[t * out_row + k] = from[t * stored.rank + k];
 }
@@ -133,15 +157,14 @@ void read(const Stored& stored, int64_t batch, int64_t block, int64_t first_piec
   size_t segment = 0;
   for (; block >= stored.data[segment].size(1); ++segment) block -= stored.data[segment].size(1);
   const at::Tensor &data = stored.data[segment], &ranges = stored.ranges[segment];
-  block += batch * data.size(1);
   for (int64_t p = first_piece; p < last_piece; ++p) {
     const int32_t* piece = stored.pieces + 8 * p;
     float* target = out + piece[0] - first_channel;
     switch (data.scalar_type()) {
-      case at::kByte: read_packed(stored, data, ranges, block, piece, target, out_row); break;
-      case at::kFloat: read_plain<float>(stored, data, block, piece, target, out_row); break;
-      case at::kHalf: read_plain<at::Half>(stored, data, block, piece, target, out_row); break;
-      default: read_plain<at::BFloat16>(stored, data, block, piece, target, out_row);
+      case at::kByte: read_packed(stored, data, ranges, batch, block, piece, target, out_row); break;
+      case at::kFloat: read_plain<float>(stored, data, batch, block, piece, target, out_row); break;
+      case at::kHalf: read_plain<at::Half>(stored, data, batch, block, piece, target, out_row); break;
+      default: read_plain<at::BFloat16>(stored, data, batch, block, piece, target, out_row);
     }
   }
 }
@@ -279,6 +302,11 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& exact_keys, const a
                   const at::Tensor& value_B, const at::Tensor& value_mean, at::IntArrayRef value_sizes) {
   const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), head_dim = query.size(3);
   const int64_t num_exact = exact_keys.size(2), num_old = cos.size(1), rank = value_B.size(1);
+  Stored(key_data, key_ranges, key_pieces, key_B.size(1), key_sizes).check(batch, num_old, key_pieces);
+  Stored(value_data, value_ranges, value_pieces, rank, value_sizes).check(batch, num_old, value_pieces);
+  TORCH_CHECK(2 * cos.size(2) == head_dim && sin.sizes() == cos.sizes() && cos.is_contiguous() &&
+                  sin.is_contiguous() && (cos.size(0) == 1 || cos.size(0) == batch),
+              "cos and sin are of other sizes than the keys: ", cos.sizes(), ".");
   at::Tensor scores = at::empty({batch, heads, rows, num_exact + num_old}, query.options());
   scores.narrow(3, 0, num_exact).copy_(query.matmul(exact_keys.mT()));
   write_scores(scores, num_exact, query, key_data, key_ranges, key_pieces, first_piece, key_B, key_mean, cos, sin,

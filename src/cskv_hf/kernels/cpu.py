@@ -1,7 +1,7 @@
 """The products of cpu.cpp: compile them for this machine, once, and call them.
 
-They need a C++ compiler, so they are an offer: without them attention on a CPU is torch's own operations, several
-times slower where latents are packed.
+They need a C++ compiler, so they are an offer: without them attention on a CPU is torch's own operations, two
+to three times slower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 from transformers.utils import logging
 
 from ..cache_layer import CompressedKV
@@ -38,7 +37,8 @@ def library_path() -> Path:
     features = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
     key = "\n".join([SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), *FLAGS, *features])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions")
     return Path(folder) / "cskv_hf" / f"{name}.so"
 
 
@@ -50,11 +50,14 @@ def build() -> Path:
         The file.
 
     Raises:
-        RuntimeError: if this is not Linux, there is no C++ compiler, or it fails; the message says what it printed.
+        RuntimeError: if this is not Linux, there is no C++ compiler, or it fails, or makes what cannot be loaded; the
+            message says what it printed.
     """
+    from torch.utils import cpp_extension  # needs setuptools, which whoever does not compile may not have
+
     if platform.system() != "Linux":
         raise RuntimeError(f"The CPU kernels can be compiled on Linux only, this is {platform.system()}.")
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(
             f"There is no C++ compiler '{compiler[0]}'. Install one (on Debian `apt install g++`), or name yours in "
@@ -76,6 +79,12 @@ def build() -> Path:
                 raise RuntimeError(f"The C++ compiler failed: {shlex.join(step)}\n{result.stderr[-2000:]}")
         os.replace(made, path)
     load.cache_clear()
+    if not load():
+        path.unlink()
+        raise RuntimeError(
+            f"What the C++ compiler '{shlex.join(compiler)}' made cannot be loaded; g++ is known to work. The warning "
+            "says why."
+        )
     return path
 
 
@@ -89,8 +98,8 @@ def load() -> bool:
             torch.ops.load_library(library_path())
         except OSError as error:
             logger.warning_once(
-                f"CSKV's kernels for this CPU cannot be loaded, so attention runs slower: {error}. Compile them again "
-                "with `cskv kernels --build`."
+                "CSKV's kernels for this CPU cannot be loaded, so attention runs slower: "
+                f"{error.__cause__ or error}. Compile them again with `cskv kernels --build`."
             )
             return False
     return True
@@ -112,7 +121,7 @@ def attend(
     factors, keys, values = kv.factors, kv.key_latents, kv.value_latents
     key_pieces, first_piece, _ = chunks_of(keys.format, factors.key_ranks, 2**30, query.device)
     value_pieces, _, _ = chunks_of(values.format, (values.format.rank,), 2**30, query.device)
-    cos, sin = (t.float() for t in kv.step.old_cos_sin(query.device, kv.exact_keys.dtype))
+    cos, sin = kv.step.old_cos_sin(query.device, kv.exact_keys.dtype)
     of_keys, of_values = (factors.key_B, factors.key_mean), (factors.value_B, factors.value_mean)
     return torch.ops.cskv_hf.attend(
         query.contiguous(), kv.exact_keys.float(), kv.exact_values.float(), _one_mask(exact_mask, old_mask, kv),
@@ -138,8 +147,8 @@ def _one_mask(exact_mask: torch.Tensor | None, old_mask: torch.Tensor | None, kv
 
 
 def _stored(latents: Latents) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Codes and ranges of every segment; plain latents stand for both."""
-    segments = [[t.contiguous() for t in segment] for segment in latents.segments]
+    """Codes and ranges of every segment, whose blocks are compact; plain latents stand for both."""
+    segments = [[t if t[:1].is_contiguous() else t.contiguous() for t in segment] for segment in latents.segments]
     return [segment[0] for segment in segments], [segment[-1] for segment in segments]
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..cache_layer import CompressedKV
+from ..factors import LayerFactors
 from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from ..quantize import PackedLayout
 from . import chunks_of
@@ -264,6 +265,12 @@ def _launch_values(
         CHUNK=VALUE_CHUNK, DTYPE=TRITON_DTYPES[dtype], num_warps=VALUE_WARPS, **_constants(format, VALUE_TILE),
     )  # fmt: skip
     return summed.sum(0), weight.sum(0)
+
+
+def prepare_tables(factors: LayerFactors, device: torch.device) -> None:
+    """Both tables of `chunks_of` that the kernels read of a layer."""
+    chunks_of(factors.key_format, factors.key_ranks, KEY_CHUNK, device)
+    chunks_of(factors.value_format, (factors.value_format.rank,), VALUE_CHUNK, device)
 
 
 gpu_scores = torch.library.custom_op("cskv_hf::gpu_scores", _launch_scores, mutates_args=())
