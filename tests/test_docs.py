@@ -264,6 +264,11 @@ def test_tables_of_the_speed_page_are_the_results(documented):
                 ratios.setdefault((row["cache"], row["length"]), []).append(of_dynamic)
         for (name, length), r in ratios.items():
             documented(table, name, f"{length:,} tokens", "1" if name == "DynamicCache" else spread_of(r))
+    for file, column in (("decode-8-new", "kernels"), ("decode-8-new-torch", "torch")):
+        (run,) = of_results(file)["runs"]
+        dynamic = next(row["seconds"] for row in run if row["cache"] == "DynamicCache")
+        for row in run:
+            documented("speed-new", row["cache"], column, f"{row['seconds'] / dynamic:.2f}")
     for file, column in (("generate", "kernels"), ("generate-torch", "torch")):
         runs = of_results(file)["runs"]
         for name in runs[0]:
