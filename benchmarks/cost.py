@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from common import RandomStates, Setting, Sizes, leave_out_kernels, machine, planned
-from decode import OTHERS, SETTINGS, measure
+from decode import OTHERS, PACKED, SETTINGS, measure
 
 from cskv_hf import ModelShape
 from cskv_hf.cost import compressed_work, full_seconds, kept_layers, seconds
@@ -41,7 +41,7 @@ def predicted(name: str, length: int, batch: int, sizes: Sizes, layers: int, dev
 def compare(runs: list[list[dict]], sizes: Sizes, layers: int, device: Device) -> list[dict]:
     """A row per cache and length: the median measured, predicted, and both relative to DynamicCache."""
     measured: dict[tuple[str, int, int], list[float]] = {}
-    for row in (row for run in runs for row in run if row["cache"] not in OTHERS):
+    for row in (row for run in runs for row in run if row["cache"] not in (*OTHERS, PACKED)):
         measured.setdefault((row["cache"], row["length"], row["batch"]), []).append(row["seconds"])
     middle = {key: statistics.median(times) for key, times in measured.items()}
     rows = []

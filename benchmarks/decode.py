@@ -48,6 +48,7 @@ SETTINGS = (
     Setting(0.95, "head"),
     Setting(0.95, "joint"),
 )
+PACKED = "SDPA, queries packed"  # of a KV head, as queries of one head, whose keys are then read once
 OTHERS = ("StaticCache", "quanto 4 bit", "hqq 4 bit")
 
 
@@ -97,10 +98,19 @@ def full_caches(
         for keys, values in ready:
             F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-    return {
+    def packed_step() -> None:
+        together = query.view(states.batch, sizes.num_key_value_heads, -1, sizes.head_dim)
+        for keys, values in ready:
+            F.scaled_dot_product_attention(together, keys, values)
+
+    held = 2 * ready[0][0].nbytes
+    steps = {
         "DynamicCache": dynamic_cache(sizes, layers, states, length, new),
-        "SDPA, ready cache": (ready_step, 2 * ready[0][0].nbytes),
+        "SDPA, ready cache": (ready_step, held),
     }
+    if new == 1:  # more would need a mask
+        steps[PACKED] = packed_step, held
+    return steps
 
 
 def other_cache(

@@ -22,7 +22,7 @@ from cskv_hf.report.scales import spread
 WIDTH = 7.3  # inches, 700 pixels of an SVG
 GREY, INK = "#666666", "#222222"
 SMALL = {"fontsize": 8, "color": GREY, "x": 0.01, "ha": "left"}
-FULL = ("DynamicCache", "SDPA, ready cache", "StaticCache")
+FULL = ("DynamicCache", "SDPA, ready cache", "StaticCache", "SDPA, queries packed")
 QUANTISED = {"quanto 4 bit": "#cc79a7", "hqq 4 bit": "#a0522d"}
 OURS = {("80%", "16 bit"): "#d55e00", ("80%", "packed"): "#0072b2", ("95%", "packed"): "#009e73"}
 
@@ -30,7 +30,7 @@ OURS = {("80%", "16 bit"): "#d55e00", ("80%", "packed"): "#0072b2", ("95%", "pac
 def style(name: str) -> dict:
     """Colour by what is stored, joint keys dashed; full caches grey."""
     if name in FULL:
-        colour, dashes = INK if name == "DynamicCache" else GREY, ("-", ":", "-.")[FULL.index(name)]
+        colour, dashes = INK if name == "DynamicCache" else GREY, ("-", ":", "-.", "--")[FULL.index(name)]
         return {"color": colour, "linestyle": dashes, "marker": "."}
     if name in QUANTISED:
         return {"color": QUANTISED[name], "linestyle": "-", "marker": "s"}

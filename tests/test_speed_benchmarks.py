@@ -39,11 +39,11 @@ def measured(scripts, sizes):
 def test_every_cache_is_measured_and_its_bytes_counted(scripts, sizes, measured):
     decode = scripts["decode"]
     held = {row["cache"]: row["bytes"] for row in measured}
-    known = ["DynamicCache", "SDPA, ready cache", *decode.OTHERS, *(s.name for s in decode.SETTINGS)]
+    known = ["DynamicCache", "SDPA, ready cache", decode.PACKED, *decode.OTHERS, *(s.name for s in decode.SETTINGS)]
     assert [name for name in known if name in held] == list(held)
     assert {"StaticCache", *(s.name for s in decode.SETTINGS)} <= set(held)
     full = 2 * 2 * 128 * sizes.kv_dim * 4  # keys and values, rows, tokens, float32
-    assert held["DynamicCache"] == held["SDPA, ready cache"] == full
+    assert held["DynamicCache"] == held["SDPA, ready cache"] == held[decode.PACKED] == full
     assert full < held["StaticCache"] < 1.1 * full
     for name in ("quanto 4 bit", "hqq 4 bit"):
         if name in held:
