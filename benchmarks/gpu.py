@@ -8,6 +8,7 @@ none is begun once the minutes are over.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}  # of this checkout, installed or not
     started, failed = time.monotonic(), []
     for name, command in COMMANDS.items():
         if time.monotonic() - started > 60 * args.minutes:
@@ -41,7 +43,7 @@ def main() -> None:
         words = [word.format(out=args.out.resolve() / f"{name}-gpu.json") for word in command.split()]
         device = ["--device", args.device] if name != "tests" else []
         print(f"\n== {name}", flush=True)
-        if subprocess.run([sys.executable, *words, *device], cwd=ROOT).returncode:
+        if subprocess.run([sys.executable, *words, *device], cwd=ROOT, env=environment).returncode:
             failed.append(name)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
