@@ -3,6 +3,7 @@
 import torch
 
 from cskv_hf import CSKVConfig
+from cskv_hf.attention import _attend
 from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.factors import LayerFactors
 from cskv_hf.latents import Latents
@@ -84,3 +85,11 @@ def widened(kv):
         for x in (kv.key_latents, kv.value_latents)
     ]
     return CompressedKV(kv.exact_keys.float(), kv.exact_values.float(), *latents, LayerFactors(**tensors), kv.step)
+
+
+def error_against_torch(attend, query, kv, *masks):
+    """Of one way to attend, relative to the torch path in float32."""
+    scaling = query.shape[-1] ** -0.5
+    ours, oracle = attend(query, kv, scaling, *masks), _attend(query.float(), widened(kv), scaling, *masks)
+    assert ours.dtype == query.dtype and torch.isfinite(ours).all()
+    return float((ours.float() - oracle).norm() / oracle.norm())

@@ -1,5 +1,6 @@
 """The C++ kernels, compiled here, against the torch path, number by number."""
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import lossy, make_model, prompt
-from random_past import CASES, layer, past, widened
+from random_past import CASES, error_against_torch, layer, past
 from typer.testing import CliRunner
 
 import cskv_hf.attention as attention
@@ -29,12 +30,7 @@ def compiled():
     cpu.load.cache_clear()
 
 
-def relative_error(query, kv, *masks):
-    scaling = query.shape[-1] ** -0.5
-    ours = attention._attend_on_cpu(query, kv, scaling, *masks)
-    oracle = attention._attend(query.float(), widened(kv), scaling, *masks)
-    assert ours.dtype == query.dtype and torch.isfinite(ours).all()
-    return float((ours.float() - oracle).norm() / oracle.norm())
+relative_error = functools.partial(error_against_torch, attention._attend_on_cpu)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

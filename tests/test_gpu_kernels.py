@@ -1,6 +1,7 @@
 """The Triton kernels against the torch path, number by number: in Triton's interpreter on a CPU, as compiled on a
 GPU."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import lossy, make_model, prompt
-from random_past import CASES, DEVICE, layer, past, widened
+from random_past import CASES, DEVICE, error_against_torch, layer, past
 
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVStaticCache, kernels
@@ -18,12 +19,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 COMPILED_ONLY = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 as integers")
 
 
-def relative_error(query, kv, *masks):
-    scaling = query.shape[-1] ** -0.5
-    ours = attention._attend_on_gpu(query, kv, scaling, *masks)
-    oracle = attention._attend(query.float(), widened(kv), scaling, *masks)
-    assert ours.dtype == query.dtype and torch.isfinite(ours).all()
-    return float((ours.float() - oracle).norm() / oracle.norm())
+relative_error = functools.partial(error_against_torch, attention._attend_on_gpu)
 
 
 @pytest.mark.parametrize(

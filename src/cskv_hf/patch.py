@@ -53,7 +53,6 @@ class StageFactors:
 
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
-        self.sliding_window: int | None = None  # read anew for every cache
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -79,7 +78,6 @@ class StageFactors:
         positions = kwargs["position_ids"]
         frequencies = frequencies_of(self.rotary)
         if len(cache.layers) <= module.layer_idx:  # once per cache
-            self.sliding_window = sliding_window(module.config, module.layer_idx)
             _untraced(sidecar.check_filled, adapter)
         if cache.tokens is None:
             _untraced(self._check_rotary, positions, kwargs["position_embeddings"])
@@ -90,10 +88,9 @@ class StageFactors:
                 f"attached, so keys and "
                 "values are rebuilt in every step, which is slow. Change it before the adapter is loaded instead."
             )
+        window = sliding_window(module.config, module.layer_idx)
         batch_size = len(hidden_states)
-        cache.stage(
-            module.layer_idx, sidecar(), config, positions, batch_size, frequencies, not fused, self.sliding_window
-        )
+        cache.stage(module.layer_idx, sidecar(), config, positions, batch_size, frequencies, not fused, window)
 
     def _check_rotary(self, positions: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> None:
         """The cache rebuilds cos and sin from positions; make sure once that they are the model's."""

@@ -1,7 +1,7 @@
 """The products of cpu.cpp: compile them for this machine, once, and call them.
 
 They need a C++ compiler, so they are an offer: without them attention on a CPU is torch's own operations, two
-to three times slower.
+to four times slower.
 """
 
 from __future__ import annotations
