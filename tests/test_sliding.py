@@ -192,6 +192,20 @@ def test_crop_beyond_what_is_held(models):
     )
 
 
+@torch.no_grad()
+def test_a_cache_from_a_file_knows_the_window(tmp_path):
+    """Also where it is the first that a model sees: what it has dropped is not to be needed again."""
+    model, ids = lossy(make_model("mistral", sliding_window=16), block_size=4), prompt(1, 200)
+    cache = CSKVCache()
+    model(ids[:, :190], past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    again, loaded = lossy(make_model("mistral", sliding_window=16), block_size=4), CSKVCache.load(tmp_path / "cache")
+    again(ids[:, 190:], past_key_values=loaded)
+    assert loaded.layers[0].num_dropped and loaded.layers[0].sliding_window == 16
+    with pytest.raises(ValueError, match="have dropped what lies beyond it"):
+        loaded.crop(-150)
+
+
 def test_recording_waits_for_crop(models):
     """While speculations are verified nothing is dropped until `crop` says what was rejected, be it nothing."""
     model, _, sliding = models
