@@ -324,9 +324,9 @@ def test_files_that_hold_no_cache(tmp_path):
         CSKVCache.load(path)
     for version, advice in (
         (b"9", r"newer cskv-hf .*pip install -U cskv-hf"),
-        (b"1", r"older cskv-hf .*save the cache"),
+        (b"3", r"older cskv-hf .*save the cache"),
     ):
-        path.write_bytes(held.replace(b'\\"version\\": 2', b'\\"version\\": ' + version))
+        path.write_bytes(held.replace(b'\\"version\\": 4', b'\\"version\\": ' + version))
         with pytest.raises(ValueError, match=advice):
             CSKVCache.load(path)
 

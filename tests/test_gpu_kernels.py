@@ -13,6 +13,8 @@ from random_past import CASES, DEVICE, error_against_torch, layer, past
 
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVStaticCache, kernels
+from cskv_hf.latents import PackedFormat
+from cskv_hf.quantize import PackedLayout, dequantize, quantize
 
 pytest.importorskip("triton")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -63,12 +65,13 @@ def test_many_queries_masks_and_groups_of_ranges():
 
 def test_the_sum_is_split_over_the_past(monkeypatch):
     """However many programs share the tokens."""
-    import cskv_hf.kernels.gpu as triton_attention
+    import cskv_hf.kernels.gpu as gpu
 
     factors = layer(*CASES["packed, head"], torch.float32)
     kv, query = past(factors, 1, 320, torch.float32), torch.randn(1, 4, 1, 32).to(DEVICE)
     for programs in (1, 3, 10**6):
-        monkeypatch.setattr(triton_attention, "PROGRAMS", programs)
+        monkeypatch.setattr(gpu, "KEY_PROGRAMS", programs)
+        monkeypatch.setattr(gpu, "VALUE_PROGRAMS", programs)
         assert relative_error(query, kv, None, None) < 2e-6
 
 
@@ -127,39 +130,43 @@ def test_in_a_compiled_step(monkeypatch):
     torch.testing.assert_close(*outputs, atol=2e-5, rtol=2e-5)
     (graph,) = graphs
     called = [str(node.target) for node in graph.graph.nodes]
-    assert {f"cskv_hf.{name}.default" for name in ("gpu_scores", "gpu_values")} <= set(called)
+    assert "cskv_hf.gpu_attend.default" in called
 
 
 COMPILE = """
-import sys
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-import cskv_hf.kernels.gpu as kernels
+import cskv_hf.kernels.gpu as gpu
+import cskv_hf.kernels.triton_kernels as kernels
 
-floats = ("turn", "tile_turn", "scores", "maximum", "summed", "weight")
-for packed in (True, False):
-    stored, ranges = ("*u8", "*fp16") if packed else ("*bf16", "*bf16")
-    types = dict(
-        data=stored, ranges=ranges, query="*bf16", key_B="*bf16", mean="*bf16", pieces="*i32", first_piece="*i32"
-    )
-    how = dict(PACKED=packed, BLOCK=32, GROUP_TOKENS=32, GROUP_CHANNELS=4, ROWS=kernels.ROWS)
-    for function, tile, warps, constants in (
-        (kernels._score_kernel, kernels.KEY_TILE, kernels.KEY_WARPS,
-         dict(IN_TILES=True, HEADS_PER_GROUP=1, HEAD_DIM=128, CHUNK=kernels.KEY_CHUNK)),
-        (kernels._value_kernel, kernels.VALUE_TILE, kernels.VALUE_WARPS,
-         dict(DTYPE=tl.bfloat16, CHUNK=kernels.VALUE_CHUNK)),
-    ):
-        constants |= how | dict(TILE=tile, ONE_RANGE=packed and tile == 32)
-        names = function.arg_names
-        signature = {
-            n: "constexpr" if n in constants else types.get(n, "*fp32" if n in floats else "i32") for n in names
-        }
-        source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
-        for capability in (80, 90):  # A100, H100
-            compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps))
-            ptx = compiled.asm["ptx"]
-            print(function.__name__, packed, capability, "mma" in ptx, ".local" in ptx)
+BF16 = ("query", "key_B", "weights", "mask", "merged", "exact_keys", "exact_values", "old", "value_mean", "out")
+FP32 = ("cos", "sin", "tile_cos", "tile_sin", "maxima", "sums", "summed", "split_maxima")
+KINDS = dict.fromkeys(BF16, "*bf16") | dict.fromkeys(FP32, "*fp32") | {"scaling": "fp32"}
+KINDS |= dict.fromkeys(("channels", "pieces", "first_piece"), "*i32")
+
+
+def compile_for_all(function, constants, **kinds):
+    names = function.arg_names
+    kinds = KINDS | kinds
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
+    for capability in (80, 90):  # A100, H100
+        options = dict(num_warps=gpu.WARPS, num_stages=1)
+        ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+        print(function.__name__, capability, "mma" in ptx, ".local" in ptx)
+
+
+for packed, words in ((True, True), (True, False), (False, False)):
+    stored = dict(BLOCK=32, GROUPS=4, GROUP_TOKENS=32, PACKED=packed, WORDS=words, TILE=gpu.TILE)
+    kinds = dict(data="*i32" if words else "*u8", ranges="*i32") if packed else dict(data="*bf16", ranges="*bf16")
+    for channels in (16, 26, 40, 100, 200):
+        chunk, pieces, prefetch = gpu.key_plan(channels)
+        how = dict(IN_TILES=True, MASK=0, HEADS_PER_GROUP=1, HEAD_DIM=128, ROWS=8)
+        how |= dict(PIECES=pieces, PREFETCH=prefetch, CHUNK=chunk)
+        compile_for_all(kernels.score_kernel, how | stored, **kinds)
+    compile_for_all(kernels.value_kernel, dict(ROWS=32, CHUNK=gpu.VALUE_CHUNK) | stored, **kinds)
+compile_for_all(kernels.finish_kernel, dict(MASK=2, HEAD_DIM=128, ROWS=16, TILE=32))
 """
 
 
@@ -170,21 +177,78 @@ def test_compiles_for_gpus_that_are_not_here():
     out = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     compiled = [line.split() for line in out.stdout.splitlines()]
-    assert len(compiled) == 8 and all(line[-2:] == ["True", "False"] for line in compiled), out.stdout
+    assert len(compiled) == 2 * (3 * 6 + 1) and all(line[-2:] == ["True", "False"] for line in compiled), out.stdout
 
 
-def test_pieces_of_channels():
-    """Every channel is in one piece, of its group and tier, and pieces are as long as they may be."""
+@pytest.mark.parametrize("ranks", [(3, 9), (20, 1), (40, 47), (60, 70), (130, 2)], ids=str)
+@pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
+def test_every_way_to_take_channels(ranks, plain):
+    """Few channels at once, several pieces held ready, one by one; heads of other ranks take fewer pieces."""
+    bits = tuple(tuple(1 + (3 * i) % 8 for i in range(rank)) for rank in ranks)
+    factors = layer("head", ranks if plain else bits, 37 if plain else bits[0], 2, 32, torch.float32)
+    kv = past(factors, 2, 160, torch.float32)
+    assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE), kv, None, None) < 2e-6
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 64])
+def test_other_blocks(block_size):
+    """Of 64 tokens, whose rows make words as those of 32 do, and of fewer, whose rows do not."""
+    factors = layer(*CASES["packed, head"], torch.float32, block_size=block_size)
+    kv = past(factors, 2, 192, torch.float32)
+    assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE), kv, None, None) < 2e-6
+
+
+def test_tables_of_channels():
+    """Every channel is in one piece, of its group, and so is one for the mean; a code is where `pack` has put it."""
+    import cskv_hf.kernels.gpu as gpu
+
     for case in CASES.values():
         factors = layer(*case, torch.float32)
-        table, starts, count = kernels.chunks_of(factors.key_format, factors.key_ranks, 16, torch.device("cpu"))
-        assert len(table) == count == starts[-1]
-        channels = [c for first, n, *_ in table.tolist() for c in range(first, first + n)]
-        assert sorted(channels) == list(range(sum(factors.key_ranks)))
-        assert table[:, 1].max() <= 16
+        table, pieces, starts = gpu.key_pieces(factors.key_format, factors.key_ranks, 16, torch.device("cpu"))
+        taken = [c for first, n, _ in pieces.tolist() for c in range(first, first + n)]
+        assert taken == list(range(sum(factors.key_ranks) + len(factors.key_ranks))) and pieces[:, 1].max() <= 16
+        begin = 0
         for group, rank in enumerate(factors.key_ranks):
-            pieces = table[starts[group] : starts[group + 1]]
-            assert int(pieces[:, 1].sum()) == rank
+            assert int(pieces[starts[group] : starts[group + 1], 1].sum()) == rank + 1
+            begin += rank + 1
+            assert table[3, begin - 1] == -1 and not table[[0, 1, 2], begin - 1].any()
+
+    layout = PackedLayout((7, 3, 8, 3, 4), 32)
+    latents = torch.randn(1, 64, 5)
+    codes, ranges = quantize(latents, layout)
+    words = codes.view(torch.int32)
+    for channel, row in enumerate(gpu.describe(PackedFormat(layout))):
+        for block in range(2):
+            for token in range(32):
+                code = below = 0
+                for bits, (first, width, worth) in zip(gpu.PLANES, zip(*[iter(row[4:])] * 3)):
+                    if not worth:
+                        continue
+                    rows = 32 * bits // 8
+                    word = int(words[0, block, first + token % rows // 4 * width]) & 0xFFFFFFFF
+                    assert worth == 2 ** (below + bits)
+                    code += (word >> (8 * (token % 4) + bits * (token // rows)) & 2**bits - 1) << below
+                    below += bits
+                minimum, step = ranges[0, block, row[3]].double()
+                value = dequantize(codes, ranges, layout, torch.float64)[0, 32 * block + token, channel]
+                assert abs(minimum + step * code - value) < 1e-12
+
+
+def test_what_is_kept_of_factors():
+    """The transposed factor is made once, and again when the factors are written to."""
+    import cskv_hf.kernels.gpu as gpu
+
+    factors = layer(*CASES["packed, head"], torch.float32)
+    how = factors.key_ranks, torch.float32
+    kept = gpu.with_mean(factors.key_B, factors.key_mean, *how)
+    ranks, heads = factors.key_ranks, factors.key_mean.view(2, 1, -1)
+    first, second = factors.key_B.mT.split(ranks)
+    assert torch.equal(kept, torch.cat([first, heads[0], second, heads[1]]))
+    assert gpu.with_mean(factors.key_B, factors.key_mean, *how) is kept
+    for tensor in (factors.key_B, factors.key_mean):
+        tensor.mul_(2)
+        assert not torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), kept)
+    assert gpu.with_mean(factors.key_B, factors.key_mean, ranks, torch.float16).dtype == torch.float16
 
 
 def test_what_the_kernels_do_not_serve(monkeypatch):

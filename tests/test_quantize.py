@@ -20,10 +20,27 @@ from cskv_hf.quantize import (
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_pack_and_unpack_are_inverse_and_small(bits):
-    codes = torch.randint(0, 2**bits, (3, 40, 5), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.dtype == torch.uint8 and packed.shape == (3, 5 * bits, 5)
-    assert torch.equal(unpack(packed, bits), codes)
+    for tokens in (40, 64):  # five rows of a plane of one bit, which do not make words, and eight
+        codes = torch.randint(0, 2**bits, (3, tokens, 5), dtype=torch.uint8)
+        packed = pack(codes, bits)
+        assert packed.dtype == torch.uint8 and packed.shape == (3, tokens * bits // 8 * 5)
+        assert torch.equal(unpack(packed, bits, tokens), codes)
+
+
+def test_where_a_code_lies():
+    """Number by number from the definition: planes one behind the other, wide ones first; of a plane, four rows of a
+    channel together."""
+    tokens, channels, bits = 64, 3, 7
+    codes = torch.randint(0, 2**bits, (tokens, channels), dtype=torch.uint8)
+    packed, start, below = pack(codes, bits), 0, 0
+    for width in (4, 2, 1):
+        rows = tokens * width // 8
+        for token in range(tokens):
+            row, place = token % rows, token // rows
+            for channel in range(channels):
+                byte = int(packed[start + (row // 4 * channels + channel) * 4 + row % 4])
+                assert byte >> place * width & 2**width - 1 == int(codes[token, channel]) >> below & 2**width - 1
+        start, below = start + rows * channels, below + width
 
 
 @pytest.mark.parametrize("group", [(32, 1), (32, 4), (1, 3), (8, 2), (16, 100)])

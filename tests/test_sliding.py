@@ -102,7 +102,7 @@ def test_rows_and_copies(models, padded, little_rollback, keep_all, tmp_path):
         cache.crop(-5)
         cache.save(tmp_path / "cache")
         with safe_open(tmp_path / "cache", "pt") as file:
-            assert json.loads(file.metadata()["cskv_cache"])["version"] == (2 if keep else 3)
+            assert json.loads(file.metadata()["cskv_cache"])["version"] == 4
         cache = CSKVCache.load(tmp_path / "cache")
         logits.append(feed(model, ids, cache, [1] * 14, rows))
         cache.batch_repeat_interleave(2)

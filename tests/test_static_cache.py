@@ -204,6 +204,15 @@ def test_a_first_forward_that_is_compiled():
     close(decode(compiled, ids, cache, 0, 24), decode(model, ids, CSKVCache(), 0, 24))
 
 
+def test_a_cuda_graph_may_write_to_every_tensor(plain):
+    """They are marked as lying still; one that is not keeps CUDA graphs from being recorded at all."""
+    cache = CSKVStaticCache(64)
+    plain(prompt(2, 50), past_key_values=cache)
+    tensors = [*cache.tokens.tensors, *(t for layer in cache.layers for t in layer.tensors)]
+    assert len(tensors) == 4 + 4 * len(cache.layers)
+    assert all(getattr(t, "_dynamo_static_input_type", None) for t in tensors)
+
+
 def test_generate_compiles_decoding(plain):
     """As for a StaticCache: decoding steps are compiled, the prompt is not; the same graph in the next call."""
     torch._dynamo.reset()

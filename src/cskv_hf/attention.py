@@ -94,19 +94,10 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
 
 
 def _attend_on_gpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
-    from .kernels.gpu import old_scores, sum_values
+    from .kernels.gpu import attend
 
-    q, shared = _rows_by_kv_head(query * scaling, kv.factors.num_key_value_heads)
-    exact_scores = _masked((q @ kv.exact_keys.mT).float(), exact_mask, shared)
-    scores = _masked(old_scores(q, kv), old_mask, shared)
-    maximum = torch.maximum(OnlineSoftmax.finite_max(exact_scores), scores.amax(-1, keepdim=True))
-    weights = (exact_scores - maximum).exp_()
-    exact, exact_sum = weights.to(q.dtype) @ kv.exact_values, weights.sum(-1, keepdim=True)
-    latent, old_sum = sum_values(scores.flatten(1, 2), maximum.flatten(1), kv, q.dtype)
-    old_sum = old_sum.view_as(exact_sum)
-    old = _decode_summed_values(latent, old_sum, kv.factors)
-    total = (exact_sum + old_sum).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((exact + old) / total).view(query.shape).to(query.dtype)
+    q, _ = _rows_by_kv_head(query, kv.factors.num_key_value_heads)
+    return attend(q, kv, scaling, exact_mask, old_mask).view(query.shape)
 
 
 def _attend_on_cpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:

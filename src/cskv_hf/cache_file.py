@@ -19,8 +19,8 @@ from .quantize import PackedLayout
 from .rope import RotaryFrequencies
 from .tokens import TokenTable
 
-KEY, FILE_VERSION = "cskv_cache", 3
-OLDEST = 2  # codes of a block lie token by token, channels next to each other; 3: layers may have dropped latents
+KEY = "cskv_cache"
+FILE_VERSION = OLDEST = 4  # four rows of a channel lie together in a block of codes
 COUNTS = ("num_slots", "num_sinks", "num_old", "num_recent")
 
 
@@ -47,7 +47,7 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
         for name, held in parts.items():
             tensors |= {f"layers.{index}.{name}.{i}": tensor for i, tensor in enumerate(held)}
     about = {
-        "version": FILE_VERSION if any(layer.num_dropped for layer in cache.layers) else OLDEST,
+        "version": FILE_VERSION,
         "window": tokens.window,
         "sinks": tokens.sinks,
         "block_size": tokens.block_size,

@@ -121,12 +121,19 @@ class PackedLayout:
         return (self.code_bytes + RANGE_BYTES * self.num_ranges) / self.block_size
 
 
+def rows_together(tokens: int) -> int:
+    """How many bytes of a channel lie together in a plane of so many tokens: 4, a word, if that goes into every
+    plane."""
+    return 4 if tokens % 32 == 0 else 1
+
+
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes below ``2**bits``, (..., tokens, channels) uint8 -> (..., tokens * bits / 8, channels) uint8; tokens is a
+    """Codes below ``2**bits``, (..., tokens, channels) uint8 -> (..., channels * tokens * bits / 8) uint8; tokens is a
     multiple of 8.
 
     A plane of p bits puts token ``j + i * tokens / n`` into the i-th place of row j, with n = 8 / p codes to a byte.
-    Channels lie next to each other, so that whatever unpacks walks along many of them.
+    Four rows lie together, of one channel after the other, so that whatever unpacks reads words, and walks along many
+    channels.
     """
     planes, shift = [], 0
     for width in PLANES[bits]:
@@ -135,21 +142,23 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         packed = parts[0].clone()
         for place, part in enumerate(parts[1:], start=1):
             packed |= part << (place * width)
-        planes.append(packed)
+        words = packed.unflatten(-2, (-1, rows_together(codes.shape[-2]))).transpose(-1, -2)
+        planes.append(words.flatten(-3))
         shift += width
-    return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-2)
+    return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
 
 
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Undo [`pack`]: (..., tokens * bits / 8, channels) -> (..., tokens, channels) uint8."""
-    if bits == 8:
-        return packed
-    tokens, start, below, codes = packed.shape[-2] * 8 // bits, 0, 0, None
+def unpack(packed: torch.Tensor, bits: int, tokens: int) -> torch.Tensor:
+    """Undo [`pack`]: (..., channels * tokens * bits / 8) -> (..., tokens, channels) uint8."""
+    channels, together = packed.shape[-1] * 8 // (tokens * bits), rows_together(tokens)
+    start, below, codes = 0, 0, None
     for width in PLANES[bits]:
-        size = tokens * width // 8
-        plane = packed[..., None, start : start + size, :]
-        spread = ((plane >> _places(width, packed.device)) & (2**width - 1)).flatten(-3, -2)
-        codes = spread if codes is None else codes | (spread << below)
+        size = channels * tokens * width // 8
+        words = packed[..., start : start + size].unflatten(-1, (-1, channels, together))
+        plane = words.transpose(-1, -2).flatten(-3, -2)
+        if width < 8:
+            plane = ((plane.unsqueeze(-3) >> _places(width, packed.device)) & (2**width - 1)).flatten(-3, -2)
+        codes = plane if codes is None else codes | (plane << below)
         start, below = start + size, below + width
     return codes
 
@@ -221,7 +230,7 @@ def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor,
         wide_step = step.to(groups.dtype)[..., None]
         scaled = (groups - minimum.to(groups.dtype)[..., None]) / torch.where(wide_step == 0, 1.0, wide_step)
         levels = _ungrouped(scaled.round_().clamp_(0, 2**tier.bits - 1), tier, layout).to(torch.uint8)
-        codes.append(pack(levels.unflatten(1, (blocks, layout.block_size)), tier.bits).flatten(2))
+        codes.append(pack(levels.unflatten(1, (blocks, layout.block_size)), tier.bits))
         times = layout.block_size // layout.group_tokens
         ranges.append(torch.stack([minimum, step], dim=-1).view(batch, blocks, times * tier.num_groups, 2))
     return torch.cat(codes, dim=-1), torch.cat(ranges, dim=2)
@@ -236,7 +245,7 @@ def dequantize(codes: torch.Tensor, ranges: torch.Tensor, layout: PackedLayout, 
     for tier in layout.tiers:
         size = len(tier.channels)
         num_bytes = size * layout.block_size * tier.bits // 8
-        levels.append(unpack(codes[..., first_byte : first_byte + num_bytes].unflatten(-1, (-1, size)), tier.bits))
+        levels.append(unpack(codes[..., first_byte : first_byte + num_bytes], tier.bits, layout.block_size))
         first_byte += num_bytes
     values = torch.cat(levels, dim=-1).to(dtype).unflatten(2, (-1, layout.group_tokens))
     spread = ranges.index_select(2, _ranges_of(layout, ranges.device)).unflatten(2, (-1, layout.rank)).movedim(-1, 0)

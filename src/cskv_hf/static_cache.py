@@ -54,9 +54,9 @@ class CSKVStaticLayer(CacheLayerMixin):
             self._room_for(format, key_states) for format in (factors.key_format, factors.value_format)
         )
         self.fingerprint = factors.key_spectrum
-        kernels.prepare(factors, key_states.device)
-        keep_in_place(self.tensors)
         self.is_initialized = True
+        kernels.prepare(factors, key_states.device, key_states.dtype)
+        keep_in_place(self.tensors)
 
     def _room_for(self, format: LatentFormat, like: torch.Tensor) -> Latents:
         block = format.store(like.new_zeros(1, format.block_size, format.rank), like.dtype)

@@ -60,13 +60,13 @@ def why_not(query: torch.Tensor) -> str | None:
     return None
 
 
-def prepare(factors: LayerFactors, device: torch.device) -> None:
+def prepare(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
     """Make what the kernels of a GPU keep of a layer, before a CUDA graph is recorded, which would take it for its
     own."""
     if device.type == "cuda" and HAS_TRITON:
         from .gpu import prepare_tables
 
-        prepare_tables(factors, device)
+        prepare_tables(factors, device, dtype)
 
 
 @functools.cache

@@ -92,9 +92,36 @@ struct Stored {
 };
 
 // Tokens first to last (exclusive) of a piece with one range per channel. Planes as in `pack` of quantize.py: token
-// t lies in row t % rows, at place t / rows.
+// t lies in row t % rows, at place t / rows, and four rows of a channel make a word.
+typedef uint32_t Word __attribute__((aligned(1), may_alias));
+
 template <int BITS>
-void unpack(const uint8_t* codes, int64_t width, int64_t block_size, int64_t first, int64_t last, int64_t count,
+void unpack(const uint8_t* bytes, int64_t width, int64_t block_size, int64_t first, int64_t last, int64_t count,
+            const float* minimum, const float* step, float* out, int64_t out_row) {
+  const Word* codes = reinterpret_cast<const Word*>(bytes);
+  const int64_t rows4 = block_size / 2, rows2 = block_size / 4, rows1 = block_size / 8;
+  const Word* plane2 = codes + (BITS & 4) * block_size / 32 * width;
+  const Word* plane1 = codes + (BITS & 6) * block_size / 32 * width;
+  for (int64_t t = first; t < last; ++t) {
+    const Word *row8 = codes + t / 4 * width, *row4 = codes + t % rows4 / 4 * width;
+    const Word *row2 = plane2 + t % rows2 / 4 * width, *row1 = plane1 + t % rows1 / 4 * width;
+    const int byte = 8 * (t % 4), shift4 = byte + 4 * (t / rows4);
+    const int shift2 = byte + 2 * (t / rows2), shift1 = byte + t / rows1;
+    float* target = out + t * out_row;
+    for (int64_t k = 0; k < count; ++k) {
+      uint32_t code = 0;
+      if (BITS == 8) code = row8[k] >> byte & 255;
+      if (BITS & 4) code = row4[k] >> shift4 & 15;
+      if (BITS & 2) code |= (row2[k] >> shift2 & 3) << (BITS & 4);
+      if (BITS & 1) code |= (row1[k] >> shift1 & 1) << (BITS & 6);
+      target[k] = minimum[k] + step[k] * int(code);
+    }
+  }
+}
+
+// The same where rows do not make words, byte by byte.
+template <int BITS>
+void unpack_bytes(const uint8_t* codes, int64_t width, int64_t block_size, int64_t first, int64_t last, int64_t count,
             const float* minimum, const float* step, float* out, int64_t out_row) {
   if (BITS == 8) {
     for (int64_t t = first; t < last; ++t)
@@ -123,12 +150,16 @@ typedef void (*Unpack)(const uint8_t*, int64_t, int64_t, int64_t, int64_t, int64
                        int64_t);
 constexpr Unpack UNPACK[] = {nullptr,   unpack<1>, unpack<2>, unpack<3>, unpack<4>,
                              unpack<5>, unpack<6>, unpack<7>, unpack<8>};
+constexpr Unpack UNPACK_BYTES[] = {nullptr,         unpack_bytes<1>, unpack_bytes<2>, unpack_bytes<3>, unpack_bytes<4>,
+                                   unpack_bytes<5>, unpack_bytes<6>, unpack_bytes<7>, unpack_bytes<8>};
 
 void read_packed(const Stored& stored, const at::Tensor& data, const at::Tensor& range_data, int64_t batch,
                  int64_t block, const int32_t* piece, float* out, int64_t out_row) {
   const int64_t count = piece[1], bits = piece[2], width = piece[4], inside = piece[5], groups = piece[7];
-  const auto* codes =
-      data.const_data_ptr<uint8_t>() + batch * data.stride(0) + block * data.size(2) + piece[3] + inside;
+  const bool words = stored.block_size % 32 == 0;
+  const auto* codes = data.const_data_ptr<uint8_t>() + batch * data.stride(0) + block * data.size(2) + piece[3] +
+                      inside * (words ? 4 : 1);
+  const Unpack unpack = (words ? UNPACK : UNPACK_BYTES)[bits];
   const auto* ranges = range_data.const_data_ptr<at::Half>() + batch * range_data.stride(0) +
                        (block * range_data.size(2) + piece[6]) * 2;
   std::vector<float> minimum(count), step(count);
@@ -137,8 +168,8 @@ void read_packed(const Stored& stored, const at::Tensor& data, const at::Tensor&
       const at::Half* range = ranges + (inside + k) / stored.group_channels * 2;
       minimum[k] = range[0], step[k] = range[1];
     }
-    UNPACK[bits](codes, width, stored.block_size, first, first + stored.group_tokens, count, minimum.data(),
-                 step.data(), out, out_row);
+    unpack(codes, width, stored.block_size, first, first + stored.group_tokens, count, minimum.data(), step.data(),
+           out, out_row);
   }
 }
 

@@ -1,9 +1,11 @@
-"""Two Triton kernels: scores of a query against keys rebuilt in registers, and value latents summed by the weights.
+"""Attention over a compressed past on a GPU: how the kernels of triton_kernels.py work together.
 
-Neither rebuilt keys nor unpacked latents ever reach memory. There are two kernels because their work is divided
-differently: a key is rebuilt per KV head, from that head's latents alone, while value latents are joint over the heads
-and one kernel per head would unpack them once for each. Between them the scores are written, 4 bytes per query head
-and old token. Softmax needs no running maximum: the maximum is known before values are touched.
+Scores, sums, merge, finish: per KV head, keys are rebuilt in registers, tile by tile of old tokens, and give the
+exponentials of the scores relative to the tile's maximum; then the value latents are summed by these, piece by piece
+of their channels and split over the past; the splits are merged; ``value_B`` is applied once; and attention to the
+exact tokens joins the sum. Neither rebuilt keys nor unpacked latents ever reach memory. Scores and sums are two
+kernels because their work is divided differently: a key is rebuilt from its own head's latents alone, while value
+latents are joint over the heads and one kernel per head would unpack them once for each.
 """
 
 from __future__ import annotations
@@ -13,281 +15,265 @@ from collections.abc import Sequence
 
 import torch
 import triton
-import triton.language as tl
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cache_layer import CompressedKV
 from ..factors import LayerFactors
 from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
-from ..quantize import PackedLayout
-from . import chunks_of
+from ..quantize import PackedLayout, rows_together
+from .triton_kernels import finish_kernel, merge_kernel, score_kernel, value_kernel
 
-KEY_TILE, KEY_CHUNK = 64, 16  # tokens and channels at a time; 16 is the least that tensor cores take
-VALUE_TILE, VALUE_CHUNK = 32, 64  # tokens of one block, so that a channel has one range
-ROWS = 16  # queries of a KV head, and query heads, at a time
-KEY_WARPS, VALUE_WARPS = 8, 4  # as few as leave no registers to spill (tests/test_gpu_kernels.py)
-PROGRAMS = 1024  # of the value kernel, at least, if there are tokens enough
-
-
-@triton.jit
-def _codes(data, row_0, token_in_block, channels, bits, width, live, BLOCK: tl.constexpr):
-    """Codes (tokens, channels) of a tier: binary digits of `bits` are the widths of its planes, wide ones first."""
-    code = tl.zeros([row_0.shape[0], channels.shape[0]], dtype=tl.int32)
-    if bits == 8:
-        at = row_0[:, None] + token_in_block[:, None] * width + channels[None, :]
-        code = tl.load(data + at, mask=live, other=0).to(tl.int32)
-    else:
-        if bits & 4 != 0:
-            rows = BLOCK // 2
-            at = row_0[:, None] + (token_in_block % rows)[:, None] * width + channels[None, :]
-            byte = tl.load(data + at, mask=live, other=0).to(tl.int32)
-            code += (byte >> (4 * (token_in_block // rows))[:, None]) & 15
-        start, below = (bits & 4) * BLOCK // 8, bits & 4
-        if bits & 2 != 0:
-            rows = BLOCK // 4
-            at = row_0[:, None] + (start + token_in_block % rows)[:, None] * width + channels[None, :]
-            byte = tl.load(data + at, mask=live, other=0).to(tl.int32)
-            code += ((byte >> (2 * (token_in_block // rows))[:, None]) & 3) << below
-        start, below = (bits & 6) * BLOCK // 8, bits & 6
-        if bits & 1 != 0:
-            rows = BLOCK // 8
-            at = row_0[:, None] + (start + token_in_block % rows)[:, None] * width + channels[None, :]
-            byte = tl.load(data + at, mask=live, other=0).to(tl.int32)
-            code += ((byte >> (token_in_block // rows)[:, None]) & 1) << below
-    return code
+TILE = 64  # tokens at a time
+VALUE_CHUNK = 64  # channels at a time
+KEY_PROGRAMS, VALUE_PROGRAMS = 2048, 1024  # at least, if there are tokens enough
+MAX_SPLITS = 128
+WARPS = 4
+ONE = 0x3F800000  # the bits of 1.0 in float32
 
 
-@triton.jit
-def _latents(
-    data, ranges, piece, batch, token, num_tokens, rank, block_bytes, block_ranges,
-    CHUNK: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr, GROUP_TOKENS: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr, ONE_RANGE: tl.constexpr,
-):  # fmt: skip
-    """(tokens, CHUNK) float32 latents of a piece (see `chunks_of`); finite, and nothing else, beyond its channels and
-    beyond the past."""
-    first, count = tl.load(piece), tl.load(piece + 1)
-    column = tl.arange(0, CHUNK)
-    live = (token < num_tokens)[:, None] & (column < count)[None, :]
-    if not PACKED:
-        at = token[:, None] * rank + (first + column)[None, :]  # offsets within a row fit 32 bits
-        return tl.load(data + batch * num_tokens * rank + at, mask=live, other=0).to(tl.float32)
-    bits, byte, width = tl.load(piece + 2), tl.load(piece + 3), tl.load(piece + 4)
-    inside, first_range, groups = tl.load(piece + 5), tl.load(piece + 6), tl.load(piece + 7)
-    before = batch * (num_tokens // BLOCK)  # blocks of the rows before
-    block, in_block, channels = token // BLOCK, token % BLOCK, inside + column
-    code = _codes(
-        data + before * block_bytes, block * block_bytes + byte, in_block, channels, bits, width, live, BLOCK
-    )
-    if ONE_RANGE:  # of all these tokens
-        of_token = tl.min(block, axis=0) * block_ranges + first_range
-        at = ranges + before * block_ranges * 2 + (of_token + channels // GROUP_CHANNELS) * 2
-        minimum = tl.load(at, mask=column < count, other=0).to(tl.float32)[None, :]
-        step = tl.load(at + 1, mask=column < count, other=0).to(tl.float32)[None, :]
-    else:
-        of_token = block * block_ranges + first_range + in_block // GROUP_TOKENS * groups
-        at = ranges + before * block_ranges * 2 + (of_token[:, None] + (channels // GROUP_CHANNELS)[None, :]) * 2
-        minimum = tl.load(at, mask=live, other=0).to(tl.float32)
-        step = tl.load(at + 1, mask=live, other=0).to(tl.float32)
-    return minimum + step * code.to(tl.float32)
-
-
-@triton.jit
-def _score_kernel(
-    query, data, ranges, pieces, first_piece, key_B, mean, turn, tile_turn, scores,
-    rows, num_tokens, rank, block_bytes, block_ranges, turn_stride,
-    IN_TILES: tl.constexpr,
-    HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr, GROUP_TOKENS: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr, ONE_RANGE: tl.constexpr,
-):  # fmt: skip
-    """Scores of all rows of one KV head against one tile of old tokens."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    HALF: tl.constexpr = HEAD_DIM // 2
-    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    live = token < num_tokens
-    pair = tl.arange(0, HALF)
-    group = head // HEADS_PER_GROUP
-    row_of_B = head % HEADS_PER_GROUP * HEAD_DIM + pair  # of the first half of this head within its group
-    first = tl.zeros([TILE, HALF], dtype=tl.float32) + tl.load(mean + head * HEAD_DIM + pair).to(tl.float32)
-    second = tl.zeros([TILE, HALF], dtype=tl.float32) + tl.load(mean + head * HEAD_DIM + HALF + pair).to(tl.float32)
-    for index in range(tl.load(first_piece + group), tl.load(first_piece + group + 1)):
-        piece = pieces + index * 8
-        latents = _latents(
-            data, ranges, piece, batch, token, num_tokens, rank, block_bytes, block_ranges,
-            CHUNK, PACKED, BLOCK, GROUP_TOKENS, GROUP_CHANNELS, ONE_RANGE,
-        )  # fmt: skip
-        column = tl.arange(0, CHUNK)
-        B_at = (tl.load(piece) + column)[:, None] * (HEADS_PER_GROUP * HEAD_DIM) + row_of_B[None, :]
-        of_piece = (column < tl.load(piece + 1))[:, None]
-        B_first = tl.load(key_B + B_at, mask=of_piece, other=0)
-        B_second = tl.load(key_B + B_at + HALF, mask=of_piece, other=0)
-        latents = latents.to(B_first.dtype)
-        first = tl.dot(latents, B_first, first, input_precision="ieee")
-        second = tl.dot(latents, B_second, second, input_precision="ieee")
-    turn_at = turn + batch * turn_stride + token[:, None] * (2 * HALF) + 2 * pair[None, :]
-    if IN_TILES:
-        turn_at = turn + tl.arange(0, TILE)[:, None] * (2 * HALF) + 2 * pair[None, :]
-    c, s = tl.load(turn_at, mask=live[:, None], other=0), tl.load(turn_at + 1, mask=live[:, None], other=0)
-    turned_first = tl.trans((first * c - second * s).to(query.dtype.element_ty))
-    turned_second = tl.trans((second * c + first * s).to(query.dtype.element_ty))
-    base = (batch * tl.num_programs(1) + head) * rows
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        there = (row < rows)[:, None]
-        at = query + (base + row)[:, None] * HEAD_DIM + pair[None, :]
-        q_first, q_second = tl.load(at, mask=there, other=0), tl.load(at + HALF, mask=there, other=0)
-        if IN_TILES:  # turn the few queries back to where the tile starts, not all its keys on
-            back = tile_turn + tl.program_id(0) * (2 * HALF) + 2 * pair
-            back_c, back_s = tl.load(back)[None, :], tl.load(back + 1)[None, :]
-            wide_first, wide_second = q_first.to(tl.float32), q_second.to(tl.float32)
-            q_first = (wide_first * back_c + wide_second * back_s).to(q_first.dtype)
-            q_second = (wide_second * back_c - wide_first * back_s).to(q_second.dtype)
-        score = tl.dot(q_first, turned_first, input_precision="ieee")
-        score = tl.dot(q_second, turned_second, score, input_precision="ieee")
-        tl.store(scores + (base + row)[:, None] * num_tokens + token[None, :], score, mask=there & live[None, :])
-
-
-@triton.jit
-def _value_kernel(
-    scores, maximum, data, ranges, pieces, summed, weight,
-    rows, num_tokens, rank, block_bytes, block_ranges, tokens_per_split, row_tiles,
-    ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
-    GROUP_TOKENS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, ONE_RANGE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """One piece of the channels of ``exp(scores - maximum) @ latents``, over one split of the old tokens."""
-    index, split = tl.program_id(0), tl.program_id(1)
-    batch = (tl.program_id(2) // row_tiles).to(tl.int64)
-    row = tl.program_id(2) % row_tiles * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    piece = pieces + index * 8
-    highest = tl.load(maximum + batch * rows + row, mask=there, other=0)
-    total = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
-    weights = tl.zeros([ROWS], dtype=tl.float32)
-    end = tl.minimum((split + 1) * tokens_per_split, num_tokens)
-    for start in range(split * tokens_per_split, end, TILE):
-        token = start + tl.arange(0, TILE)
-        score_at = scores + (batch * rows + row)[:, None] * num_tokens + token[None, :]
-        score = tl.load(score_at, mask=there[:, None] & (token < end)[None, :], other=float("-inf"))
-        exponential = tl.exp(score - highest[:, None])
-        weights += tl.sum(exponential, axis=1)
-        latents = _latents(
-            data, ranges, piece, batch, token, num_tokens, rank, block_bytes, block_ranges,
-            CHUNK, PACKED, BLOCK, GROUP_TOKENS, GROUP_CHANNELS, ONE_RANGE,
-        )  # fmt: skip
-        total = tl.dot(exponential.to(DTYPE), latents.to(DTYPE), total, input_precision="ieee")
-    target = (split * (tl.num_programs(2) // row_tiles) + batch) * rows + row
-    column = tl.arange(0, CHUNK)
-    summed_at = summed + target[:, None] * rank + (tl.load(piece) + column)[None, :]
-    tl.store(summed_at, total, mask=there[:, None] & (column < tl.load(piece + 1))[None, :])
-    if index == 0:
-        tl.store(weight + target, weights, mask=there)
-
-
-def old_scores(query: torch.Tensor, kv: CompressedKV) -> torch.Tensor:
-    """Scores against the compressed past.
+def attend(
+    query: torch.Tensor,
+    kv: CompressedKV,
+    scaling: float,
+    exact_mask: torch.Tensor | None,
+    old_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of the queries of each KV head.
 
     Args:
-        query: (batch, num_key_value_heads, rows, head_dim), scaled, after RoPE: the queries of each KV head.
+        query: (batch, num_key_value_heads, rows, head_dim) after RoPE; the rows of a query head lie together.
+        scaling, exact_mask, old_mask: as in `compressed_attention`.
 
     Returns:
-        (batch, num_key_value_heads, rows, num_old) float32.
+        (batch, num_key_value_heads, rows, head_dim) in the dtype of `query`.
     """
-    factors, latents, step = kv.factors, kv.key_latents, kv.step
+    factors, step = kv.factors, kv.step
     # float32 keeps the model's own cos and sin; to 16 bits both ways are the same
-    in_tiles = None if query.dtype == torch.float32 else step.old_turn_in_tiles(query.device, KEY_TILE)
-    starts, turn = in_tiles or (None, step.old_turn(query.device, kv.exact_keys.dtype))
-    turns = [torch.view_as_real(t) if t.is_complex() else t for t in (turn, turn if starts is None else starts)]
-    launch = gpu_scores if torch.compiler.is_compiling() else _launch_scores
+    in_tiles = None if query.dtype == torch.float32 else step.old_turn_in_tiles(query.device, TILE)
+    turn = step.old_cos_sin(query.device, kv.exact_keys.dtype) if in_tiles is None else in_tiles[1]
+    starts = turn if in_tiles is None else in_tiles[0]
+    launch = gpu_attend if torch.compiler.is_compiling() else _launch
     return launch(
-        query, *_stored(latents), *_description(latents), factors.key_ranks, factors.key_B, factors.key_mean, *turns,
-        in_tiles is not None,
+        query, kv.exact_keys, kv.exact_values, exact_mask, old_mask, scaling,
+        *_stored(kv.key_latents), *_description(kv.key_latents), factors.key_ranks, factors.key_B, factors.key_mean,
+        *turn, *starts, in_tiles is not None,
+        *_stored(kv.value_latents), *_description(kv.value_latents), factors.value_B, factors.value_mean,
     )  # fmt: skip
 
 
-def sum_values(
-    scores: torch.Tensor, maximum: torch.Tensor, kv: CompressedKV, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``exp(scores - maximum)`` times the value latents, and its sum.
-
-    Args:
-        scores: (batch, rows, num_old) float32; -inf where masked.
-        maximum: (batch, rows) float32, finite.
-        dtype: of the products; sums are float32.
-
-    Returns:
-        (batch, rows, value_rank) and (batch, rows), float32.
-    """
-    launch = gpu_values if torch.compiler.is_compiling() else _launch_values
-    return launch(scores, maximum, *_stored(kv.value_latents), *_description(kv.value_latents), dtype)
+# A compiler does not look into the following, and calls it as an operation. So latents are described by tensors and
+# numbers: bits of every channel (none of plain ones), their number, and the tokens of a block, and tokens and channels
+# of a range.
 
 
-# A compiler does not look into the two that follow, and calls them as operations. So latents are described by tensors
-# and numbers: bits of every channel (none of plain ones), their number, and the tokens of a block, and tokens and
-# channels of a range.
-
-
-def _launch_scores(
-    query: torch.Tensor, data: torch.Tensor, ranges: torch.Tensor, bits: Sequence[int], rank: int,
-    sizes: Sequence[int], key_ranks: Sequence[int], key_B: torch.Tensor, mean: torch.Tensor, turn: torch.Tensor,
-    tile_turn: torch.Tensor, in_tiles: bool,
+def _launch(
+    query: torch.Tensor, exact_keys: torch.Tensor, exact_values: torch.Tensor, exact_mask: torch.Tensor | None,
+    old_mask: torch.Tensor | None, scaling: float,
+    key_data: torch.Tensor, key_ranges: torch.Tensor, key_bits: Sequence[int], key_rank: int, key_sizes: Sequence[int],
+    key_ranks: Sequence[int], key_B: torch.Tensor, key_mean: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    tile_cos: torch.Tensor, tile_sin: torch.Tensor, in_tiles: bool,
+    value_data: torch.Tensor, value_ranges: torch.Tensor, value_bits: Sequence[int], value_rank: int,
+    value_sizes: Sequence[int], value_B: torch.Tensor, value_mean: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     batch, heads, rows, head_dim = query.shape
-    num_tokens = data.shape[1] * sizes[0]
-    scores = query.new_empty(batch, heads, rows, num_tokens, dtype=torch.float32)
-    format = _format(tuple(bits), rank, *sizes)
-    pieces, first_piece, _ = chunks_of(format, tuple(key_ranks), KEY_CHUNK, query.device)
-    _score_kernel[triton.cdiv(num_tokens, KEY_TILE), heads, batch](
-        query.contiguous(), data.contiguous(), ranges.contiguous(), pieces, first_piece,
-        key_B.to(query.dtype).mT.contiguous(), mean, turn, tile_turn, scores, rows, num_tokens, rank,
-        *_block_sizes(format), turn.stride(0) if turn.ndim == 4 and len(turn) > 1 else 0, IN_TILES=in_tiles,
-        HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim, ROWS=ROWS, TILE=KEY_TILE, CHUNK=KEY_CHUNK,
-        num_warps=KEY_WARPS, **_constants(format, KEY_TILE),
+    query, num_tokens = query.contiguous(), key_data.shape[1] * key_sizes[0]
+    format = _format(tuple(key_bits), key_rank, *key_sizes)
+    value_format = _format(tuple(value_bits), value_rank, *value_sizes)
+    words = _in_words(format, value_format)
+    all_rows, num_tiles = heads * rows, triton.cdiv(num_tokens, TILE)
+    new = functools.partial(torch.empty, device=query.device)
+    weights = new(batch, all_rows, num_tiles, TILE, dtype=query.dtype)
+    maxima = new(batch, all_rows, num_tiles, dtype=torch.float32)
+
+    chunk, most, prefetch = key_plan(max(key_ranks) + 1)
+    channels, pieces, first_piece = key_pieces(format, tuple(key_ranks), chunk, query.device)
+    tiles_each = triton.cdiv(num_tiles, min(num_tiles, triton.cdiv(KEY_PROGRAMS, heads * batch)))
+    score_kernel[triton.cdiv(num_tiles, tiles_each), heads, batch](
+        query, _codes(key_data, words), _as_pairs(key_ranges), channels, pieces, first_piece,
+        with_mean(key_B, key_mean, tuple(key_ranks), query.dtype), cos, sin, tile_cos, tile_sin,
+        *_mask_start(old_mask, query), weights, maxima, scaling, rows, _num_queries(old_mask), num_tokens,
+        key_rank, channels.shape[1], *_block_sizes(format), num_tiles, tiles_each,
+        cos.stride(0) if cos.ndim == 3 and len(cos) > 1 else 0, *_mask_strides(old_mask), ONE,
+        IN_TILES=in_tiles, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim,
+        ROWS=8 if rows <= 8 else 16, PIECES=most, PREFETCH=prefetch, TILE=TILE, CHUNK=chunk, num_warps=WARPS,
+        num_stages=1, **_constants(format, words),
     )  # fmt: skip
-    return scores
 
-
-def _launch_values(
-    scores: torch.Tensor, maximum: torch.Tensor, data: torch.Tensor, ranges: torch.Tensor, bits: Sequence[int],
-    rank: int, sizes: Sequence[int], dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    batch, rows, num_tokens = scores.shape
-    format = _format(tuple(bits), rank, *sizes)
-    pieces, _, num_pieces = chunks_of(format, (rank,), VALUE_CHUNK, scores.device)
-    row_tiles = triton.cdiv(rows, ROWS)
-    tiles = triton.cdiv(num_tokens, VALUE_TILE)
-    splits = min(tiles, triton.cdiv(PROGRAMS, num_pieces * batch * row_tiles))
-    per_split = triton.cdiv(tiles, splits) * VALUE_TILE
-    splits = triton.cdiv(num_tokens, per_split)
-    summed = scores.new_empty(splits, batch, rows, rank)
-    weight = scores.new_empty(splits, batch, rows)
-    _value_kernel[num_pieces, splits, batch * row_tiles](
-        scores.contiguous(), maximum.contiguous(), data.contiguous(), ranges.contiguous(), pieces, summed, weight,
-        rows, num_tokens, rank, *_block_sizes(format), per_split, row_tiles, ROWS=ROWS, TILE=VALUE_TILE,
-        CHUNK=VALUE_CHUNK, DTYPE=TRITON_DTYPES[dtype], num_warps=VALUE_WARPS, **_constants(format, VALUE_TILE),
+    merged, old_maxima, old_sums = _sum_values(
+        weights, maxima, value_data, value_ranges, value_format, heads, num_tokens, words
+    )
+    old = torch.bmm(merged, value_B.to(query.dtype).view(heads, head_dim, -1).mT)
+    out, row_tile = torch.empty_like(query), 16
+    finish_kernel[triton.cdiv(rows, row_tile), heads, batch](
+        query, exact_keys.contiguous(), exact_values.contiguous(), *_mask_start(exact_mask, query), old, value_mean,
+        old_maxima, old_sums, out, scaling, rows, _num_queries(exact_mask), batch, exact_keys.shape[2],
+        *_mask_strides(exact_mask), MASK=_mask_kind(exact_mask), HEAD_DIM=head_dim, ROWS=row_tile, TILE=32,
     )  # fmt: skip
-    return summed.sum(0), weight.sum(0)
+    return out
 
 
-def prepare_tables(factors: LayerFactors, device: torch.device) -> None:
-    """Both tables of `chunks_of` that the kernels read of a layer."""
-    chunks_of(factors.key_format, factors.key_ranks, KEY_CHUNK, device)
-    chunks_of(factors.value_format, (factors.value_format.rank,), VALUE_CHUNK, device)
+def key_plan(channels: int) -> tuple[int, int, bool]:
+    """How to take up to so many channels of a head: how many at a time, how many such pieces to hold ready (0: none),
+    and whether to read ahead. What was quickest on an H200."""
+    if channels <= 32:
+        return (16 if channels <= 16 else 32), 1, True
+    if channels <= 48:
+        return 16, 3, True
+    if channels <= 128:
+        return 64, triton.cdiv(channels, 64), channels <= 64
+    return 64, 0, False
 
 
-gpu_scores = torch.library.custom_op("cskv_hf::gpu_scores", _launch_scores, mutates_args=())
-gpu_values = torch.library.custom_op("cskv_hf::gpu_values", _launch_values, mutates_args=())
+def _sum_values(weights, maxima, data, ranges, format, heads, num_tokens, words):
+    """Summed latents of each KV head, (heads, batch * rows, rank), and the maximum and the sum of exponentials that
+    they are relative to, (heads, batch, rows) float32."""
+    batch, all_rows, num_tiles, _ = weights.shape
+    channels, pieces, _ = value_pieces(format, VALUE_CHUNK, weights.device)
+    num_pieces = len(pieces)
+    value_rows = 16 if all_rows <= 16 else 32
+    row_tiles = triton.cdiv(all_rows, value_rows)
+    splits = min(num_tiles, MAX_SPLITS, triton.cdiv(VALUE_PROGRAMS, num_pieces * batch * row_tiles))
+    tiles_each = triton.cdiv(num_tiles, splits)
+    splits = triton.cdiv(num_tiles, tiles_each)
+    summed = maxima.new_empty(splits, batch, all_rows, format.rank + 1)
+    split_maxima = maxima.new_empty(splits, batch, all_rows)
+    value_kernel[num_pieces, splits, batch * row_tiles](
+        weights, maxima, _codes(data, words), _as_pairs(ranges), channels, pieces, summed, split_maxima, all_rows,
+        num_tokens, format.rank, channels.shape[1], *_block_sizes(format), num_tiles, tiles_each,
+        row_tiles, ONE, ROWS=value_rows, TILE=TILE, CHUNK=VALUE_CHUNK, num_warps=WARPS, num_stages=1,
+        **_constants(format, words),
+    )  # fmt: skip
+    merged = weights.new_empty(heads, batch * all_rows // heads, format.rank)
+    old_maxima, old_sums = maxima.new_empty(2, heads, batch, all_rows // heads)
+    merge_kernel[triton.cdiv(format.rank + 1, 64), all_rows, batch](
+        summed, split_maxima, merged, old_maxima, old_sums, splits, batch, all_rows, format.rank,
+        all_rows // heads, SPLITS=triton.next_power_of_2(splits), CHUNK=64,
+    )  # fmt: skip
+    return merged, old_maxima, old_sums
 
 
-@gpu_scores.register_fake
-def _(query, data, ranges, bits, rank, sizes, *_):
-    return query.new_empty(*query.shape[:3], data.shape[1] * sizes[0], dtype=torch.float32)
+gpu_attend = torch.library.custom_op("cskv_hf::gpu_attend", _launch, mutates_args=())
 
 
-@gpu_values.register_fake
-def _(scores, maximum, data, ranges, bits, rank, sizes, dtype):
-    return scores.new_empty(*scores.shape[:2], rank), scores.new_empty(scores.shape[:2])
+@gpu_attend.register_fake
+def _(query, *_):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
+    """What the kernels keep of a layer."""
+    key_pieces(factors.key_format, factors.key_ranks, key_plan(max(factors.key_ranks) + 1)[0], device)
+    value_pieces(factors.value_format, VALUE_CHUNK, device)
+    with_mean(factors.key_B, factors.key_mean, factors.key_ranks, dtype)
+
+
+Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@functools.cache
+def key_pieces(format: LatentFormat, ranks: tuple[int, ...], chunk: int, device: torch.device) -> Table:
+    """[`described`] for keys: the channels of every group and one that is always one, for the mean."""
+    channels, groups, start = describe(format), [], 0
+    for rank in ranks:
+        groups.append([*channels[start : start + rank], ALWAYS_ONE])
+        start += rank
+    return described(groups, chunk, device)
+
+
+@functools.cache
+def value_pieces(format: LatentFormat, chunk: int, device: torch.device) -> Table:
+    """[`described`] for values, which are one group, and one channel that is always one, for the sum of weights."""
+    return described([[*describe(format), ALWAYS_ONE]], chunk, device)
+
+
+def described(groups: Sequence[Sequence[tuple[int, ...]]], chunk: int, device: torch.device) -> Table:
+    """Tables of channels and of pieces of at most `chunk` of them, for the kernels.
+
+    Returns:
+        int32 (16, channels) of [`describe`]; int32 (pieces, 3) of first channel, channels, and the planes that any of
+        them has; and int32 (groups + 1,) of where each group's pieces start.
+    """
+    channels, pieces, starts = [], [], [0]
+    for group in groups:
+        for at in range(0, len(group), chunk):
+            part = group[at : at + chunk]
+            planes = functools.reduce(int.__or__, (bits for _, _, bits, *_ in part))
+            pieces.append((len(channels) + at, len(part), planes))
+        channels += group
+        starts.append(len(pieces))
+    table, pieces, first = (torch.tensor(t, dtype=torch.int32).to(device) for t in (channels, pieces, starts))
+    return table.mT.contiguous(), pieces, first
+
+
+PLANES = (8, 4, 2, 1)  # bits of a code in one plane
+ALWAYS_ONE = (0, 0, 0, -1, *(0,) * 12)
+
+
+def describe(format: LatentFormat) -> list[tuple[int, ...]]:
+    """Where each channel lies: first word in a block, words to the next row of them, bits, and its first range in a
+    block; then of each kind of plane the first word, words to the next row, and what a code of all ones and one more
+    is worth, 0 if there is no such plane. Bytes instead of words if rows do not make any. Of plain latents: the
+    channel."""
+    if not isinstance(format, PackedFormat):
+        return [(channel, *(0,) * 15) for channel in range(format.rank)]
+    layout, found, of_range, of_tier = format.layout, {}, 0, 0
+    rows = layout.block_size // 8 // rows_together(layout.block_size)  # of a plane of one bit
+    for tier in layout.tiers:
+        width = len(tier.channels)
+        for i, channel in enumerate(tier.channels):
+            planes, start, below = [], of_tier + i, 0
+            for bits in PLANES:
+                has = tier.bits & bits > 0
+                planes += (start, width, 1 << below + bits) if has else (of_tier + i, 0, 0)
+                start, below = start + has * bits * width * rows, below + has * bits
+            found[channel] = (of_tier + i, width, tier.bits, of_range + i // layout.group_channels, *planes)
+        of_tier += width * rows * tier.bits
+        of_range += tier.num_groups * (layout.block_size // layout.group_tokens)
+    return [found[channel] for channel in range(layout.rank)]
+
+
+_with_mean: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def with_mean(key_B: torch.Tensor, key_mean: torch.Tensor, ranks: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """``key_B`` transposed, and under the channels of every group its mean: (key_rank + groups, group_dim) in `dtype`.
+
+    Kept for as long as the factors live and nothing writes to them.
+    """
+    state = dtype, key_mean.data_ptr(), *(0 if t.is_inference() else t._version for t in (key_B, key_mean))
+    kept = _with_mean.get(key_B)
+    if kept is None or kept[0] != state:
+        means = key_mean.detach().view(len(ranks), 1, -1)
+        groups = key_B.detach().mT.split(ranks)
+        parts = [part for group, mean in zip(groups, means) for part in (group, mean)]
+        kept = _with_mean[key_B] = state, torch.cat(parts).to(dtype)
+    return kept[1]
+
+
+def _as_pairs(ranges: torch.Tensor) -> torch.Tensor:
+    """Minimum and step, 16 bits each, as one number; plain latents have none."""
+    return ranges.contiguous().view(torch.int32) if ranges.dtype == torch.float16 and ranges.shape[-1] == 2 else ranges
+
+
+def _mask_start(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor]:
+    if mask is None:
+        return (like,)  # never read
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask,)
+
+
+def _mask_kind(mask: torch.Tensor | None) -> int:
+    return 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+
+
+def _num_queries(mask: torch.Tensor | None) -> int:
+    return 1 if mask is None else mask.shape[2]
+
+
+def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
+    """From row to row of the batch, and from query to query."""
+    if mask is None:
+        return 0, 0
+    return tuple(mask.stride(d) if mask.shape[d] > 1 else 0 for d in (0, 2))
 
 
 def _stored(latents: Latents) -> tuple[torch.Tensor, torch.Tensor]:
@@ -319,15 +305,22 @@ def _block_sizes(format: LatentFormat) -> tuple[int, int]:
     return format.layout.code_bytes, format.layout.num_ranges
 
 
-def _constants(format: LatentFormat, tile: int) -> dict[str, int | bool]:
+def _in_words(*formats: LatentFormat) -> bool:
+    """Whether all these latents can be read word by word: one range for every channel of a block."""
+    layouts = [format.layout for format in formats if isinstance(format, PackedFormat)]
+    return len(layouts) == len(formats) and all(
+        layout.block_size in (32, 64) and layout.group_tokens == layout.block_size for layout in layouts
+    )
+
+
+def _codes(data: torch.Tensor, words: bool) -> torch.Tensor:
+    return data.contiguous().view(torch.int32) if words else data.contiguous()
+
+
+def _constants(format: LatentFormat, words: bool) -> dict[str, int | bool]:
     """What a kernel is compiled for: how latents are stored."""
     if not isinstance(format, PackedFormat):
-        return dict(PACKED=False, BLOCK=format.block_size, GROUP_TOKENS=1, GROUP_CHANNELS=1, ONE_RANGE=False)
-    layout = format.layout
-    return dict(
-        PACKED=True,
-        BLOCK=layout.block_size,
-        GROUP_TOKENS=layout.group_tokens,
-        GROUP_CHANNELS=layout.group_channels,
-        ONE_RANGE=tile == layout.block_size == layout.group_tokens,
-    )
+        groups = dict(GROUPS=1, GROUP_TOKENS=1)
+    else:
+        groups = dict(GROUPS=format.layout.group_channels, GROUP_TOKENS=format.layout.group_tokens)
+    return dict(BLOCK=format.block_size, PACKED=isinstance(format, PackedFormat), WORDS=words, **groups)
