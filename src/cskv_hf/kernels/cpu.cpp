@@ -6,6 +6,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -22,6 +26,7 @@ constexpr int64_t LANES = 8, ROWS = 2;  // 8 of 16
 #endif
 constexpr int64_t VECTORS = WIDE / LANES;
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // out = start + a b for N rows of a (N, depth) and WIDE columns of b (depth, WIDE).
 template <int N>
@@ -91,30 +96,47 @@ struct Stored {
   }
 };
 
-// Tokens first to last (exclusive) of a piece with one range per channel. Planes as in `pack` of quantize.py: token
-// t lies in row t % rows, at place t / rows, and four rows of a channel make a word.
-typedef uint32_t Word __attribute__((aligned(1), may_alias));
+inline void store(const Vector& values, int64_t count, float* out) {
+  if (count == LANES) {
+    *(Vector*)out = values;
+    return;
+  }
+#ifdef __AVX512F__
+  _mm512_mask_storeu_ps(out, (1u << count) - 1, (__m512)values);
+#else
+  for (int64_t lane = 0; lane < count; ++lane) out[lane] = values[lane];
+#endif
+}
 
+// Tokens first to last (exclusive) of a piece with one range per channel. Planes as in `pack` of quantize.py: token
+// t lies in row t % rows, at place t / rows, and four rows of a channel make a word. So many channels at a time as
+// there are lanes; where there are fewer, their words are copied first, so that none is read that is not there.
+// minimum and step have LANES numbers to spare.
 template <int BITS>
 void unpack(const uint8_t* bytes, int64_t width, int64_t block_size, int64_t first, int64_t last, int64_t count,
             const float* minimum, const float* step, float* out, int64_t out_row) {
-  const Word* codes = reinterpret_cast<const Word*>(bytes);
-  const int64_t rows4 = block_size / 2, rows2 = block_size / 4, rows1 = block_size / 8;
-  const Word* plane2 = codes + (BITS & 4) * block_size / 32 * width;
-  const Word* plane1 = codes + (BITS & 6) * block_size / 32 * width;
-  for (int64_t t = first; t < last; ++t) {
-    const Word *row8 = codes + t / 4 * width, *row4 = codes + t % rows4 / 4 * width;
-    const Word *row2 = plane2 + t % rows2 / 4 * width, *row1 = plane1 + t % rows1 / 4 * width;
-    const int byte = 8 * (t % 4), shift4 = byte + 4 * (t / rows4);
-    const int shift2 = byte + 2 * (t / rows2), shift1 = byte + t / rows1;
-    float* target = out + t * out_row;
-    for (int64_t k = 0; k < count; ++k) {
-      uint32_t code = 0;
-      if (BITS == 8) code = row8[k] >> byte & 255;
-      if (BITS & 4) code = row4[k] >> shift4 & 15;
-      if (BITS & 2) code |= (row2[k] >> shift2 & 3) << (BITS & 4);
-      if (BITS & 1) code |= (row1[k] >> shift1 & 1) << (BITS & 6);
-      target[k] = minimum[k] + step[k] * int(code);
+  const int64_t words4 = block_size / 8, words2 = block_size / 16, words1 = block_size / 32, words = BITS * words1;
+  std::vector<int32_t> copy;
+  for (int64_t k = 0; k < count; k += LANES) {
+    const int64_t lanes = std::min(LANES, count - k);
+    const auto* from = reinterpret_cast<const int32_t*>(bytes) + k;
+    int64_t row = width;
+    if (lanes < LANES) {
+      copy.assign(words * LANES, 0);
+      for (int64_t w = 0; w < words; ++w) std::copy_n(from + w * width, lanes, copy.begin() + w * LANES);
+      from = copy.data(), row = LANES;
+    }
+    const int32_t *plane2 = from + (BITS & 4) * words1 * row, *plane1 = from + (BITS & 6) * words1 * row;
+    const Vector low = *(const Vector*)(minimum + k), steps = *(const Vector*)(step + k);
+    for (int64_t t = first; t < last; ++t) {
+      const int byte = 8 * (t % 4), q = t / 4;
+      Ints code = {};
+      if (BITS == 8) code = *(const Ints*)(from + q * row) >> byte & 255;
+      if (BITS & 4) code = *(const Ints*)(from + q % words4 * row) >> (byte + 4 * int(q / words4)) & 15;
+      if (BITS & 2)
+        code |= (*(const Ints*)(plane2 + q % words2 * row) >> (byte + 2 * int(q / words2)) & 3) << (BITS & 4);
+      if (BITS & 1) code |= (*(const Ints*)(plane1 + q % words1 * row) >> (byte + int(q / words1)) & 1) << (BITS & 6);
+      store(low + steps * __builtin_convertvector(code, Vector), lanes, out + t * out_row + k);
     }
   }
 }
@@ -162,7 +184,7 @@ void read_packed(const Stored& stored, const at::Tensor& data, const at::Tensor&
   const Unpack unpack = (words ? UNPACK : UNPACK_BYTES)[bits];
   const auto* ranges = range_data.const_data_ptr<at::Half>() + batch * range_data.stride(0) +
                        (block * range_data.size(2) + piece[6]) * 2;
-  std::vector<float> minimum(count), step(count);
+  std::vector<float> minimum(count + LANES), step(count + LANES);
   for (int64_t first = 0; first < stored.block_size; first += stored.group_tokens, ranges += 2 * groups) {
     for (int64_t k = 0; k < count; ++k) {
       const at::Half* range = ranges + (inside + k) / stored.group_channels * 2;
