@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "tests": "-m pytest tests/test_gpu_kernels.py",
+    "kernels": "benchmarks/gpu_kernels.py --out {out}",
     "decode": "benchmarks/decode.py --lengths 32768 --batch 1 16 --out {out}",
     "step": "benchmarks/step.py --out {out}",
     "decode-short": "benchmarks/decode.py --lengths 1024 8192 --batch 1 --out {out}",

@@ -280,6 +280,18 @@ def test_tables_of_the_speed_page_are_the_results(documented):
             ratios.setdefault((row["cache"], row["length"]), []).append(row["predicted"] / row["measured"])
         for (name, length), r in ratios.items():
             documented("speed-cost", name, f"{length:,} tokens{what}", spread_of(r))
+    gpu = of_results("gpu-kernels")
+    full = gpu["rows"][0]["seconds"]
+    for row in gpu["rows"]:
+        name, by_kernel = row["cache"], row.get("kernels", {})
+        documented("speed-gpu", name, "ms", f"{1000 * row['seconds']:.2f}")
+        documented("speed-gpu", name, "x SDPA", f"{row['seconds'] / full:.2f}")
+        for column, kernel in (("scores, ms", "score_kernel"), ("values, ms", "value_kernel")):
+            documented("speed-gpu", name, column, f"{1000 * by_kernel[kernel]:.2f}" if by_kernel else "")
+        before = gpu["before"].get(name)
+        documented("speed-gpu", name, "before, ms", f"{1000 * before:.1f}" if before else "")
+        documented("speed-gpu", name, "bytes a token", f"{row['bytes_per_token']:.0f}")
+        documented("speed-gpu", name, "error", f"{row['error']:.4f}" if "error" in row else "")
     rows = of_results("memory")["rows"]
     for row in rows:
         documented("speed-memory", row["cache"], "cache, MB", f"{row['held'] / 1e6:,.1f}")
@@ -296,6 +308,13 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     seconds = of_results("prefill")["seconds"]
     ratios = [f"{name} {seconds[name] / seconds['DynamicCache']:.2f}" for name in seconds if name != "DynamicCache"]
     assert ", ".join(ratios) in page
+    gpu = of_results("gpu-kernels")
+    by_name = {row["cache"]: row["seconds"] for row in gpu["rows"]}
+    full, ours = by_name["SDPA, ready cache"], by_name["95% head 4 bit"]
+    assert f"are {ours / full:.2f} times as slow as SDPA" in page and min(by_name.values()) == full
+    assert f"three times as fast as SDPA, is missed by a factor of {3 * ours / full:.1f}" in page
+    times = [seconds / full for seconds in gpu["before"].values()]
+    assert f"right, and {min(times):.0f} to {max(times):.0f} times slower than SDPA" in page
     joint = [
         row
         for run in of_results("cost")["runs"]

@@ -160,8 +160,8 @@ def compile_for_all(function, constants, **kinds):
 for packed, words in ((True, True), (True, False), (False, False)):
     stored = dict(BLOCK=32, GROUPS=4, GROUP_TOKENS=32, PACKED=packed, WORDS=words, TILE=gpu.TILE)
     kinds = dict(data="*i32" if words else "*u8", ranges="*i32") if packed else dict(data="*bf16", ranges="*bf16")
-    for channels in (16, 26, 40, 100, 200):
-        chunk, pieces, prefetch = gpu.key_plan(channels)
+    for channels in (16, 26, 40, 100, 300):
+        chunk, pieces, prefetch = gpu.key_plan(channels, 256, 100_000)
         how = dict(IN_TILES=True, MASK=0, HEADS_PER_GROUP=1, HEAD_DIM=128, ROWS=8)
         how |= dict(PIECES=pieces, PREFETCH=prefetch, CHUNK=chunk)
         compile_for_all(kernels.score_kernel, how | stored, **kinds)
@@ -196,6 +196,32 @@ def test_other_blocks(block_size):
     factors = layer(*CASES["packed, head"], torch.float32, block_size=block_size)
     kv = past(factors, 2, 192, torch.float32)
     assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE), kv, None, None) < 2e-6
+
+
+def test_many_tokens_do_not_overflow_16_bits():
+    """Of float16, which the sum over a long past exceeds and its mean does not."""
+    factors = layer(*CASES["plain, head"], torch.float16)
+    kv = past(factors, 1, 320, torch.float16)
+    kv.value_latents.segments[0][0].mul_(1000).clamp_(-4000, 4000)
+    factors.value_B.mul_(1e-3)
+    query = 0.01 * torch.randn(1, 4, 1, 32).to(DEVICE, torch.float16)  # attends to all of it alike
+    kv.value_latents.segments[0][0].abs_()
+    assert kv.value_latents.segments[0][0].float().sum((0, 1, 2)).max() > 2 * torch.finfo(torch.float16).max
+    assert relative_error(query, kv, None, None) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("head_dim", kernels.HEAD_DIMS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_what_is_held_fits(head_dim, itemsize):
+    """Into the shared memory of a GPU, beside a few tiles; and all channels are in the pieces."""
+    import cskv_hf.kernels.gpu as gpu
+
+    for room in (64 * 1024, 99 * 1024, 227 * 1024):
+        for channels in range(1, 1100):
+            chunk, pieces, ahead = gpu.key_plan(channels, head_dim * itemsize, room)
+            assert chunk in (16, 32, 64) and chunk * head_dim * itemsize <= 2**14
+            assert not pieces or pieces * chunk >= channels
+            assert pieces * chunk * head_dim * itemsize <= room - 2**15 and (pieces or not ahead)
 
 
 def test_tables_of_channels():

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cskv_hf import ModelShape
+from cskv_hf.attention import compressed_attention
+from cskv_hf.cost import compressed_work, kept_layers, seconds
+from cskv_hf.rates import Device
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-MODULES = ("capacity", "common", "decode", "memory", "plot")
+MODULES = ("capacity", "common", "decode", "gpu_kernels", "memory", "plot")
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +127,35 @@ def test_the_same_numbers_give_the_same_picture(scripts, sizes, measured, tmp_pa
             scripts["plot"].main([str(source), "--out", str(path)])
         first, second = (path.read_bytes() for path in pictures)
         assert first == second and b"<dc:date>" not in first and len(first) > 5000
+
+
+def test_predictions_of_a_gpu(scripts):
+    """Of every setting that was timed on one, by the rates of that machine; the speed page has the range."""
+    common, ratios = scripts["common"], []
+    results = json.loads((BENCHMARKS / "results" / "gpu-kernels.json").read_text(encoding="utf-8"))
+    rates = dict(matmul=7.9e14, elements=2.5e13, read=results["copy_bandwidth"], operation=0.0)  # launches: none
+    device = Device("cuda", torch.bfloat16, copied=(1e12, 1e12), attended=(1e12, 1e12), kernels=True, **rates)
+    sizes = common.Sizes()
+    shape = ModelShape("llama", 1, sizes.num_key_value_heads, sizes.head_dim)
+    known = {setting.name: setting for setting in scripts["gpu_kernels"].SETTINGS}
+    for row in results["rows"][1:]:
+        setting = known.pop(row["cache"])
+        config = common.planned(setting, sizes)
+        (kept,) = kept_layers(config, shape, setting.key_layout)
+        step = compressed_work(kept, config, shape, sizes.num_attention_heads, row["length"], row["batch"], device)
+        ratios.append(seconds(step, device) / row["seconds"])
+    assert not known
+    page = (BENCHMARKS.parent / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert f"they give {min(ratios):.2f} to {max(ratios):.2f} of the time" in page
+
+
+def test_the_first_row_in_float64(scripts, sizes):
+    """What the kernels' error is measured against, is the same attention."""
+    common, gpu_kernels = scripts["common"], scripts["gpu_kernels"]
+    states = common.RandomStates(sizes, 3, "cpu", torch.float32)
+    for setting in (common.Setting(0.8, "head", 16), common.Setting(0.8, "head")):
+        (kv,) = common.FilledCache(setting, sizes, 1, 128, states).step(states)
+        query = states.query()
+        expected = compressed_attention(query.double()[:1], gpu_kernels.first_row(kv), 0.2)
+        assert expected.dtype == torch.float64
+        torch.testing.assert_close(compressed_attention(query, kv, 0.2)[:1].double(), expected, atol=1e-5, rtol=1e-5)

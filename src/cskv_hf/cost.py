@@ -35,11 +35,16 @@ PIECE_ELEMENTS = 300  # that one token's channels of a piece are worth, where la
 # what is left of a short context's time), of a tile, of a key group in it, of a tier of packed latents in it.
 STEP_OPERATIONS, TILE_OPERATIONS, GROUP_OPERATIONS, TIER_OPERATIONS = 300, 20, 4, 8
 KERNEL_OPERATIONS = 60  # of a step in which the kernels attend
+GPU_OPERATIONS = 20  # of a step on a GPU: five launches, and what the cache does
 # The same for the kernels of a CPU, in the passes above: of a rebuilt key that is turned, and scored by each query
 # head that shares it, and of an angle.
 TURNED_PASSES, SCORED_PASSES, COMPUTED_ANGLE_PASSES = 0.5, 0.2, 6
 UNPACKED_PASSES = {1: 0.25, 2: 0.5, 3: 0.75}  # of a code in so many bit planes
-KERNEL_ROWS = 16  # query rows for which the kernel of values unpacks once
+# The same for the kernels of a GPU, in multiply-adds of its cores at the rate that `measure_device` finds: of a
+# rebuilt key that is turned and scored, of a code in each of its bit planes, of a latent of 16 bits. By an H200, whose
+# rate was not measured then and is taken to be 2.5e13 (benchmarks/results/gpu-kernels.json).
+GPU_KEY_PASSES, GPU_PLANE_PASSES, GPU_PLAIN_PASSES = 17, 20, 75
+KERNEL_ROWS = 32  # query rows for which the kernel of values unpacks once
 
 LONGEST = 2**20  # tokens up to which `quicker_from` looks
 
@@ -262,13 +267,16 @@ def compressed_work(
     stored = batch * num_old * sum(f.bytes_per_token(device.dtype) for f in formats)
     exact = batch * num_exact * 2 * shape.kv_dim
     if device.kind == "cuda":
-        # a key group's latents are unpacked for each of its heads, values for every few rows; scores are written once
-        # and read twice, 4 bytes each; a multiply-add in registers is what an element takes
+        # a key group's latents are unpacked for each of its heads, values for every few rows; weights are written and
+        # read once
         times = heads_per_group, math.ceil(num_attention_heads / KERNEL_ROWS)
-        unpacked = sum(n * sum(_planes(f)) * 3 for n, f in zip(times, formats))
-        elements = batch * num_old * (unpacked + shape.kv_dim + 2 * num_attention_heads)
-        scores = 3 * 4 * batch * num_old * num_attention_heads
-        return Work(flops, elements, stored + scores + exact * device.dtype.itemsize, KERNEL_OPERATIONS)
+        unpacked = sum(
+            n * (GPU_PLANE_PASSES * sum(_planes(f)) if _planes(f) else GPU_PLAIN_PASSES * f.rank)
+            for n, f in zip(times, formats)
+        )
+        elements = batch * num_old * (unpacked + GPU_KEY_PASSES * shape.kv_dim)
+        moved = stored + (2 * batch * num_old * num_attention_heads + exact) * device.dtype.itemsize
+        return Work(flops, elements, moved, GPU_OPERATIONS)
     if device.kernels:
         rows = num_attention_heads // shape.num_key_value_heads
         of_old = (TURNED_PASSES + SCORED_PASSES * rows) * shape.kv_dim

@@ -26,6 +26,7 @@ from .triton_kernels import finish_kernel, merge_kernel, score_kernel, value_ker
 TILE = 64  # tokens at a time
 VALUE_CHUNK = 64  # channels at a time
 KEY_PROGRAMS, VALUE_PROGRAMS = 2048, 1024  # at least, if there are tokens enough
+FEW_TILES = 8  # of a program, which then has more to prepare than to do
 MAX_SPLITS = 128
 WARPS = 4
 ONE = 0x3F800000  # the bits of 1.0 in float32
@@ -77,6 +78,7 @@ def _launch(
 ) -> torch.Tensor:  # fmt: skip
     batch, heads, rows, head_dim = query.shape
     query, num_tokens = query.contiguous(), key_data.shape[1] * key_sizes[0]
+    exact_mask, old_mask = (m if m is None or m.stride(3) == 1 else m.contiguous() for m in (exact_mask, old_mask))
     format = _format(tuple(key_bits), key_rank, *key_sizes)
     value_format = _format(tuple(value_bits), value_rank, *value_sizes)
     words = _in_words(format, value_format)
@@ -85,9 +87,10 @@ def _launch(
     weights = new(batch, all_rows, num_tiles, TILE, dtype=query.dtype)
     maxima = new(batch, all_rows, num_tiles, dtype=torch.float32)
 
-    chunk, most, prefetch = key_plan(max(key_ranks) + 1)
+    of_channel = head_dim * query.element_size()
+    chunk, most, prefetch = key_plan(max(key_ranks) + 1, of_channel, shared_memory(query.device))
     channels, pieces, first_piece = key_pieces(format, tuple(key_ranks), chunk, query.device)
-    tiles_each = triton.cdiv(num_tiles, min(num_tiles, triton.cdiv(KEY_PROGRAMS, heads * batch)))
+    tiles_each = tiles_of_program(num_tiles, heads * batch, KEY_PROGRAMS)
     score_kernel[triton.cdiv(num_tiles, tiles_each), heads, batch](
         query, _codes(key_data, words), _as_pairs(key_ranges), channels, pieces, first_piece,
         with_mean(key_B, key_mean, tuple(key_ranks), query.dtype), cos, sin, tile_cos, tile_sin,
@@ -112,28 +115,49 @@ def _launch(
     return out
 
 
-def key_plan(channels: int) -> tuple[int, int, bool]:
+def key_plan(channels: int, bytes_of_channel: int, room: int) -> tuple[int, int, bool]:
     """How to take up to so many channels of a head: how many at a time, how many such pieces to hold ready (0: none),
-    and whether to read ahead. What was quickest on an H200."""
-    if channels <= 32:
-        return (16 if channels <= 16 else 32), 1, True
-    if channels <= 48:
-        return 16, 3, True
-    if channels <= 128:
-        return 64, triton.cdiv(channels, 64), channels <= 64
-    return 64, 0, False
+    and whether to read ahead. What was quickest on an H200 in bfloat16 with heads of 128.
+
+    Args:
+        bytes_of_channel: of a head's row of ``key_B``.
+        room: bytes that a program's shared memory has, for the rows that are held and a few tiles.
+    """
+    chunk = 16 if channels <= 16 or 32 < channels <= 48 else 32 if channels <= 32 else 64
+    chunk = min(chunk, max(16, 2**14 // bytes_of_channel))
+    pieces = triton.cdiv(channels, chunk)
+    held = channels <= 256 and pieces * chunk * bytes_of_channel <= room - 2**15
+    return chunk, pieces if held else 0, held and channels <= 64 and bytes_of_channel <= 256
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; in Triton's interpreter those of an A100."""
+    if device.type != "cuda":
+        return 163 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def tiles_of_program(num_tiles: int, beside: int, programs: int) -> int:
+    """Tiles that each program takes, where `beside` programs work on the same tiles: so many that there are `programs`
+    in all, or a quarter of them if that would be few."""
+    for wanted in (programs, programs // 4):
+        splits = min(num_tiles, max(1, triton.cdiv(wanted, beside)))
+        if num_tiles >= FEW_TILES * splits:
+            break
+    return triton.cdiv(num_tiles, splits)
 
 
 def _sum_values(weights, maxima, data, ranges, format, heads, num_tokens, words):
-    """Summed latents of each KV head, (heads, batch * rows, rank), and the maximum and the sum of exponentials that
-    they are relative to, (heads, batch, rows) float32."""
+    """The mean of latents for each KV head, (heads, batch * rows, rank), and the maximum and the sum of exponentials
+    that it is weighted by, (heads, batch, rows) float32."""
     batch, all_rows, num_tiles, _ = weights.shape
     channels, pieces, _ = value_pieces(format, VALUE_CHUNK, weights.device)
     num_pieces = len(pieces)
     value_rows = 16 if all_rows <= 16 else 32
     row_tiles = triton.cdiv(all_rows, value_rows)
-    splits = min(num_tiles, MAX_SPLITS, triton.cdiv(VALUE_PROGRAMS, num_pieces * batch * row_tiles))
-    tiles_each = triton.cdiv(num_tiles, splits)
+    tiles_each = tiles_of_program(num_tiles, num_pieces * batch * row_tiles, VALUE_PROGRAMS)
+    tiles_each = max(tiles_each, triton.cdiv(num_tiles, MAX_SPLITS))
     splits = triton.cdiv(num_tiles, tiles_each)
     summed = maxima.new_empty(splits, batch, all_rows, format.rank + 1)
     split_maxima = maxima.new_empty(splits, batch, all_rows)
@@ -145,7 +169,7 @@ def _sum_values(weights, maxima, data, ranges, format, heads, num_tokens, words)
     )  # fmt: skip
     merged = weights.new_empty(heads, batch * all_rows // heads, format.rank)
     old_maxima, old_sums = maxima.new_empty(2, heads, batch, all_rows // heads)
-    merge_kernel[triton.cdiv(format.rank + 1, 64), all_rows, batch](
+    merge_kernel[triton.cdiv(format.rank, 64), all_rows, batch](
         summed, split_maxima, merged, old_maxima, old_sums, splits, batch, all_rows, format.rank,
         all_rows // heads, SPLITS=triton.next_power_of_2(splits), CHUNK=64,
     )  # fmt: skip
@@ -162,7 +186,9 @@ def _(query, *_):
 
 def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
     """What the kernels keep of a layer."""
-    key_pieces(factors.key_format, factors.key_ranks, key_plan(max(factors.key_ranks) + 1)[0], device)
+    channels, of_channel = max(factors.key_ranks) + 1, factors.head_dim * dtype.itemsize
+    chunk, _, _ = key_plan(channels, of_channel, shared_memory(device))
+    key_pieces(factors.key_format, factors.key_ranks, chunk, device)
     value_pieces(factors.value_format, VALUE_CHUNK, device)
     with_mean(factors.key_B, factors.key_mean, factors.key_ranks, dtype)
 

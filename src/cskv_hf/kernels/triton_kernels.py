@@ -264,7 +264,11 @@ def _two_numbers(pair, DTYPE: tl.constexpr):
         return (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32), upper.to(tl.float32)
 
 
-@triton.jit
+# Numbers that change while a model generates; a kernel compiled for each kind of them would interrupt it.
+CHANGING = ["num_queries", "num_tiles", "tiles_each", "turn_stride", "mask_batch", "mask_query"]
+
+
+@triton.jit(do_not_specialize=CHANGING)
 def score_kernel(
     query, data, ranges, channels, pieces, first_piece, key_B, cos, sin, tile_cos, tile_sin, mask,
     weights, maxima,
@@ -388,7 +392,7 @@ def _masked(scores, mask, of_query, column, there, MASK: tl.constexpr):
     return tl.where(there, scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "tiles_each"])
 def value_kernel(
     weights, maxima, data, ranges, channels, pieces, summed, split_maxima,
     rows, num_tokens, rank, num_channels, block_bytes, block_ranges, num_tiles, tiles_each, row_tiles, one,
@@ -438,14 +442,14 @@ def value_kernel(
         tl.store(split_maxima + target, highest, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge_kernel(
     summed, split_maxima, merged, maxima, sums,
     num_splits, num_batch, rows, rank, rows_of_head,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of all splits as one, of one row, by KV head: (heads, batch, rows of a head, rank), and apart from them
-    the sums of the weights, which lie behind the channels."""
+    """The sums of all splits as one, of one row, by KV head: their mean (heads, batch, rows of a head, rank), which 16
+    bits hold however many tokens there are, and the sums of the weights, which lie behind the channels."""
     row, batch = tl.program_id(1), tl.program_id(2)
     split, column = tl.arange(0, SPLITS), tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     target = (split * num_batch + batch).to(tl.int64) * rows + row
@@ -453,18 +457,19 @@ def merge_kernel(
     highest = tl.load(split_maxima + target, mask=there, other=NOTHING)
     maximum = tl.max(highest, axis=0)
     scale = tl.where(there, tl.exp(highest - maximum), 0.0)
-    at = summed + target[:, None] * (rank + 1) + column[None, :]
-    parts = tl.load(at, mask=there[:, None] & (column <= rank)[None, :], other=0)
-    total = tl.sum(parts * scale[:, None], axis=0)
+    of_split = summed + target * (rank + 1)
+    parts = tl.load(of_split[:, None] + column[None, :], mask=there[:, None] & (column < rank)[None, :], other=0)
+    weight = tl.sum(scale * tl.load(of_split + rank, mask=there, other=0), axis=0)
+    mean = tl.sum(parts * scale[:, None], axis=0) / tl.maximum(weight, 1e-37)
     of_row = (row // rows_of_head * num_batch + batch) * rows_of_head + row % rows_of_head
     merged_at = merged + of_row.to(tl.int64) * rank + column
-    tl.store(merged_at, total.to(merged.dtype.element_ty), mask=column < rank)
-    tl.store(sums + of_row + 0 * column, total, mask=column == rank)
+    tl.store(merged_at, mean.to(merged.dtype.element_ty), mask=column < rank)
     if tl.program_id(0) == 0:
         tl.store(maxima + of_row, maximum)
+        tl.store(sums + of_row, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_exact", "mask_batch", "mask_query"])
 def finish_kernel(
     query, exact_keys, exact_values, mask, old, value_mean, maxima, sums, out,
     scaling, rows, num_queries, num_batch, num_exact, mask_batch, mask_query,
@@ -482,8 +487,8 @@ def finish_kernel(
     maximum = tl.load(maxima + of_old, mask=there, other=NOTHING)
     weight = tl.load(sums + of_old, mask=there, other=0)
     old_at = old + of_old.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-    total = tl.load(old_at, mask=there[:, None], other=0).to(tl.float32)
-    total += weight[:, None] * tl.load(value_mean + head * HEAD_DIM + dim).to(tl.float32)[None, :]
+    mean = tl.load(value_mean + head * HEAD_DIM + dim).to(tl.float32)[None, :]
+    total = weight[:, None] * (tl.load(old_at, mask=there[:, None], other=0).to(tl.float32) + mean)
     of_query = batch * mask_batch + (row % num_queries)[:, None] * mask_query
     for first in range(0, num_exact, TILE):
         token = first + tl.arange(0, TILE)
