@@ -153,31 +153,48 @@ def compile_for_all(function, constants, **kinds):
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
     for capability in (80, 90):  # A100, H100
         options = dict(num_warps=gpu.WARPS, num_stages=1)
-        ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-        print(function.__name__, capability, "mma" in ptx, ".local" in ptx)
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+        tensor_cores = "mma" in ptx or kinds["query"] == "*fp32" or function is kernels.merge_kernel
+        in_registers = ".local" not in ptx or constants.get("HEAD_DIM") == 256
+        print(function.__name__, capability, shared, tensor_cores, in_registers, shared <= ROOM)
 
 
+def compile_scores(channels, stored, kinds, itemsize=2, **how):
+    how = dict(IN_TILES=True, MASK=0, HEADS_PER_GROUP=1, HEAD_DIM=128, ROWS=8) | how
+    chunk, pieces, prefetch = gpu.key_plan(channels, how["HEAD_DIM"] * itemsize, ROOM)
+    how |= dict(PIECES=pieces, PREFETCH=prefetch, CHUNK=chunk)
+    compile_for_all(kernels.score_kernel, how | stored, **kinds)
+
+
+ROOM = 99 * 1024  # of the smallest cards of these generations
+WIDE = {name: "*fp32" for name in BF16}
 for packed, words in ((True, True), (True, False), (False, False)):
     stored = dict(BLOCK=32, GROUPS=4, GROUP_TOKENS=32, PACKED=packed, WORDS=words, TILE=gpu.TILE)
     kinds = dict(data="*i32" if words else "*u8", ranges="*i32") if packed else dict(data="*bf16", ranges="*bf16")
     for channels in (16, 26, 40, 100, 300):
-        chunk, pieces, prefetch = gpu.key_plan(channels, 256, 100_000)
-        how = dict(IN_TILES=True, MASK=0, HEADS_PER_GROUP=1, HEAD_DIM=128, ROWS=8)
-        how |= dict(PIECES=pieces, PREFETCH=prefetch, CHUNK=chunk)
-        compile_for_all(kernels.score_kernel, how | stored, **kinds)
+        compile_scores(channels, stored, kinds)
     compile_for_all(kernels.value_kernel, dict(ROWS=32, CHUNK=gpu.VALUE_CHUNK) | stored, **kinds)
+    if words:  # other heads, masks, positions and dtypes
+        compile_scores(100, stored, kinds, HEAD_DIM=64, IN_TILES=False, MASK=1, ROWS=16)
+        compile_scores(40, stored, kinds, HEAD_DIM=256, MASK=2)
+        compile_scores(250, stored, kinds | WIDE, 4, HEAD_DIM=256, IN_TILES=False)
+        compile_for_all(kernels.value_kernel, dict(ROWS=16, CHUNK=gpu.VALUE_CHUNK) | stored, **kinds | WIDE)
+compile_for_all(kernels.merge_kernel, dict(SPLITS=64, CHUNK=64))
 compile_for_all(kernels.finish_kernel, dict(MASK=2, HEAD_DIM=128, ROWS=16, TILE=32))
+compile_for_all(kernels.finish_kernel, dict(MASK=1, HEAD_DIM=256, ROWS=16, TILE=16), **WIDE)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler runs on Linux")
 def test_compiles_for_gpus_that_are_not_here():
-    """What the interpreter forgives, the compiler does not: onto tensor cores, and without arrays in local memory."""
+    """What the interpreter forgives, the compiler does not: onto tensor cores, without arrays in local memory (but for
+    the widest heads), and into the shared memory of the smallest cards."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     compiled = [line.split() for line in out.stdout.splitlines()]
-    assert len(compiled) == 2 * (3 * 6 + 1) and all(line[-2:] == ["True", "False"] for line in compiled), out.stdout
+    assert len(compiled) == 2 * (3 * 6 + 4 + 3) and all(line[3:] == ["True"] * 3 for line in compiled), out.stdout
 
 
 @pytest.mark.parametrize("ranks", [(3, 9), (20, 1), (40, 47), (60, 70), (130, 2)], ids=str)
@@ -188,6 +205,26 @@ def test_every_way_to_take_channels(ranks, plain):
     factors = layer("head", ranks if plain else bits, 37 if plain else bits[0], 2, 32, torch.float32)
     kv = past(factors, 2, 160, torch.float32)
     assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE), kv, None, None) < 2e-6
+
+
+@pytest.mark.parametrize("num_old", [32, 96])
+def test_a_past_that_fills_no_tile(num_old):
+    """As after the first block, in 16 bits, where all tiles share one table: it is that of a whole tile."""
+    factors = layer(*CASES["packed, head"], torch.float16)
+    kv = past(factors, 2, num_old, torch.float16)
+    starts, within = kv.step.old_turn_in_tiles(torch.device(DEVICE), 64)
+    assert [t.shape[0] for t in (*starts, *within)] == [(num_old + 63) // 64] * 2 + [64] * 2
+    assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE, torch.float16), kv, None, None) < 4e-3
+
+
+def test_a_mask_for_each_head_is_left_to_torch(monkeypatch):
+    factors = layer("head", ((4,) * 9, (4,) * 9), (4,) * 9, 2, 32, torch.float32)
+    kv, query = past(factors, 1, 64, torch.float32), torch.randn(1, 2, 1, 32).to(DEVICE)
+    monkeypatch.setattr(kernels, "choose", lambda *_: "gpu")
+    mask = torch.rand(1, 2, 1, 64, device=DEVICE) > 0.5
+    assert not torch.equal(mask[:, 0], mask[:, 1])
+    ours = attention.compressed_attention(query, kv, 0.2, None, mask)
+    assert torch.equal(ours, attention._attend(query, kv, 0.2, None, mask))
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 64])
@@ -275,6 +312,14 @@ def test_what_is_kept_of_factors():
         tensor.mul_(2)
         assert not torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), kept)
     assert gpu.with_mean(factors.key_B, factors.key_mean, ranks, torch.float16).dtype == torch.float16
+    before = gpu.with_mean(factors.key_B, factors.key_mean, *how)
+    factors.key_B.data = factors.key_B.data * 2  # another tensor, of the same version
+    assert not torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), before)
+    with torch.inference_mode():  # whose tensors count no writes
+        inferred = factors.key_B.clone(), factors.key_mean.clone()
+        before = gpu.with_mean(*inferred, *how)
+        inferred[0].mul_(2)
+        assert not torch.equal(gpu.with_mean(*inferred, *how), before)
 
 
 def test_what_the_kernels_do_not_serve(monkeypatch):
@@ -282,6 +327,8 @@ def test_what_the_kernels_do_not_serve(monkeypatch):
     assert kernels.why_not(query) is None
     assert "head_dim of 32, 64, 128, 256, this model has 80" in kernels.why_not(query.new_empty(1, 1, 1, 80))
     assert "torch.float64" in kernels.why_not(query.double())
+    monkeypatch.setattr(kernels, "_triton_version", lambda: (3, 2))
+    assert "Triton 3.6 or newer, this is 3.2" in kernels.why_not(query)
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
     assert "pip install cskv-hf[kernels]" in kernels.why_not(query)
     assert kernels.choose(query, query) is None  # on a CPU, where nothing was compiled

@@ -54,6 +54,8 @@ def compressed_attention(
     factors = kv.factors.key_B, kv.factors.value_B, kv.factors.key_mean, kv.factors.value_mean
     old = kv.key_latents.num_tokens > 0
     served = kernels.choose(query, kv.exact_keys, kv.exact_values, *factors) if old else None
+    if served == "gpu" and any(mask is not None and mask.shape[1] != 1 for mask in (exact_mask, old_mask)):
+        served = None  # a mask for each head
     attend = {"gpu": _attend_on_gpu, "cpu": _attend_on_cpu, None: _attend}[served]
     chunk = QUERY_CHUNK
     if served:  # all scores of a chunk are written

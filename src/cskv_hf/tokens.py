@@ -153,7 +153,8 @@ class Step:
         turns the first token of each tile, cos and sin (tiles, head_dim / 2), and what turns a tile's tokens from
         there, (tile, head_dim / 2).
 
-        In float32, without the rounding to the model's dtype. None where it is no such product.
+        In float32, without the rounding to the model's dtype. The tile is whole, also of a shorter past. None where it
+        is no such product.
         """
         key = (device, tile)
         if key not in self._turn:
@@ -162,7 +163,7 @@ class Step:
             product = self.slots is None and self.old_frequencies.inv_freq.ndim == 1
             if product and bool((positions == positions[:1, :1] + steps).all()):
                 once = self.old_frequencies._replace(attention_scaling=1.0)
-                parts = (positions[:1, ::tile], once), (steps[None, :tile], self.old_frequencies)
+                parts = (positions[:1, ::tile], once), (torch.arange(tile, device=device)[None], self.old_frequencies)
                 self._turn[key] = tuple(tuple(t[0] for t in cos_sin(*part, torch.float32)) for part in parts)
             else:
                 self._turn[key] = None

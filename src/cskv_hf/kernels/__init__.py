@@ -8,6 +8,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from packaging.version import Version
 from transformers.utils import logging
 
 from ..latents import PackedFormat
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = (3, 6)  # that they are known to compile with
 HEAD_DIMS = (32, 64, 128, 256)
 CPU_QUERIES = 8  # of a row; more are quicker as torch's own matrix products
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -49,10 +51,20 @@ def _on_cpu() -> bool:
     return load()
 
 
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    import triton  # whose distribution has other names, too
+
+    return Version(triton.__version__).release[:2]
+
+
 def why_not(query: torch.Tensor) -> str | None:
     """Why the kernels cannot serve `query`, or None if they can."""
     if not HAS_TRITON:
         return "Triton is not installed (`pip install cskv-hf[kernels]`)"
+    if _triton_version() < OLDEST_TRITON:
+        found, oldest = (".".join(map(str, version)) for version in (_triton_version(), OLDEST_TRITON))
+        return f"they need Triton {oldest} or newer, this is {found}"
     if query.shape[-1] not in HEAD_DIMS:
         return f"they need a head_dim of {', '.join(map(str, HEAD_DIMS))}, this model has {query.shape[-1]}"
     if query.dtype not in DTYPES:

@@ -3,13 +3,14 @@
 Scores, sums, merge, finish: per KV head, keys are rebuilt in registers, tile by tile of old tokens, and give the
 exponentials of the scores relative to the tile's maximum; then the value latents are summed by these, piece by piece
 of their channels and split over the past; the splits are merged; ``value_B`` is applied once; and attention to the
-exact tokens joins the sum. Neither rebuilt keys nor unpacked latents ever reach memory. Scores and sums are two
+exact tokens joins their mean. Neither rebuilt keys nor unpacked latents ever reach memory. Scores and sums are two
 kernels because their work is divided differently: a key is rebuilt from its own head's latents alone, while value
 latents are joint over the heads and one kernel per head would unpack them once for each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -49,11 +50,11 @@ def attend(
         (batch, num_key_value_heads, rows, head_dim) in the dtype of `query`.
     """
     factors, step = kv.factors, kv.step
-    # float32 keeps the model's own cos and sin; to 16 bits both ways are the same
+    # float32 keeps the model's own cos and sin; in 16 bits a product of two turns is as near to the true one
     in_tiles = None if query.dtype == torch.float32 else step.old_turn_in_tiles(query.device, TILE)
     turn = step.old_cos_sin(query.device, kv.exact_keys.dtype) if in_tiles is None else in_tiles[1]
     starts = turn if in_tiles is None else in_tiles[0]
-    launch = gpu_attend if torch.compiler.is_compiling() else _launch
+    launch = gpu_attend if torch.compiler.is_compiling() else _attend
     return launch(
         query, kv.exact_keys, kv.exact_values, exact_mask, old_mask, scaling,
         *_stored(kv.key_latents), *_description(kv.key_latents), factors.key_ranks, factors.key_B, factors.key_mean,
@@ -67,7 +68,7 @@ def attend(
 # of a range.
 
 
-def _launch(
+def _attend(
     query: torch.Tensor, exact_keys: torch.Tensor, exact_values: torch.Tensor, exact_mask: torch.Tensor | None,
     old_mask: torch.Tensor | None, scaling: float,
     key_data: torch.Tensor, key_ranges: torch.Tensor, key_bits: Sequence[int], key_rank: int, key_sizes: Sequence[int],
@@ -76,6 +77,19 @@ def _launch(
     value_data: torch.Tensor, value_ranges: torch.Tensor, value_bits: Sequence[int], value_rank: int,
     value_sizes: Sequence[int], value_B: torch.Tensor, value_mean: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():  # where Triton launches
+        return _launch(
+            query, exact_keys, exact_values, exact_mask, old_mask, scaling, key_data, key_ranges, key_bits, key_rank,
+            key_sizes, key_ranks, key_B, key_mean, cos, sin, tile_cos, tile_sin, in_tiles, value_data, value_ranges,
+            value_bits, value_rank, value_sizes, value_B, value_mean,
+        )  # fmt: skip
+
+
+def _launch(
+    query, exact_keys, exact_values, exact_mask, old_mask, scaling, key_data, key_ranges, key_bits, key_rank,
+    key_sizes, key_ranks, key_B, key_mean, cos, sin, tile_cos, tile_sin, in_tiles, value_data, value_ranges,
+    value_bits, value_rank, value_sizes, value_B, value_mean,
+):  # fmt: skip
     batch, heads, rows, head_dim = query.shape
     query, num_tokens = query.contiguous(), key_data.shape[1] * key_sizes[0]
     exact_mask, old_mask = (m if m is None or m.stride(3) == 1 else m.contiguous() for m in (exact_mask, old_mask))
@@ -110,7 +124,8 @@ def _launch(
     finish_kernel[triton.cdiv(rows, row_tile), heads, batch](
         query, exact_keys.contiguous(), exact_values.contiguous(), *_mask_start(exact_mask, query), old, value_mean,
         old_maxima, old_sums, out, scaling, rows, _num_queries(exact_mask), batch, exact_keys.shape[2],
-        *_mask_strides(exact_mask), MASK=_mask_kind(exact_mask), HEAD_DIM=head_dim, ROWS=row_tile, TILE=32,
+        *_mask_strides(exact_mask), MASK=_mask_kind(exact_mask), HEAD_DIM=head_dim, ROWS=row_tile,
+        TILE=32 if head_dim * query.element_size() <= 512 else 16, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -126,7 +141,7 @@ def key_plan(channels: int, bytes_of_channel: int, room: int) -> tuple[int, int,
     chunk = 16 if channels <= 16 or 32 < channels <= 48 else 32 if channels <= 32 else 64
     chunk = min(chunk, max(16, 2**14 // bytes_of_channel))
     pieces = triton.cdiv(channels, chunk)
-    held = channels <= 256 and pieces * chunk * bytes_of_channel <= room - 2**15
+    held = channels <= 256 and pieces * chunk * bytes_of_channel <= room - max(2**15, 200 * bytes_of_channel)
     return chunk, pieces if held else 0, held and channels <= 64 and bytes_of_channel <= 256
 
 
@@ -135,7 +150,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes that a program may have; in Triton's interpreter those of an A100."""
     if device.type != "cuda":
         return 163 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 * 1024)  # or AMD's
 
 
 def tiles_of_program(num_tiles: int, beside: int, programs: int) -> int:
@@ -176,7 +191,7 @@ def _sum_values(weights, maxima, data, ranges, format, heads, num_tokens, words)
     return merged, old_maxima, old_sums
 
 
-gpu_attend = torch.library.custom_op("cskv_hf::gpu_attend", _launch, mutates_args=())
+gpu_attend = torch.library.custom_op("cskv_hf::gpu_attend", _attend, mutates_args=())
 
 
 @gpu_attend.register_fake
@@ -185,12 +200,11 @@ def _(query, *_):
 
 
 def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
-    """What the kernels keep of a layer."""
+    """What the kernels keep of a layer's format."""
     channels, of_channel = max(factors.key_ranks) + 1, factors.head_dim * dtype.itemsize
     chunk, _, _ = key_plan(channels, of_channel, shared_memory(device))
     key_pieces(factors.key_format, factors.key_ranks, chunk, device)
     value_pieces(factors.value_format, VALUE_CHUNK, device)
-    with_mean(factors.key_B, factors.key_mean, factors.key_ranks, dtype)
 
 
 Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -264,16 +278,26 @@ _with_mean: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def with_mean(key_B: torch.Tensor, key_mean: torch.Tensor, ranks: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """``key_B`` transposed, and under the channels of every group its mean: (key_rank + groups, group_dim) in `dtype`.
 
-    Kept for as long as the factors live and nothing writes to them.
+    Kept for as long as the factors live and nothing writes to them (but for writes to their `.data`, which nobody can
+    see). Made anew where that cannot be known, and within a CUDA graph, which would keep the factors of its recording.
     """
-    state = dtype, key_mean.data_ptr(), *(0 if t.is_inference() else t._version for t in (key_B, key_mean))
+    pair = key_B, key_mean
+    recording = key_B.is_cuda and torch.cuda.is_current_stream_capturing()
+    if recording or any(t.is_inference() for t in pair):
+        return _transposed(*pair, ranks, dtype)
+    state = dtype, *(number for t in pair for number in (t.data_ptr(), t._version))
     kept = _with_mean.get(key_B)
     if kept is None or kept[0] != state:
-        means = key_mean.detach().view(len(ranks), 1, -1)
-        groups = key_B.detach().mT.split(ranks)
-        parts = [part for group, mean in zip(groups, means) for part in (group, mean)]
-        kept = _with_mean[key_B] = state, torch.cat(parts).to(dtype)
+        kept = _with_mean[key_B] = state, _transposed(*pair, ranks, dtype)
     return kept[1]
+
+
+def _transposed(
+    key_B: torch.Tensor, key_mean: torch.Tensor, ranks: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    means = key_mean.detach().view(len(ranks), 1, -1)
+    groups = key_B.detach().mT.split(ranks)
+    return torch.cat([part for group, mean in zip(groups, means) for part in (group, mean)]).to(dtype)
 
 
 def _as_pairs(ranges: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,7 @@ def _fetch(
             width = _field(channels, num_channels, start, count, CHUNK, 1)[None, :]
             bits = _field(channels, num_channels, start, count, CHUNK, 2)[None, :]
             block, in_block = token // BLOCK, token % BLOCK
-            code = _codes(data, (block * block_bytes)[:, None], in_block, first, width, bits, BLOCK)
+            code = _codes(data, (block.to(tl.int64) * block_bytes)[:, None], in_block, first, width, bits, BLOCK)
             # ranges of a tier lie time by time, and `width` is the number of its channels
             groups, time = (width + GROUPS - 1) // GROUPS, (in_block // GROUP_TOKENS)[:, None]
             pair = tl.load(ranges + (block * block_ranges)[:, None] + tl.maximum(of_range, 0) + time * groups)
@@ -119,7 +119,7 @@ def _fetch(
             return minimum + step * code.to(tl.float32)
         else:
             there = (of_range >= 0) & (tl.arange(0, CHUNK) < count)[None, :]
-            return tl.load(data + token[:, None] * rank + first, mask=there, other=0)  # within a row 32 bits do
+            return tl.load(data + token.to(tl.int64)[:, None] * rank + first, mask=there, other=0)
 
 
 @triton.jit
@@ -475,8 +475,8 @@ def finish_kernel(
     scaling, rows, num_queries, num_batch, num_exact, mask_batch, mask_query,
     MASK: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Attention to the exact tokens of one KV head, joined with the sum over the old ones, some rows at a time."""
-    head, batch = tl.program_id(1), tl.program_id(2)
+    """Attention to the exact tokens of one KV head, joined with the mean over the old ones, some rows at a time."""
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, dim = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     there = row < rows
     DTYPE: tl.constexpr = query.dtype.element_ty
