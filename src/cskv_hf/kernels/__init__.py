@@ -11,8 +11,6 @@ import torch
 from packaging.version import Version
 from transformers.utils import logging
 
-from ..latents import PackedFormat
-
 if TYPE_CHECKING:
     from ..factors import LayerFactors
 
@@ -79,51 +77,3 @@ def prepare(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> 
         from .gpu import prepare_tables
 
         prepare_tables(factors, device, dtype)
-
-
-@functools.cache
-def chunks_of(
-    format, ranks: tuple[int, ...], size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The channels of latents in pieces that a kernel loads in one go: neighbours, of one group and one tier.
-
-    Args:
-        ranks: channels per group.
-        size: channels of a piece, at most.
-
-    Returns:
-        int32 (pieces, 8) of first channel, channels, bits (16: plain), byte of the tier in a block, channels of the
-        tier, first channel within the tier, range of the tier in a block, groups of the tier; int32 (groups + 1,) of
-        where each group's pieces start; and the number of pieces.
-    """
-    if isinstance(format, PackedFormat):
-        runs = _runs_of_tiers(format.layout)
-    else:
-        runs = [(0, format.rank, 16, 0, 0, 0, 0, 0)]
-    pieces, starts, begin = [], [0], 0
-    for rank in ranks:
-        end = begin + rank
-        for first, count, bits, byte, width, inside, range_first, groups in runs:
-            low, high = max(first, begin), min(first + count, end)
-            for at in range(low, high, size):
-                offset = inside + at - first
-                pieces.append((at, min(size, high - at), bits, byte, width, offset, range_first, groups))
-        starts.append(len(pieces))
-        begin = end
-    table = torch.tensor(pieces, dtype=torch.int32, device=device).view(-1, 8)
-    return table, torch.tensor(starts, dtype=torch.int32, device=device), len(pieces)
-
-
-def _runs_of_tiers(layout) -> list[tuple[int, ...]]:
-    """Per tier and run of consecutive channels, what [`chunks_of`] tells about a piece."""
-    runs, byte, first_range = [], 0, 0
-    for tier in layout.tiers:
-        width = len(tier.channels)
-        starts = [i for i, c in enumerate(tier.channels) if i == 0 or c != tier.channels[i - 1] + 1]
-        for start, stop in zip(starts, [*starts[1:], width]):
-            runs.append(
-                (tier.channels[start], stop - start, tier.bits, byte, width, start, first_range, tier.num_groups)
-            )
-        byte += width * layout.block_size * tier.bits // 8
-        first_range += tier.num_groups * (layout.block_size // layout.group_tokens)
-    return runs

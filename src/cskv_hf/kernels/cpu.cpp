@@ -58,7 +58,7 @@ inline void multiply_rows(int64_t rows, const float* a, int64_t a_row, const flo
 }
 
 // How the latents of one layer are stored: segments (batch, blocks, ...) of codes and of ranges, for both of which
-// plain latents stand. A piece is a row of the table of `chunks_of` in __init__.py.
+// plain latents stand. A piece is a row of the table of `chunks_of` in cpu.py.
 struct Stored {
   at::TensorList data, ranges;
   const int32_t* pieces;

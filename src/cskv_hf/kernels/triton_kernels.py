@@ -336,7 +336,9 @@ def score_kernel(
                     BLOCK, GROUPS, GROUP_TOKENS, PACKED, WORDS, TILE, CHUNK,
                 )  # fmt: skip
                 latents = _latents(fetched, known[i], one, BLOCK, WORDS, TILE, CHUNK, DTYPE)
-            if i == 0 or begin + i < end:  # which every head has; the others are a branch of the code
+            if i == 0:  # noqa: SIM114 (decided while compiling; pieces that not every head has are a branch)
+                halves = _rebuilt(halves, latents, factors[i])
+            elif begin + i < end:
                 halves = _rebuilt(halves, latents, factors[i])
         if PIECES == 0:
             for index in range(begin, end):
