@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compression", type=float, nargs="+", default=[0.8, 0.95], help="with the default packing")
     parser.add_argument("--tiny", action="store_true", help="a sixteenth of the sizes, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
@@ -83,11 +84,10 @@ def main() -> None:
         "DynamicCache": steps_of(full, DynamicCache(), prompt, False),
         "StaticCache, compiled": steps_of(full, StaticCache(full.config, max_cache_len=room), prompt, True),
     }
-    for compression, bits in ((0.8, 16), (0.8, None), (0.95, None)):
+    for compression in args.compression:
         model = make_model(args.layers, args.tiny, args.device)
-        config = CSKVConfig(compression=compression, bits=bits, allocation="uniform" if bits else None)
-        model = cskv_hf.fit(model, [prompt[0, :1024]], config, progress=False)
-        name = f"{compression:.0%} {'packed' if bits is None else f'{bits} bit'}"
+        model = cskv_hf.fit(model, [prompt[0, :1024]], CSKVConfig(compression=compression), progress=False)
+        name = f"{compression:.0%} packed"
         contestants[name] = steps_of(model, CSKVCache(), prompt, False)
         contestants[f"{name}, compiled"] = steps_of(model, CSKVStaticCache(room), prompt, True)
     seconds = {name: t / STEPS for name, t in median_seconds(contestants, args.rounds).items()}

@@ -2,6 +2,7 @@
 GPU."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from random_past import CASES, DEVICE, error_against_torch, layer, past
 
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVStaticCache, kernels
-from cskv_hf.latents import PackedFormat
+from cskv_hf.kernels.pieces import Piece, cut
+from cskv_hf.latents import PackedFormat, PlainFormat
 from cskv_hf.quantize import PackedLayout, dequantize, quantize
 
 pytest.importorskip("triton")
@@ -42,7 +44,7 @@ def test_positions_of_each_row_and_token(dtype):
     factors = layer(*CASES["packed, head"], dtype)
     positions = torch.stack([torch.arange(64) * 3, torch.arange(64) + 40])
     kv = past(factors, 2, 64, dtype, positions)
-    assert kv.step.old_turn_in_tiles(torch.device(DEVICE), 64) is None
+    assert kv.step.old_turn_in_tiles(torch.device(DEVICE), 64, torch.float16) is None
     query = torch.randn(2, 4, 1, 32).to(DEVICE, dtype)
     assert relative_error(query, kv, None, None) < TOLERANCE[dtype]
 
@@ -134,25 +136,29 @@ def test_in_a_compiled_step(monkeypatch):
 
 
 COMPILE = """
+import torch
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import cskv_hf.kernels.gpu as gpu
 import cskv_hf.kernels.triton_kernels as kernels
+from cskv_hf.latents import PackedFormat, PlainFormat
+from cskv_hf.quantize import PackedLayout
 
-BF16 = ("query", "key_B", "weights", "mask", "merged", "exact_keys", "exact_values", "old", "value_mean", "out")
-FP32 = ("cos", "sin", "tile_cos", "tile_sin", "maxima", "sums", "summed", "split_maxima")
-KINDS = dict.fromkeys(BF16, "*bf16") | dict.fromkeys(FP32, "*fp32") | {"scaling": "fp32"}
-KINDS |= dict.fromkeys(("channels", "pieces", "first_piece"), "*i32")
+MODEL = ("query", "mask", "merged", "exact_keys", "exact_values", "value_B", "value_mean", "out")
+WORK = ("weights", "key_B", "cos", "sin", "tile_cos", "tile_sin")
+FP32 = ("maxima", "sums", "summed", "split_maxima")
+KINDS = dict.fromkeys(MODEL, "*bf16") | dict.fromkeys(FP32, "*fp32") | {"scaling": "fp32", "pieces": "*i32"}
+KINDS |= {"order": "*i64"}
 
 
-def compile_for_all(function, constants, **kinds):
+def compile_for_all(function, constants, warps=gpu.WARPS, **kinds):
     names = function.arg_names
     kinds = KINDS | kinds
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
     for capability in (80, 90):  # A100, H100
-        options = dict(num_warps=gpu.WARPS, num_stages=1)
+        options = dict(num_warps=warps, num_stages=1)
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
         tensor_cores = "mma" in ptx or kinds["query"] == "*fp32" or function is kernels.merge_kernel
@@ -160,29 +166,42 @@ def compile_for_all(function, constants, **kinds):
         print(function.__name__, capability, shared, tensor_cores, in_registers, shared <= ROOM)
 
 
-def compile_scores(channels, stored, kinds, itemsize=2, **how):
-    how = dict(IN_TILES=True, MASK=0, HEADS_PER_GROUP=1, HEAD_DIM=128, ROWS=8) | how
-    chunk, pieces, prefetch = gpu.key_plan(channels, how["HEAD_DIM"] * itemsize, ROOM)
-    how |= dict(PIECES=pieces, PREFETCH=prefetch, CHUNK=chunk)
-    compile_for_all(kernels.score_kernel, how | stored, **kinds)
+def compile_scores(bits, head_dim, stored, kinds, work=torch.float16, least=None, **how):
+    how = dict(IN_TILES=True, MASK=0, HEADS_PER_GROUP=1, ROWS=8, ALL_ROWS=True) | how
+    format = PackedFormat(PackedLayout(bits)) if isinstance(bits, tuple) else PlainFormat(bits)
+    ranks = (format.rank,) if least is None else (format.rank - least, least)
+    pieces, held, ahead = gpu.key_pieces(format, ranks, head_dim * work.itemsize, torch.device("cpu"))
+    how |= dict(HEAD_DIM=head_dim, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held, AHEAD=ahead, TILE=gpu.TILE)
+    compile_for_all(kernels.score_kernel, how | stored(format), **kinds)
 
 
 ROOM = 99 * 1024  # of the smallest cards of these generations
-WIDE = {name: "*fp32" for name in BF16}
-for packed, words in ((True, True), (True, False), (False, False)):
-    stored = dict(BLOCK=32, GROUPS=4, GROUP_TOKENS=32, PACKED=packed, WORDS=words, TILE=gpu.TILE)
-    kinds = dict(data="*i32" if words else "*u8", ranges="*i32") if packed else dict(data="*bf16", ranges="*bf16")
-    for channels in (16, 26, 40, 100, 300):
-        compile_scores(channels, stored, kinds)
-    compile_for_all(kernels.value_kernel, dict(ROWS=32, CHUNK=gpu.VALUE_CHUNK) | stored, **kinds)
-    if words:  # other heads, masks, positions and dtypes
-        compile_scores(100, stored, kinds, HEAD_DIM=64, IN_TILES=False, MASK=1, ROWS=16)
-        compile_scores(40, stored, kinds, HEAD_DIM=256, MASK=2)
-        compile_scores(250, stored, kinds | WIDE, 4, HEAD_DIM=256, IN_TILES=False)
-        compile_for_all(kernels.value_kernel, dict(ROWS=16, CHUNK=gpu.VALUE_CHUNK) | stored, **kinds | WIDE)
+gpu.shared_memory = lambda _: ROOM
+HALF, BF16, WIDE = (dict.fromkeys(WORK, kind) for kind in ("*fp16", "*bf16", "*fp32"))
+WIDE |= dict.fromkeys(MODEL, "*fp32")
+CODES = dict(data="*i32", ranges="*i32")
+BYTES = dict(data="*u8", ranges="*i32")
+PLAIN = dict(data="*bf16", ranges="*bf16")
+in_words = lambda format: dict(FORM=gpu._form(format, True))
+as_bytes = lambda format: dict(FORM=gpu._form(format, False))
+FEW, MIXED, MANY = (4,) * 40, (4,) * 3 + (3,) * 14 + (2,) * 60, (8,) * 2 + (3,) * 75 + (2,) * 246
+for bits in ((4,) * 9, FEW, MIXED, MANY):
+    compile_scores(bits, 128, in_words, CODES | HALF)
+compile_scores(FEW, 128, in_words, CODES | HALF, least=14)
+compile_scores(MIXED, 128, as_bytes, BYTES | HALF)
+for rank in (30, 100, 300):
+    compile_scores(rank, 128, as_bytes, PLAIN | BF16)
+compile_scores(MIXED, 64, in_words, CODES | HALF, IN_TILES=False, MASK=1, ROWS=16, ALL_ROWS=False)  # of other models
+compile_scores(FEW, 256, in_words, CODES | HALF, MASK=2)
+compile_scores(MANY, 256, in_words, CODES | WIDE, torch.float32, IN_TILES=False)
+for bits, stored, kinds in ((FEW, in_words, CODES | HALF), (MIXED, in_words, CODES | HALF), (MIXED, as_bytes, BYTES | HALF),
+                            (MIXED, in_words, CODES | WIDE)):
+    how = dict(ROWS=32, CHUNK=gpu.VALUE_CHUNK, TILE=gpu.TILE)
+    compile_for_all(kernels.value_kernel, how | stored(PackedFormat(PackedLayout(bits))), **kinds)
+compile_for_all(kernels.value_kernel, how | as_bytes(PlainFormat(100)), **PLAIN | BF16)
 compile_for_all(kernels.merge_kernel, dict(SPLITS=64, CHUNK=64))
-compile_for_all(kernels.finish_kernel, dict(MASK=2, HEAD_DIM=128, ROWS=16, TILE=32))
-compile_for_all(kernels.finish_kernel, dict(MASK=1, HEAD_DIM=256, ROWS=16, TILE=16), **WIDE)
+compile_for_all(kernels.finish_kernel, dict(MASK=2, HEAD_DIM=128, ROWS=16, TILE=64, CHUNK=64), 8)
+compile_for_all(kernels.finish_kernel, dict(MASK=1, HEAD_DIM=256, ROWS=16, TILE=16, CHUNK=16), 8, **WIDE)
 """
 
 
@@ -194,7 +213,7 @@ def test_compiles_for_gpus_that_are_not_here():
     out = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     compiled = [line.split() for line in out.stdout.splitlines()]
-    assert len(compiled) == 2 * (3 * 6 + 4 + 3) and all(line[3:] == ["True"] * 3 for line in compiled), out.stdout
+    assert len(compiled) == 2 * (12 + 5 + 3) and all(line[3:] == ["True"] * 3 for line in compiled), out.stdout
 
 
 @pytest.mark.parametrize("ranks", [(3, 9), (20, 1), (40, 47), (60, 70), (130, 2)], ids=str)
@@ -212,7 +231,7 @@ def test_a_past_that_fills_no_tile(num_old):
     """As after the first block, in 16 bits, where all tiles share one table: it is that of a whole tile."""
     factors = layer(*CASES["packed, head"], torch.float16)
     kv = past(factors, 2, num_old, torch.float16)
-    starts, within = kv.step.old_turn_in_tiles(torch.device(DEVICE), 64)
+    starts, within = kv.step.old_turn_in_tiles(torch.device(DEVICE), 64, torch.float16)
     assert [t.shape[0] for t in (*starts, *within)] == [(num_old + 63) // 64] * 2 + [64] * 2
     assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE, torch.float16), kv, None, None) < 4e-3
 
@@ -248,70 +267,102 @@ def test_many_tokens_do_not_overflow_16_bits():
 
 
 @pytest.mark.parametrize("head_dim", kernels.HEAD_DIMS)
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_what_is_held_fits(head_dim, itemsize):
-    """Into the shared memory of a GPU, beside a few tiles; and all channels are in the pieces."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_what_is_held_fits(head_dim, dtype, monkeypatch):
+    """Into the shared memory of a GPU, beside a few tiles."""
     import cskv_hf.kernels.gpu as gpu
 
+    of_channel = head_dim * dtype.itemsize
     for room in (64 * 1024, 99 * 1024, 227 * 1024):
-        for channels in range(1, 1100):
-            chunk, pieces, ahead = gpu.key_plan(channels, head_dim * itemsize, room)
-            assert chunk in (16, 32, 64) and chunk * head_dim * itemsize <= 2**14
-            assert not pieces or pieces * chunk >= channels
-            assert pieces * chunk * head_dim * itemsize <= room - 2**15 and (pieces or not ahead)
+        monkeypatch.setattr(gpu, "shared_memory", lambda _, room=room: room)
+        for rank in (1, 15, 16, 40, 100, 250, 400, 1000):
+            for format in (PlainFormat(rank), PackedFormat(PackedLayout((4,) * rank))):
+                pieces, held, ahead = gpu.key_pieces.__wrapped__(format, (rank,), of_channel, torch.device("cpu"))
+                assert all(size in (16, 32, 64) and size * of_channel <= 2**14 for size in pieces.sizes)
+                assert rank < sum(pieces.sizes) <= rank + 64 and pieces.least == len(pieces.sizes)
+                assert not held or sum(pieces.sizes) * of_channel <= room - 2**15
+                assert held or not ahead
 
 
-def test_tables_of_channels():
-    """Every channel is in one piece, of its group, and so is one for the mean; a code is where `pack` has put it."""
-    import cskv_hf.kernels.gpu as gpu
+LAYOUTS = {
+    "one tier": (PackedFormat(PackedLayout((4,) * 50)), (33, 17)),
+    "falling": (PackedFormat(PackedLayout((8, 6, 6, 3, 3, 3, 1) * 1 + (7,) * 2 + (3,) * 20)), (7, 22)),
+    "mixed": (PackedFormat(PackedLayout((4, 2, 4, 2, 1, 7, 4, 8, 4, 2))), (4, 6)),
+    "ranges of several channels": (PackedFormat(PackedLayout((4, 2) * 9, 64, 64, 3)), (18,)),
+    "plain": (PlainFormat(70), (3, 65, 2)),
+}
 
-    for case in CASES.values():
-        factors = layer(*case, torch.float32)
-        table, pieces, starts = gpu.key_pieces(factors.key_format, factors.key_ranks, 16, torch.device("cpu"))
-        taken = [c for first, n, _ in pieces.tolist() for c in range(first, first + n)]
-        assert taken == list(range(sum(factors.key_ranks) + len(factors.key_ranks))) and pieces[:, 1].max() <= 16
-        begin = 0
-        for group, rank in enumerate(factors.key_ranks):
-            assert int(pieces[starts[group] : starts[group + 1], 1].sum()) == rank + 1
-            begin += rank + 1
-            assert table[3, begin - 1] == -1 and not table[[0, 1, 2], begin - 1].any()
 
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 64), (64, 64)], ids=str)
+def test_pieces(case, sizes):
+    """Every channel is in one piece of its group, and so is one for the constant; the channels of a piece are
+    neighbours in one tier, where `pack` has put their codes."""
+    format, ranks = LAYOUTS[case]
+    pieces = cut(format, ranks, *sizes)
+    assert pieces.table.shape == (len(ranks), len(pieces.sizes), len(Piece._fields))
+    assert sorted(pieces.order.tolist()) == list(range(format.rank + len(ranks)))
+    begin, taken, needed = 0, [], []
+    for group, rank in enumerate(ranks):
+        mine = [Piece(*row) for row in pieces.table[group].tolist()]
+        of_group = [c for p in mine for c in pieces.order[p.start : p.start + p.count].tolist()]
+        taken += of_group
+        assert sorted(of_group) == [*range(begin, begin + rank), format.rank + group]
+        begin += rank
+        assert sum(p.constant for p in mine) == 1
+        needed.append(max(i + 1 for i, p in enumerate(mine) if p.count))
+        for piece, size in zip(mine, pieces.sizes):
+            assert piece.count <= size and sizes[0] <= size <= sizes[1]
+            channels = pieces.order[piece.start : piece.start + piece.count].tolist()
+            assert (channels[-1:] == [format.rank + group]) == bool(piece.constant)
+            for i, channel in enumerate(channels[: piece.count - piece.constant]):
+                if isinstance(format, PlainFormat):
+                    assert piece.word + i == channel
+                    continue
+                (tier,) = [tier for tier in format.layout.tiers if channel in tier.channels]
+                assert tier.channels[piece.index + i] == channel
+                assert (piece.bits, piece.width) == (tier.bits, len(tier.channels))
+    assert taken == pieces.order.tolist() and pieces.least == min(needed)
+
+
+def test_codes_are_where_pieces_say():
+    """Bits of a code lie in planes of 8, 4, 2 and 1 of them, wide ones first and lowest; four rows make a word."""
     layout = PackedLayout((7, 3, 8, 3, 4), 32)
-    latents = torch.randn(1, 64, 5)
-    codes, ranges = quantize(latents, layout)
-    words = codes.view(torch.int32)
-    for channel, row in enumerate(gpu.describe(PackedFormat(layout))):
-        for block in range(2):
-            for token in range(32):
-                code = below = 0
-                for bits, (first, width, worth) in zip(gpu.PLANES, zip(*[iter(row[4:])] * 3)):
-                    if not worth:
-                        continue
-                    rows = 32 * bits // 8
-                    word = int(words[0, block, first + token % rows // 4 * width]) & 0xFFFFFFFF
-                    assert worth == 2 ** (below + bits)
-                    code += (word >> (8 * (token % 4) + bits * (token // rows)) & 2**bits - 1) << below
-                    below += bits
-                minimum, step = ranges[0, block, row[3]].double()
-                value = dequantize(codes, ranges, layout, torch.float64)[0, 32 * block + token, channel]
-                assert abs(minimum + step * code - value) < 1e-12
+    codes, ranges = quantize(torch.randn(1, 64, 5), layout)
+    words, values = codes.view(torch.int32), dequantize(codes, ranges, layout, torch.float64)
+    pieces = cut(PackedFormat(layout), (5,), 16, 16)
+    for piece in map(Piece._make, pieces.table[0].tolist()):
+        for i, channel in enumerate(pieces.order[piece.start :][: piece.count - piece.constant].tolist()):
+            for block, token in itertools.product(range(2), range(32)):
+                code = 0
+                for bits, above in ((8, 0), (4, piece.bits & 8), (2, piece.bits & 12), (1, piece.bits & 14)):
+                    if piece.bits & bits:
+                        row = token % (4 * bits)
+                        at = piece.word + i + (above + row // 4) * piece.width
+                        word = int(words[0, block, at]) & 0xFFFFFFFF
+                        code += (word >> (8 * (row % 4) + bits * (token // (4 * bits))) & 2**bits - 1) << above
+                minimum, step = ranges[0, block, piece.first_range + piece.index + i].double()
+                assert abs(minimum + step * code - values[0, 32 * block + token, channel]) < 1e-12
 
 
 def test_what_is_kept_of_factors():
-    """The transposed factor is made once, and again when the factors are written to."""
+    """The transposed factors are made once, and again when the factors are written to."""
     import cskv_hf.kernels.gpu as gpu
 
     factors = layer(*CASES["packed, head"], torch.float32)
-    how = factors.key_ranks, torch.float32
+    pieces = cut(factors.key_format, factors.key_ranks, 16, 16)
+    how = pieces.order, torch.float32
     kept = gpu.with_mean(factors.key_B, factors.key_mean, *how)
-    ranks, heads = factors.key_ranks, factors.key_mean.view(2, 1, -1)
-    first, second = factors.key_B.mT.split(ranks)
-    assert torch.equal(kept, torch.cat([first, heads[0], second, heads[1]]))
+    heads = factors.key_mean.view(2, -1)
+    assert torch.equal(kept, torch.cat([factors.key_B.mT, heads])[pieces.order])
     assert gpu.with_mean(factors.key_B, factors.key_mean, *how) is kept
+    other = pieces.order.flip(0)
+    assert torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, other, torch.float32), kept.flip(0))
     for tensor in (factors.key_B, factors.key_mean):
+        kept = gpu.with_mean(factors.key_B, factors.key_mean, *how)
         tensor.mul_(2)
         assert not torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), kept)
-    assert gpu.with_mean(factors.key_B, factors.key_mean, ranks, torch.float16).dtype == torch.float16
+    assert gpu.with_mean(factors.key_B, factors.key_mean, pieces.order, torch.float16).dtype == torch.float16
     before = gpu.with_mean(factors.key_B, factors.key_mean, *how)
     factors.key_B.data = factors.key_B.data * 2  # another tensor, of the same version
     assert not torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), before)
@@ -320,6 +371,9 @@ def test_what_is_kept_of_factors():
         before = gpu.with_mean(*inferred, *how)
         inferred[0].mul_(2)
         assert not torch.equal(gpu.with_mean(*inferred, *how), before)
+    turned = gpu.transposed(factors.value_B, torch.float16)
+    assert torch.equal(turned, factors.value_B.mT.half()) and turned.is_contiguous()
+    assert gpu.transposed(factors.value_B, torch.float16) is turned
 
 
 def test_what_the_kernels_do_not_serve(monkeypatch):

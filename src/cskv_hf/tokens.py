@@ -148,15 +148,16 @@ class Step:
             self._turn[key] = turn
         return self._turn[key]
 
-    def old_turn_in_tiles(self, device: torch.device, tile: int) -> tuple[tuple[torch.Tensor, ...], ...] | None:
+    def old_turn_in_tiles(
+        self, device: torch.device, tile: int, dtype: torch.dtype
+    ) -> tuple[tuple[torch.Tensor, ...], ...] | None:
         """[`old_turn`] as a product, where positions follow one another and all tokens share their frequencies: what
         turns the first token of each tile, cos and sin (tiles, head_dim / 2), and what turns a tile's tokens from
         there, (tile, head_dim / 2).
 
-        In float32, without the rounding to the model's dtype. The tile is whole, also of a shorter past. None where it
-        is no such product.
+        Each rounded to `dtype` once. The tile is whole, also of a shorter past. None where it is no such product.
         """
-        key = (device, tile)
+        key = (device, tile, dtype)
         if key not in self._turn:
             positions = self.old_positions.to(device)
             steps = torch.arange(self.num_old, device=device)
@@ -164,7 +165,7 @@ class Step:
             if product and bool((positions == positions[:1, :1] + steps).all()):
                 once = self.old_frequencies._replace(attention_scaling=1.0)
                 parts = (positions[:1, ::tile], once), (torch.arange(tile, device=device)[None], self.old_frequencies)
-                self._turn[key] = tuple(tuple(t[0] for t in cos_sin(*part, torch.float32)) for part in parts)
+                self._turn[key] = tuple(tuple(t[0] for t in cos_sin(*part, dtype)) for part in parts)
             else:
                 self._turn[key] = None
         return self._turn[key]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -21,16 +22,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..cache_layer import CompressedKV
 from ..factors import LayerFactors
 from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
-from ..quantize import PackedLayout, rows_together
+from ..quantize import PackedLayout
+from .pieces import Pieces, cut
+from .triton_kernels import PART as _PART
 from .triton_kernels import finish_kernel, merge_kernel, score_kernel, value_kernel
+from .triton_latents import THOUSANDS
+
+PART = _PART.value
+INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
 
 TILE = 64  # tokens at a time
-VALUE_CHUNK = 64  # channels at a time
-KEY_PROGRAMS, VALUE_PROGRAMS = 2048, 1024  # at least, if there are tokens enough
+KEY_CHUNK = VALUE_CHUNK = 64  # channels at a time, at most
+MOST_HELD, MOST_AHEAD = 8, 32  # pieces that are held; registers of a thread for what is read ahead
+KEY_PROGRAMS, VALUE_PROGRAMS = 2048, 512  # at least, if there are tokens enough
 FEW_TILES = 8  # of a program, which then has more to prepare than to do
 MAX_SPLITS = 128
 WARPS = 4
-ONE = 0x3F800000  # the bits of 1.0 in float32
 
 
 def attend(
@@ -51,7 +58,8 @@ def attend(
     """
     factors, step = kv.factors, kv.step
     # float32 keeps the model's own cos and sin; in 16 bits a product of two turns is as near to the true one
-    in_tiles = None if query.dtype == torch.float32 else step.old_turn_in_tiles(query.device, TILE)
+    work = _working_dtype(query.dtype, kv.key_latents.format, kv.value_latents.format)
+    in_tiles = None if query.dtype == torch.float32 else step.old_turn_in_tiles(query.device, TILE, work)
     turn = step.old_cos_sin(query.device, kv.exact_keys.dtype) if in_tiles is None else in_tiles[1]
     starts = turn if in_tiles is None else in_tiles[0]
     launch = gpu_attend if torch.compiler.is_compiling() else _attend
@@ -95,54 +103,44 @@ def _launch(
     exact_mask, old_mask = (m if m is None or m.stride(3) == 1 else m.contiguous() for m in (exact_mask, old_mask))
     format = _format(tuple(key_bits), key_rank, *key_sizes)
     value_format = _format(tuple(value_bits), value_rank, *value_sizes)
-    words = _in_words(format, value_format)
+    work, words = _working_dtype(query.dtype, format, value_format), _in_words(format, value_format)
     all_rows, num_tiles = heads * rows, triton.cdiv(num_tokens, TILE)
     new = functools.partial(torch.empty, device=query.device)
-    weights = new(batch, all_rows, num_tiles, TILE, dtype=query.dtype)
-    maxima = new(batch, all_rows, num_tiles, dtype=torch.float32)
+    weights = new(batch, all_rows, num_tiles, TILE, dtype=work)
+    maxima = new(batch, all_rows, num_tiles, TILE // PART, dtype=torch.float32)
+    base_2 = scaling / math.log(2)
 
-    of_channel = head_dim * query.element_size()
-    chunk, most, prefetch = key_plan(max(key_ranks) + 1, of_channel, shared_memory(query.device))
-    channels, pieces, first_piece = key_pieces(format, tuple(key_ranks), chunk, query.device)
+    pieces, held, ahead = key_pieces(format, tuple(key_ranks), head_dim * work.itemsize, query.device)
     tiles_each = tiles_of_program(num_tiles, heads * batch, KEY_PROGRAMS)
     score_kernel[triton.cdiv(num_tiles, tiles_each), heads, batch](
-        query, _codes(key_data, words), _as_pairs(key_ranges), channels, pieces, first_piece,
-        with_mean(key_B, key_mean, tuple(key_ranks), query.dtype), cos, sin, tile_cos, tile_sin,
-        *_mask_start(old_mask, query), weights, maxima, scaling, rows, _num_queries(old_mask), num_tokens,
-        key_rank, channels.shape[1], *_block_sizes(format), num_tiles, tiles_each,
-        cos.stride(0) if cos.ndim == 3 and len(cos) > 1 else 0, *_mask_strides(old_mask), ONE,
+        query, _codes(key_data, words), _as_pairs(key_ranges), pieces.table,
+        with_mean(key_B, key_mean, pieces.order, work), cos, sin, tile_cos, tile_sin, *_mask_start(old_mask, query),
+        weights, maxima, base_2, rows, _num_queries(old_mask), num_tokens, key_rank, *_block_sizes(format), num_tiles,
+        tiles_each, cos.stride(0) if cos.ndim == 3 and len(cos) > 1 else 0, *_mask_strides(old_mask), THOUSANDS,
         IN_TILES=in_tiles, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim,
-        ROWS=8 if rows <= 8 else 16, PIECES=most, PREFETCH=prefetch, TILE=TILE, CHUNK=chunk, num_warps=WARPS,
-        num_stages=1, **_constants(format, words),
+        ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held, AHEAD=ahead,
+        TILE=TILE, FORM=_form(format, words), num_warps=WARPS, num_stages=1, **few_registers(pieces, _form(format, words)[2]),
     )  # fmt: skip
 
     merged, old_maxima, old_sums = _sum_values(
-        weights, maxima, value_data, value_ranges, value_format, heads, num_tokens, words
+        weights, maxima, value_data, value_ranges, value_format, heads, num_tokens, words, query.dtype
     )
-    old = torch.bmm(merged, value_B.to(query.dtype).view(heads, head_dim, -1).mT)
-    out, row_tile = torch.empty_like(query), 16
+    out, row_tile, wide = torch.empty_like(query), 16, head_dim * query.element_size()
     finish_kernel[triton.cdiv(rows, row_tile), heads, batch](
-        query, exact_keys.contiguous(), exact_values.contiguous(), *_mask_start(exact_mask, query), old, value_mean,
-        old_maxima, old_sums, out, scaling, rows, _num_queries(exact_mask), batch, exact_keys.shape[2],
-        *_mask_strides(exact_mask), MASK=_mask_kind(exact_mask), HEAD_DIM=head_dim, ROWS=row_tile,
-        TILE=32 if head_dim * query.element_size() <= 512 else 16, num_warps=WARPS, num_stages=1,
+        query, exact_keys.contiguous(), exact_values.contiguous(), *_mask_start(exact_mask, query), merged,
+        transposed(value_B, query.dtype), value_mean, old_maxima, old_sums, out, base_2, rows,
+        _num_queries(exact_mask), batch, exact_keys.shape[2], value_rank, *_mask_strides(exact_mask),
+        MASK=_mask_kind(exact_mask), HEAD_DIM=head_dim, ROWS=row_tile, TILE=64 if wide <= 256 else 2**14 // wide,
+        CHUNK=64 if wide <= 256 else 2**14 // wide, num_warps=2 * WARPS, num_stages=1,
     )  # fmt: skip
     return out
 
 
-def key_plan(channels: int, bytes_of_channel: int, room: int) -> tuple[int, int, bool]:
-    """How to take up to so many channels of a head: how many at a time, how many such pieces to hold ready (0: none),
-    and whether to read ahead. What was quickest on an H200 in bfloat16 with heads of 128.
-
-    Args:
-        bytes_of_channel: of a head's row of ``key_B``.
-        room: bytes that a program's shared memory has, for the rows that are held and a few tiles.
-    """
-    chunk = 16 if channels <= 16 or 32 < channels <= 48 else 32 if channels <= 32 else 64
-    chunk = min(chunk, max(16, 2**14 // bytes_of_channel))
-    pieces = triton.cdiv(channels, chunk)
-    held = channels <= 256 and pieces * chunk * bytes_of_channel <= room - max(2**15, 200 * bytes_of_channel)
-    return chunk, pieces if held else 0, held and channels <= 64 and bytes_of_channel <= 256
+def _working_dtype(dtype: torch.dtype, *formats: LatentFormat) -> torch.dtype:
+    """Of latents, rebuilt keys and weights in the kernels. Packed latents come from ranges in float16, and float16 has
+    three more bits than bfloat16 for what it holds."""
+    packed = all(isinstance(format, PackedFormat) for format in formats)
+    return torch.float16 if packed and dtype != torch.float32 else dtype
 
 
 @functools.cache
@@ -163,12 +161,12 @@ def tiles_of_program(num_tiles: int, beside: int, programs: int) -> int:
     return triton.cdiv(num_tiles, splits)
 
 
-def _sum_values(weights, maxima, data, ranges, format, heads, num_tokens, words):
-    """The mean of latents for each KV head, (heads, batch * rows, rank), and the maximum and the sum of exponentials
-    that it is weighted by, (heads, batch, rows) float32."""
+def _sum_values(weights, maxima, data, ranges, format, heads, num_tokens, words, dtype):
+    """The mean of latents for each KV head, (heads, batch * rows, rank) in `dtype`, and the maximum and the sum of
+    exponentials that it is weighted by, (heads, batch, rows) float32."""
     batch, all_rows, num_tiles, _ = weights.shape
-    channels, pieces, _ = value_pieces(format, VALUE_CHUNK, weights.device)
-    num_pieces = len(pieces)
+    pieces = value_pieces(format, weights.device)
+    num_pieces = len(pieces.sizes)
     value_rows = 16 if all_rows <= 16 else 32
     row_tiles = triton.cdiv(all_rows, value_rows)
     tiles_each = tiles_of_program(num_tiles, num_pieces * batch * row_tiles, VALUE_PROGRAMS)
@@ -177,12 +175,11 @@ def _sum_values(weights, maxima, data, ranges, format, heads, num_tokens, words)
     summed = maxima.new_empty(splits, batch, all_rows, format.rank + 1)
     split_maxima = maxima.new_empty(splits, batch, all_rows)
     value_kernel[num_pieces, splits, batch * row_tiles](
-        weights, maxima, _codes(data, words), _as_pairs(ranges), channels, pieces, summed, split_maxima, all_rows,
-        num_tokens, format.rank, channels.shape[1], *_block_sizes(format), num_tiles, tiles_each,
-        row_tiles, ONE, ROWS=value_rows, TILE=TILE, CHUNK=VALUE_CHUNK, num_warps=WARPS, num_stages=1,
-        **_constants(format, words),
+        weights, maxima, _codes(data, words), _as_pairs(ranges), pieces.table, pieces.order, summed, split_maxima,
+        all_rows, num_tokens, format.rank, *_block_sizes(format), num_tiles, tiles_each, row_tiles, THOUSANDS,
+        ROWS=value_rows, TILE=TILE, CHUNK=VALUE_CHUNK, FORM=_form(format, words), num_warps=WARPS, num_stages=1,
     )  # fmt: skip
-    merged = weights.new_empty(heads, batch * all_rows // heads, format.rank)
+    merged = weights.new_empty(heads, batch * all_rows // heads, format.rank, dtype=dtype)
     old_maxima, old_sums = maxima.new_empty(2, heads, batch, all_rows // heads)
     merge_kernel[triton.cdiv(format.rank, 64), all_rows, batch](
         summed, split_maxima, merged, old_maxima, old_sums, splits, batch, all_rows, format.rank,
@@ -201,103 +198,81 @@ def _(query, *_):
 
 def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
     """What the kernels keep of a layer's format."""
-    channels, of_channel = max(factors.key_ranks) + 1, factors.head_dim * dtype.itemsize
-    chunk, _, _ = key_plan(channels, of_channel, shared_memory(device))
-    key_pieces(factors.key_format, factors.key_ranks, chunk, device)
-    value_pieces(factors.value_format, VALUE_CHUNK, device)
-
-
-Table = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    work = _working_dtype(dtype, factors.key_format, factors.value_format)
+    key_pieces(factors.key_format, factors.key_ranks, factors.head_dim * work.itemsize, device)
+    value_pieces(factors.value_format, device)
 
 
 @functools.cache
-def key_pieces(format: LatentFormat, ranks: tuple[int, ...], chunk: int, device: torch.device) -> Table:
-    """[`described`] for keys: the channels of every group and one that is always one, for the mean."""
-    channels, groups, start = describe(format), [], 0
-    for rank in ranks:
-        groups.append([*channels[start : start + rank], ALWAYS_ONE])
-        start += rank
-    return described(groups, chunk, device)
+def key_pieces(
+    format: LatentFormat, ranks: tuple[int, ...], bytes_of_channel: int, device: torch.device
+) -> tuple[Pieces, bool, bool]:
+    """The channels of every group in pieces; whether a program can hold what rebuilds keys from all of them in shared
+    memory; and, in registers, what it reads ahead.
+
+    Args:
+        bytes_of_channel: of a head's row of `key_B`.
+    """
+    largest = min(KEY_CHUNK, max(16, 2**14 // bytes_of_channel))
+    pieces, room = cut(format, ranks, 16, largest), shared_memory(device) - max(2**15, 200 * bytes_of_channel)
+    held = len(pieces.sizes) <= MOST_HELD and sum(pieces.sizes) * bytes_of_channel <= room
+    if not held:
+        pieces = cut(format, ranks, largest, largest)
+    if not held or pieces.least < len(pieces.sizes) - 1:  # at most two ways for the compiler to go
+        pieces = pieces._replace(least=len(pieces.sizes))
+    planes = _form(format, False)[2].bit_count()  # of a channel eight tokens are a word of each, and a range
+    words = sum(pieces.sizes) * (TILE // 8) * (planes + 1) // (32 * WARPS) if planes else sum(pieces.sizes) // 2
+    return pieces.to(device), held, held and words <= MOST_AHEAD
+
+
+def few_registers(pieces: Pieces, planes: int) -> dict[str, int]:
+    """How to compile for more programs of a multiprocessor at a time, where that was measured to be quicker, on NVIDIA:
+    with one plane and few channels four at a time, with several three."""
+    channels = sum(pieces.sizes)
+    if torch.version.hip is not None or not planes or channels > 96 or planes == 4 and channels > 48:
+        return {}
+    return dict(maxnreg=128 if planes == 4 else 168)
 
 
 @functools.cache
-def value_pieces(format: LatentFormat, chunk: int, device: torch.device) -> Table:
-    """[`described`] for values, which are one group, and one channel that is always one, for the sum of weights."""
-    return described([[*describe(format), ALWAYS_ONE]], chunk, device)
+def value_pieces(format: LatentFormat, device: torch.device) -> Pieces:
+    """The channels of values, which are one group, in pieces."""
+    return cut(format, (format.rank,), VALUE_CHUNK, VALUE_CHUNK).to(device)
 
 
-def described(groups: Sequence[Sequence[tuple[int, ...]]], chunk: int, device: torch.device) -> Table:
-    """Tables of channels and of pieces of at most `chunk` of them, for the kernels.
-
-    Returns:
-        int32 (16, channels) of [`describe`]; int32 (pieces, 3) of first channel, channels, and the planes that any of
-        them has; and int32 (groups + 1,) of where each group's pieces start.
-    """
-    channels, pieces, starts = [], [], [0]
-    for group in groups:
-        for at in range(0, len(group), chunk):
-            part = group[at : at + chunk]
-            planes = functools.reduce(int.__or__, (bits for _, _, bits, *_ in part))
-            pieces.append((len(channels) + at, len(part), planes))
-        channels += group
-        starts.append(len(pieces))
-    table, pieces, first = (torch.tensor(t, dtype=torch.int32).to(device) for t in (channels, pieces, starts))
-    return table.mT.contiguous(), pieces, first
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-PLANES = (8, 4, 2, 1)  # bits of a code in one plane
-ALWAYS_ONE = (0, 0, 0, -1, *(0,) * 12)
+def with_mean(key_B: torch.Tensor, key_mean: torch.Tensor, order: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``key_B`` transposed, (channels, group_dim) in `dtype`, as the pieces take its channels, the means of the groups
+    among them. Kept, see [`_keep`]."""
+
+    def make() -> torch.Tensor:
+        means = key_mean.detach().view(-1, key_B.shape[0])
+        return torch.cat([key_B.detach().mT, means]).to(dtype).index_select(0, order)
+
+    return _keep(make, order, dtype, key_B, key_mean)
 
 
-def describe(format: LatentFormat) -> list[tuple[int, ...]]:
-    """Where each channel lies: first word in a block, words to the next row of them, bits, and its first range in a
-    block; then of each kind of plane the first word, words to the next row, and what a code of all ones and one more
-    is worth, 0 if there is no such plane. Bytes instead of words if rows do not make any. Of plain latents: the
-    channel."""
-    if not isinstance(format, PackedFormat):
-        return [(channel, *(0,) * 15) for channel in range(format.rank)]
-    layout, found, of_range, of_tier = format.layout, {}, 0, 0
-    rows = layout.block_size // 8 // rows_together(layout.block_size)  # of a plane of one bit
-    for tier in layout.tiers:
-        width = len(tier.channels)
-        for i, channel in enumerate(tier.channels):
-            planes, start, below = [], of_tier + i, 0
-            for bits in PLANES:
-                has = tier.bits & bits > 0
-                planes += (start, width, 1 << below + bits) if has else (of_tier + i, 0, 0)
-                start, below = start + has * bits * width * rows, below + has * bits
-            found[channel] = (of_tier + i, width, tier.bits, of_range + i // layout.group_channels, *planes)
-        of_tier += width * rows * tier.bits
-        of_range += tier.num_groups * (layout.block_size // layout.group_tokens)
-    return [found[channel] for channel in range(layout.rank)]
+def transposed(value_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``value_B`` transposed, (rank, kv_dim) in `dtype`, so that neighbours in memory are read together. Kept."""
+    return _keep(lambda: value_B.detach().mT.to(dtype).contiguous(), None, dtype, value_B)
 
 
-_with_mean: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def with_mean(key_B: torch.Tensor, key_mean: torch.Tensor, ranks: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """``key_B`` transposed, and under the channels of every group its mean: (key_rank + groups, group_dim) in `dtype`.
-
-    Kept for as long as the factors live and nothing writes to them (but for writes to their `.data`, which nobody can
-    see). Made anew where that cannot be known, and within a CUDA graph, which would keep the factors of its recording.
-    """
-    pair = key_B, key_mean
-    recording = key_B.is_cuda and torch.cuda.is_current_stream_capturing()
-    if recording or any(t.is_inference() for t in pair):
-        return _transposed(*pair, ranks, dtype)
-    state = dtype, *(number for t in pair for number in (t.data_ptr(), t._version))
-    kept = _with_mean.get(key_B)
-    if kept is None or kept[0] != state:
-        kept = _with_mean[key_B] = state, _transposed(*pair, ranks, dtype)
-    return kept[1]
-
-
-def _transposed(
-    key_B: torch.Tensor, key_mean: torch.Tensor, ranks: tuple[int, ...], dtype: torch.dtype
+def _keep(
+    make: Callable[[], torch.Tensor], order: torch.Tensor | None, dtype: torch.dtype, *factors: torch.Tensor
 ) -> torch.Tensor:
-    means = key_mean.detach().view(len(ranks), 1, -1)
-    groups = key_B.detach().mT.split(ranks)
-    return torch.cat([part for group, mean in zip(groups, means) for part in (group, mean)]).to(dtype)
+    """What is made of factors, for as long as the first of them lives and nothing writes to them (but for writes to
+    their `.data`, which nobody can see). Made anew where that cannot be known, and within a CUDA graph, which would
+    keep the factors of its recording."""
+    recording = factors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if recording or any(t.is_inference() for t in factors):
+        return make()
+    state = dtype, id(order), *(number for t in factors for number in (t.data_ptr(), t._version))
+    kept = _kept.get(factors[0])
+    if kept is None or kept[0] != state:
+        kept = _kept[factors[0]] = state, make(), order  # which must live, for its id to be its own
+    return kept[1]
 
 
 def _as_pairs(ranges: torch.Tensor) -> torch.Tensor:
@@ -367,10 +342,12 @@ def _codes(data: torch.Tensor, words: bool) -> torch.Tensor:
     return data.contiguous().view(torch.int32) if words else data.contiguous()
 
 
-def _constants(format: LatentFormat, words: bool) -> dict[str, int | bool]:
-    """What a kernel is compiled for: how latents are stored."""
+def _form(format: LatentFormat, words: bool) -> tuple[int, ...]:
+    """How latents are stored, as the kernels are compiled for it, see triton_latents.py."""
     if not isinstance(format, PackedFormat):
-        groups = dict(GROUPS=1, GROUP_TOKENS=1)
-    else:
-        groups = dict(GROUPS=format.layout.group_channels, GROUP_TOKENS=format.layout.group_tokens)
-    return dict(BLOCK=format.block_size, PACKED=isinstance(format, PackedFormat), WORDS=words, **groups)
+        return False, words, 0, format.block_size, 1, 1, False
+    layout = format.layout
+    planes = functools.reduce(int.__or__, layout.bits)
+    planes = planes if planes == 4 else 7 if planes < 8 else 15  # for few ways of compiling
+    nvidia = planes == 4 and torch.version.hip is None and not INTERPRETED  # of no use with several planes
+    return True, words, planes, layout.block_size, layout.group_channels, layout.group_tokens, nvidia
