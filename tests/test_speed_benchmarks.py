@@ -133,12 +133,14 @@ def test_predictions_of_a_gpu(scripts):
     """Of every setting that was timed on one, by the rates of that machine; the speed page has the range."""
     common, ratios = scripts["common"], []
     results = json.loads((BENCHMARKS / "results" / "gpu-kernels.json").read_text(encoding="utf-8"))
-    rates = dict(matmul=7.9e14, elements=2.5e13, read=results["copy_bandwidth"], operation=0.0)  # launches: none
+    rates = dict(matmul=results["matrix_rate"], elements=2.5e13, read=results["copy_bandwidth"], operation=0.0)
     device = Device("cuda", torch.bfloat16, copied=(1e12, 1e12), attended=(1e12, 1e12), kernels=True, **rates)
     sizes = common.Sizes()
     shape = ModelShape("llama", 1, sizes.num_key_value_heads, sizes.head_dim)
     known = {setting.name: setting for setting in scripts["gpu_kernels"].SETTINGS}
-    for row in results["rows"][1:]:
+    for row in results["rows"]:
+        if row["batch"] == 1 or row["cache"] not in known:
+            continue
         setting = known.pop(row["cache"])
         config = common.planned(setting, sizes)
         (kept,) = kept_layers(config, shape, setting.key_layout)

@@ -35,15 +35,15 @@ PIECE_ELEMENTS = 300  # that one token's channels of a piece are worth, where la
 # what is left of a short context's time), of a tile, of a key group in it, of a tier of packed latents in it.
 STEP_OPERATIONS, TILE_OPERATIONS, GROUP_OPERATIONS, TIER_OPERATIONS = 300, 20, 4, 8
 KERNEL_OPERATIONS = 60  # of a step in which the kernels attend
-GPU_OPERATIONS = 20  # of a step on a GPU: five launches, and what the cache does
+GPU_OPERATIONS = 20  # of a step on a GPU: four launches, and what the cache does
 # The same for the kernels of a CPU, in the passes above: of a rebuilt key that is turned, and scored by each query
 # head that shares it, and of an angle.
 TURNED_PASSES, SCORED_PASSES, COMPUTED_ANGLE_PASSES = 0.5, 0.2, 6
 UNPACKED_PASSES = {1: 0.25, 2: 0.5, 3: 0.75}  # of a code in so many bit planes
 # The same for the kernels of a GPU, in multiply-adds of its cores at the rate that `measure_device` finds: of a
-# rebuilt key that is turned and scored, of a code in each of its bit planes, of a latent of 16 bits. By an H200, whose
+# rebuilt key that is turned and scored, of a code in each of its bit planes, of a latent of 16 bits. By an H100, whose
 # rate was not measured then and is taken to be 2.5e13 (benchmarks/results/gpu-kernels.json).
-GPU_KEY_PASSES, GPU_PLANE_PASSES, GPU_PLAIN_PASSES = 17, 20, 75
+GPU_KEY_PASSES, GPU_PLANE_PASSES, GPU_PLAIN_PASSES = 10, 11, 57
 KERNEL_ROWS = 32  # query rows for which the kernel of values unpacks once
 
 LONGEST = 2**20  # tokens up to which `quicker_from` looks
