@@ -3,8 +3,8 @@
 One layer of Llama-3.1-8B's sizes in bfloat16, one new token, without what the cache does to take it: attention to
 everything the cache holds, as a CUDA graph that is replayed, so that neither Python nor launches count; beside it SDPA
 on keys and values that are simply there. The profiler says what each kernel takes. The error is that of the first row
-against the torch code in float64. The roofline is the longer of what a large copy would take to move the cache's bytes,
-and a large matrix product to do the kernels' multiplications: one to rebuild and score keys and to sum value latents.
+against the torch code in float64. The roofline is the longer of what a large copy would take to move the cache's
+bytes, and a large matrix product to do the kernels' products, which rebuild and score keys and sum value latents.
 """
 
 from __future__ import annotations

@@ -194,9 +194,11 @@ for rank in (30, 100, 300):
 compile_scores(MIXED, 64, in_words, CODES | HALF, IN_TILES=False, MASK=1, ROWS=16, ALL_ROWS=False)  # of other models
 compile_scores(FEW, 256, in_words, CODES | HALF, MASK=2)
 compile_scores(MANY, 256, in_words, CODES | WIDE, torch.float32, IN_TILES=False)
-for bits, stored, kinds in ((FEW, in_words, CODES | HALF), (MIXED, in_words, CODES | HALF), (MIXED, as_bytes, BYTES | HALF),
-                            (MIXED, in_words, CODES | WIDE)):
-    how = dict(ROWS=32, CHUNK=gpu.VALUE_CHUNK, TILE=gpu.TILE)
+how = dict(ROWS=32, CHUNK=gpu.VALUE_CHUNK, TILE=gpu.TILE)
+for bits, stored, kinds in (
+    (FEW, in_words, CODES | HALF), (MIXED, in_words, CODES | HALF), (MIXED, as_bytes, BYTES | HALF),
+    (MIXED, in_words, CODES | WIDE),
+):
     compile_for_all(kernels.value_kernel, how | stored(PackedFormat(PackedLayout(bits))), **kinds)
 compile_for_all(kernels.value_kernel, how | as_bytes(PlainFormat(100)), **PLAIN | BF16)
 compile_for_all(kernels.merge_kernel, dict(SPLITS=64, CHUNK=64))

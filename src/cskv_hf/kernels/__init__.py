@@ -49,8 +49,13 @@ def _on_cpu() -> bool:
     return load()
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _triton_version() -> tuple[int, ...]:
+    return _installed_triton()
+
+
+@functools.cache
+def _installed_triton() -> tuple[int, ...]:
     import triton  # whose distribution has other names, too
 
     return Version(triton.__version__).release[:2]

@@ -1,11 +1,11 @@
 """Attention over a compressed past on a GPU: how the kernels of triton_kernels.py work together.
 
 Scores, sums, merge, finish: per KV head, keys are rebuilt in registers, tile by tile of old tokens, and give the
-exponentials of the scores relative to the tile's maximum; then the value latents are summed by these, piece by piece
-of their channels and split over the past; the splits are merged; ``value_B`` is applied once; and attention to the
-exact tokens joins their mean. Neither rebuilt keys nor unpacked latents ever reach memory. Scores and sums are two
-kernels because their work is divided differently: a key is rebuilt from its own head's latents alone, while value
-latents are joint over the heads and one kernel per head would unpack them once for each.
+exponentials of the scores relative to the maximum of a part of the tile; then the value latents are summed by these,
+piece by piece of their channels and split over the past; the splits are merged; ``value_B`` is applied once; and
+attention to the exact tokens joins their mean. Neither rebuilt keys nor unpacked latents ever reach memory. Scores
+and sums are two kernels because their work is divided differently: a key is rebuilt from its own head's latents alone,
+while value latents are joint over the heads and one kernel per head would unpack them once for each.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from ..factors import LayerFactors
 from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from ..quantize import PackedLayout
 from .pieces import Pieces, cut
-from .triton_kernels import PART as _PART
-from .triton_kernels import finish_kernel, merge_kernel, score_kernel, value_kernel
+from .triton_kernels import PART, finish_kernel, merge_kernel, score_kernel, value_kernel
 from .triton_latents import THOUSANDS
 
-PART = _PART.value
 INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
 
 TILE = 64  # tokens at a time
@@ -104,10 +102,10 @@ def _launch(
     format = _format(tuple(key_bits), key_rank, *key_sizes)
     value_format = _format(tuple(value_bits), value_rank, *value_sizes)
     work, words = _working_dtype(query.dtype, format, value_format), _in_words(format, value_format)
-    all_rows, num_tiles = heads * rows, triton.cdiv(num_tokens, TILE)
+    all_rows, num_tiles, form = heads * rows, triton.cdiv(num_tokens, TILE), _form(format, words)
     new = functools.partial(torch.empty, device=query.device)
     weights = new(batch, all_rows, num_tiles, TILE, dtype=work)
-    maxima = new(batch, all_rows, num_tiles, TILE // PART, dtype=torch.float32)
+    maxima = new(batch, all_rows, num_tiles, TILE // PART.value, dtype=torch.float32)
     base_2 = scaling / math.log(2)
 
     pieces, held, ahead = key_pieces(format, tuple(key_ranks), head_dim * work.itemsize, query.device)
@@ -118,8 +116,8 @@ def _launch(
         weights, maxima, base_2, rows, _num_queries(old_mask), num_tokens, key_rank, *_block_sizes(format), num_tiles,
         tiles_each, cos.stride(0) if cos.ndim == 3 and len(cos) > 1 else 0, *_mask_strides(old_mask), THOUSANDS,
         IN_TILES=in_tiles, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim,
-        ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held, AHEAD=ahead,
-        TILE=TILE, FORM=_form(format, words), num_warps=WARPS, num_stages=1, **few_registers(pieces, _form(format, words)[2]),
+        ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held,
+        AHEAD=ahead, TILE=TILE, FORM=form, num_warps=WARPS, num_stages=1, **few_registers(pieces, form[2]),
     )  # fmt: skip
 
     merged, old_maxima, old_sums = _sum_values(
@@ -220,16 +218,17 @@ def key_pieces(
         pieces = cut(format, ranks, largest, largest)
     if not held or pieces.least < len(pieces.sizes) - 1:  # at most two ways for the compiler to go
         pieces = pieces._replace(least=len(pieces.sizes))
-    planes = _form(format, False)[2].bit_count()  # of a channel eight tokens are a word of each, and a range
-    words = sum(pieces.sizes) * (TILE // 8) * (planes + 1) // (32 * WARPS) if planes else sum(pieces.sizes) // 2
-    return pieces.to(device), held, held and words <= MOST_AHEAD
+    # Eight tokens of a channel are a word of each plane, and a range; of plain latents, numbers of 16 bits.
+    channels, planes = sum(pieces.sizes) * TILE // (32 * WARPS), _form(format, False)[2].bit_count()
+    read_ahead = channels // 8 * (planes + 1) if planes else channels
+    return pieces.to(device), held, held and read_ahead <= MOST_AHEAD
 
 
 def few_registers(pieces: Pieces, planes: int) -> dict[str, int]:
-    """How to compile for more programs of a multiprocessor at a time, where that was measured to be quicker, on NVIDIA:
-    with one plane and few channels four at a time, with several three."""
+    """How to compile so that more programs of a multiprocessor run at a time, on NVIDIA and where it was measured to
+    be quicker: four with one plane and few channels, three with more planes."""
     channels = sum(pieces.sizes)
-    if torch.version.hip is not None or not planes or channels > 96 or planes == 4 and channels > 48:
+    if torch.version.hip is not None or not planes or channels > (48 if planes == 4 else 96):
         return {}
     return dict(maxnreg=128 if planes == 4 else 168)
 

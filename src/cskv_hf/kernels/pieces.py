@@ -15,7 +15,6 @@ from ..latents import LatentFormat, PackedFormat
 from ..quantize import rows_together
 
 
-
 class Piece(NamedTuple):
     """What a kernel knows of a piece, in the order of its fields.
 

@@ -34,7 +34,7 @@ def score_kernel(
 
     Args:
         SIZES: of a head's pieces.
-        LEAST: pieces that every head has; one of fewer than `SIZES` takes a way of its own.
+        LEAST: behind so many pieces, some heads have none, and take a way of their own.
         HELD: whether what rebuilds keys from all pieces is held ready; else pieces are taken one by one.
         AHEAD: whether all that the next tile needs is read while a tile is worked on, not only the next piece; with
             `HELD` only.
@@ -55,8 +55,8 @@ def score_kernel(
     for n in tl.static_range(LEAST, NUM + 1):
         if LEAST == NUM or _pieces_needed(pieces, LEAST, NUM) == n:
             _score_tiles(
-                tiles, row, pieces, key_B, turns, queries, masked, out, thousands, IN_TILES, MASK, HEADS_PER_GROUP * HEAD_DIM,
-                HEAD_DIM, ROWS, ALL_ROWS, SIZES, n, HELD, AHEAD, TILE, FORM,
+                tiles, row, pieces, key_B, turns, queries, masked, out, thousands, IN_TILES, MASK,
+                HEADS_PER_GROUP * HEAD_DIM, HEAD_DIM, ROWS, ALL_ROWS, SIZES, n, HELD, AHEAD, TILE, FORM,
             )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def _score_tiles(
     """[`score_kernel`] with a number of pieces that the compiler knows."""
     HALF: tl.constexpr = HEAD_DIM // 2
     DTYPE: tl.constexpr = out[0].dtype.element_ty
-    SUMS: tl.constexpr = tl.float16 if DTYPE == tl.float16 else tl.float32
+    SUMS: tl.constexpr = tl.float16 if DTYPE == tl.float16 else tl.float32  # noqa: SIM300
     cos, sin, tile_cos, tile_sin = turns
     query, rows, scaling = queries
     first_tile, end_tile, num_tiles = tiles
@@ -255,7 +255,8 @@ def value_kernel(
     maxima_ahead = tl.load(maxima + begin * PARTS, mask=there[:, None], other=NOTHING)
     total = tl.zeros([CHUNK, ROWS], dtype=tl.float32)
     for tile in range(begin, end):
-        now, weights_now, maxima_now, next_tile = ahead, weights_ahead, maxima_ahead, tl.minimum(tile + 1, num_tiles - 1)
+        now, weights_now, maxima_now = ahead, weights_ahead, maxima_ahead
+        next_tile = tl.minimum(tile + 1, num_tiles - 1)
         ahead = fetch(stored, piece, next_tile, FORM, TILE, CHUNK)
         weights_ahead = tl.load(weights + next_tile * TILE, mask=there[:, None], other=0)
         maxima_ahead = tl.load(maxima + next_tile * PARTS, mask=there[:, None], other=NOTHING)

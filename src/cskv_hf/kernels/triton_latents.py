@@ -5,8 +5,7 @@ ordered as they come out: eight tokens of one channel lie in the same places of 
 4, 2 or 1 bits. Weights are stored in that order too, and nothing else needs to know it.
 
 Two codes are worked on at once: they become the last bits of the two 16-bit floats of one register. `FORM` is a tuple
-of constants that says how latents are stored: whether packed, whether in words, the planes that there are (the sum of
-their bits), the tokens of a block, the channels and tokens of a range, and whether there are instructions of NVIDIA.
+of constants that says how latents are stored.
 """
 
 from __future__ import annotations
@@ -14,14 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Places in FORM: whether packed; whether read in words; the planes that there are, as a sum of their bits; tokens of a
+# block; channels and tokens of a range; whether there are instructions of NVIDIA for two numbers at a time.
+PACKED, WORDS, PLANES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BLOCK_SIZE, GROUP_CHANNELS, GROUP_TOKENS = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+NVIDIA = tl.constexpr(6)
 THOUSANDS = 0x64006400  # 1024 in float16, twice: a code in the last bits adds itself
 
 
 @triton.jit
 def token_in_tile(column, FORM: tl.constexpr):
     """Which token of its tile a column of latents is."""
-    BLOCK: tl.constexpr = FORM[3]
-    if FORM[1]:
+    BLOCK: tl.constexpr = FORM[BLOCK_SIZE]
+    if FORM[WORDS]:
         eight, half, byte = column // 8, column // 4 % 2, column // 2 % 2 + column % 2 * 2
         return eight // (BLOCK // 8) * BLOCK + half * (BLOCK // 2) + eight % (BLOCK // 8) * 4 + byte
     else:
@@ -31,9 +35,9 @@ def token_in_tile(column, FORM: tl.constexpr):
 @triton.jit
 def of_row(data, ranges, batch, num_tokens, rank, block_bytes, block_ranges, FORM: tl.constexpr):
     """Where the codes and the ranges of a row of the batch begin, and all that is the same for its pieces."""
-    if FORM[0]:
-        blocks = batch * (num_tokens // FORM[3])
-        data += blocks * (block_bytes // 4 if FORM[1] else block_bytes)
+    if FORM[PACKED]:
+        blocks = batch * (num_tokens // FORM[BLOCK_SIZE])
+        data += blocks * (block_bytes // 4 if FORM[WORDS] else block_bytes)
         return data, ranges + blocks * block_ranges, num_tokens, rank, block_bytes, block_ranges
     else:
         return data + batch * num_tokens * rank, ranges, num_tokens, rank, block_bytes, block_ranges
@@ -53,11 +57,11 @@ def fetch(row, piece, tile, FORM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.co
     not there are read from the last ones."""
     data, ranges, num_tokens, rank, block_bytes, block_ranges = row
     _, count, bits, word, width, first_range, index, constant = piece
-    PLANES: tl.constexpr = FORM[2]
-    BLOCK: tl.constexpr = FORM[3]
+    KINDS: tl.constexpr = FORM[PLANES]
+    BLOCK: tl.constexpr = FORM[BLOCK_SIZE]
     channel = tl.minimum(tl.arange(0, CHUNK), tl.maximum(count - constant - 1, 0))[None, :]
-    of_range = first_range + (index + channel) // FORM[4]
-    if FORM[1]:
+    of_range = first_range + (index + channel) // FORM[GROUP_CHANNELS]
+    if FORM[WORDS]:
         eight = tl.arange(0, TILE // 8)
         q = (eight % (BLOCK // 8))[:, None]
         block = tl.minimum(tile * (TILE // BLOCK) + eight // (BLOCK // 8), num_tokens // BLOCK - 1)[:, None]
@@ -66,27 +70,29 @@ def fetch(row, piece, tile, FORM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.co
         words, channel = block * (block_bytes // 4), word + channel
         nothing = q * 0 + channel * 0
         low_8, high_8, word_4, word_2, word_1 = nothing, nothing, nothing, nothing, nothing
-        if PLANES & 8:
+        if KINDS & 8:
             has = nothing + (bits & 8) != 0
             low_8 = tl.load(data + (words + (channel + q * width)), mask=has, other=0)
             high_8 = tl.load(data + (words + (channel + (q + BLOCK // 8) * width)), mask=has, other=0)
-        if PLANES & 4:
+        if KINDS & 4:
             at = channel + ((bits & 8) * (BLOCK // 32) + q) * width
             word_4 = tl.load(data + (words + at), mask=nothing + (bits & 4) != 0, other=0)
-        if PLANES & 2:
+        if KINDS & 2:
             at = channel + ((bits & 12) * (BLOCK // 32) + q % (BLOCK // 16)) * width
             word_2 = tl.load(data + (words + at), mask=nothing + (bits & 2) != 0, other=0)
-        if PLANES & 1:
+        if KINDS & 1:
             at = channel + ((bits & 14) * (BLOCK // 32) + q % (BLOCK // 32)) * width
             word_1 = tl.load(data + (words + at), mask=nothing + (bits & 1) != 0, other=0)
         return pair, low_8, high_8, word_4, word_2, word_1
     else:
         token = tl.minimum(tile * TILE + tl.arange(0, TILE), num_tokens - 1)
-        if FORM[0]:
+        if FORM[PACKED]:
             block, in_block = token // BLOCK, token % BLOCK
-            code = _codes(data, (block.to(tl.int64) * block_bytes)[:, None], in_block, word + channel, width, bits, BLOCK)
+            row_0 = (block.to(tl.int64) * block_bytes)[:, None]
+            code = _codes(data, row_0, in_block, word + channel, width, bits, BLOCK)
             # ranges of a tier lie time by time
-            groups, time = (width + FORM[4] - 1) // FORM[4], (in_block // FORM[5])[:, None]
+            groups = (width + FORM[GROUP_CHANNELS] - 1) // FORM[GROUP_CHANNELS]
+            time = (in_block // FORM[GROUP_TOKENS])[:, None]
             minimum, step = _halves(tl.load(ranges + (block * block_ranges)[:, None] + of_range + time * groups))
             return minimum.to(tl.float32) + step.to(tl.float32) * code.to(tl.float32)
         else:
@@ -104,32 +110,29 @@ def latents_of(
         thousands: `THOUSANDS`; as a constant of the code it would cost an instruction for each pair of codes.
     """
     _, count, bits, _, _, _, _, constant = piece
-    PLANES: tl.constexpr = FORM[2]
-    BLOCK: tl.constexpr = FORM[3]
+    KINDS: tl.constexpr = FORM[PLANES]
+    BLOCK: tl.constexpr = FORM[BLOCK_SIZE]
     one = (tl.arange(0, CHUNK) == tl.where(constant != 0, count - 1, -1))[None, :]
-    if FORM[1]:
+    if FORM[WORDS]:
         pair, low_8, high_8, word_4, word_2, word_1 = fetched
         pair = tl.where(one, 0x3C00, pair)  # a minimum of 1 and a step of 0
         q = (tl.arange(0, TILE // 8) % (BLOCK // 8))[:, None]
         codes = tl.zeros([TILE // 8, CHUNK, 2, 2], dtype=tl.int32) + thousands
-        if PLANES == 4:
+        if KINDS == 4:
             codes = _with_plane(codes, word_4, word_4, 15, 4)
-        else:
-            if PLANES & 8:
+        else:  # each kind of plane that this piece has
+            if KINDS & 8:  # noqa: SIM102 (decided while compiling)
                 if bits & 8 != 0:
                     codes = _with_plane(codes, low_8, high_8, 255, 0)
-            if PLANES & 4:
-                if bits & 4 != 0:
-                    codes = _with_plane(codes, word_4, word_4, 15 << (bits & 8), 4)
-            if PLANES & 2:
-                if bits & 2 != 0:
-                    turned = _turned_left(word_2, (bits & 12) - 2 * (q // (BLOCK // 16)))
-                    codes = _with_plane(codes, turned, turned, 3 << (bits & 12), 4)
-            if PLANES & 1:
-                if bits & 1 != 0:
-                    turned = _turned_left(word_1, (bits & 14) - q // (BLOCK // 32))
-                    codes = _with_plane(codes, turned, turned, 1 << (bits & 14), 4)
-        if FORM[6] and DTYPE == tl.float16:
+            if bits & 4 != 0:
+                codes = _with_plane(codes, word_4, word_4, 15 << (bits & 8), 4)
+            if bits & 2 != 0:
+                turned = _turned_left(word_2, (bits & 12) - 2 * (q // (BLOCK // 16)))
+                codes = _with_plane(codes, turned, turned, 3 << (bits & 12), 4)
+            if bits & 1 != 0:
+                turned = _turned_left(word_1, (bits & 14) - q // (BLOCK // 32))
+                codes = _with_plane(codes, turned, turned, 1 << (bits & 14), 4)
+        if FORM[NVIDIA] and DTYPE == tl.float16:  # noqa: SIM300
             step, minimum = pair >> 16 & 0xFFFF | pair & -65536, pair << 16 | pair & 0xFFFF
             first, second = _halves(_two_values(codes, _four_times(step), _four_times(minimum)))
             eight = tl.join(first, second)
@@ -175,9 +178,18 @@ def _four_times(x):
 def _two_values(codes, step, minimum):
     """Two latents of two codes, on an NVIDIA GPU, whose compiler would move halves of registers about."""
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 code, minus; mov.b32 minus, 0xE400E400; add.f16x2 code, $1, minus; fma.rn.f16x2 $0, code, $2, $3; }",
-        "=r,r,r,r", [codes, step, minimum], dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
+        """{
+            .reg .b32 code, minus;
+            mov.b32 minus, 0xE400E400;  // -1024, twice
+            add.f16x2 code, $1, minus;
+            fma.rn.f16x2 $0, code, $2, $3;
+        }""",
+        "=r,r,r,r",
+        [codes, step, minimum],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
