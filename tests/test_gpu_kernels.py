@@ -71,10 +71,18 @@ def test_the_sum_is_split_over_the_past(monkeypatch):
 
     factors = layer(*CASES["packed, head"], torch.float32)
     kv, query = past(factors, 1, 320, torch.float32), torch.randn(1, 4, 1, 32).to(DEVICE)
-    for programs in (1, 3, 10**6):
-        monkeypatch.setattr(gpu, "KEY_PROGRAMS", programs)
-        monkeypatch.setattr(gpu, "VALUE_PROGRAMS", programs)
+    for tiles_each in (1, 2, 3, 5):  # of 5 tiles, so that a last split is short
+        monkeypatch.setattr(gpu, "tiles_of_program", lambda *_, n=tiles_each: n)
         assert relative_error(query, kv, None, None) < 2e-6
+
+
+def test_tiles_of_a_program():
+    """As many programs as wanted, or a quarter if each would have few tiles; never more splits than tiles."""
+    import cskv_hf.kernels.gpu as gpu
+
+    assert gpu.tiles_of_program(512, 128, 2048) == 32  # 16 splits beside 128
+    assert gpu.tiles_of_program(64, 8, 2048) == 1  # 64 splits, a quarter of 256
+    assert gpu.tiles_of_program(5, 1, 1) == 5 and gpu.tiles_of_program(5, 10**6, 2048) == 5
 
 
 @pytest.mark.parametrize(
@@ -152,13 +160,13 @@ KINDS = dict.fromkeys(MODEL, "*bf16") | dict.fromkeys(FP32, "*fp32") | {"scaling
 KINDS |= {"order": "*i64"}
 
 
-def compile_for_all(function, constants, warps=gpu.WARPS, **kinds):
+def compile_for_all(function, constants, warps=gpu.WARPS, on_hopper={}, **kinds):
     names = function.arg_names
     kinds = KINDS | kinds
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
     for capability in (80, 90):  # A100, H100
-        options = dict(num_warps=warps, num_stages=1)
+        options = dict(num_warps=warps, num_stages=1) | (on_hopper if capability == 90 else {})
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
         tensor_cores = "mma" in ptx or kinds["query"] == "*fp32" or function is kernels.merge_kernel
@@ -168,15 +176,17 @@ def compile_for_all(function, constants, warps=gpu.WARPS, **kinds):
 
 def compile_scores(bits, head_dim, stored, kinds, work=torch.float16, least=None, **how):
     how = dict(IN_TILES=True, MASK=0, HEADS_PER_GROUP=1, ROWS=8, ALL_ROWS=True) | how
-    format = PackedFormat(PackedLayout(bits)) if isinstance(bits, tuple) else PlainFormat(bits)
+    format = PackedFormat(PackedLayout(bits, 32, 32, 4)) if isinstance(bits, tuple) else PlainFormat(bits)
     ranks = (format.rank,) if least is None else (format.rank - least, least)
-    pieces, held, ahead = gpu.key_pieces(format, ranks, head_dim * work.itemsize, torch.device("cpu"))
+    words = stored is in_words
+    pieces, held, ahead = gpu.key_pieces(format, ranks, head_dim * work.itemsize, words, torch.device("cpu"))
+    on_hopper = gpu.few_registers(pieces, gpu._form(format, words)[2], None) if words and head_dim == 128 else {}
     how |= dict(HEAD_DIM=head_dim, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held, AHEAD=ahead, TILE=gpu.TILE)
-    compile_for_all(kernels.score_kernel, how | stored(format), **kinds)
+    compile_for_all(kernels.score_kernel, how | stored(format), on_hopper=on_hopper, **kinds)
 
 
 ROOM = 99 * 1024  # of the smallest cards of these generations
-gpu.shared_memory = lambda _: ROOM
+gpu.shared_memory, gpu.is_hopper = (lambda _: ROOM), (lambda _: True)
 HALF, BF16, WIDE = (dict.fromkeys(WORK, kind) for kind in ("*fp16", "*bf16", "*fp32"))
 WIDE |= dict.fromkeys(MODEL, "*fp32")
 CODES = dict(data="*i32", ranges="*i32")
@@ -199,9 +209,9 @@ for bits, stored, kinds in (
     (FEW, in_words, CODES | HALF), (MIXED, in_words, CODES | HALF), (MIXED, as_bytes, BYTES | HALF),
     (MIXED, in_words, CODES | WIDE),
 ):
-    compile_for_all(kernels.value_kernel, how | stored(PackedFormat(PackedLayout(bits))), **kinds)
+    compile_for_all(kernels.value_kernel, how | stored(PackedFormat(PackedLayout(bits, 32, 32, 4))), **kinds)
 compile_for_all(kernels.value_kernel, how | as_bytes(PlainFormat(100)), **PLAIN | BF16)
-compile_for_all(kernels.merge_kernel, dict(SPLITS=64, CHUNK=64))
+compile_for_all(kernels.merge_kernel, dict(SPLITS=128, CHUNK=64))
 compile_for_all(kernels.finish_kernel, dict(MASK=2, HEAD_DIM=128, ROWS=16, TILE=64, CHUNK=64), 8)
 compile_for_all(kernels.finish_kernel, dict(MASK=1, HEAD_DIM=256, ROWS=16, TILE=16, CHUNK=16), 8, **WIDE)
 """
@@ -220,12 +230,20 @@ def test_compiles_for_gpus_that_are_not_here():
 
 @pytest.mark.parametrize("ranks", [(3, 9), (20, 1), (40, 47), (60, 70), (130, 2)], ids=str)
 @pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
-def test_every_way_to_take_channels(ranks, plain):
+@pytest.mark.parametrize("held", [True, False], ids=["held", "one by one"])
+def test_every_way_to_take_channels(ranks, plain, held, monkeypatch):
     """Few channels at once, several pieces held ready, one by one; heads of other ranks take fewer pieces."""
+    import cskv_hf.kernels.gpu as gpu
+
+    monkeypatch.setattr(gpu, "key_pieces", gpu.key_pieces.__wrapped__)
+    if not held:
+        monkeypatch.setattr(gpu, "MOST_HELD", 0)
     bits = tuple(tuple(1 + (3 * i) % 8 for i in range(rank)) for rank in ranks)
     factors = layer("head", ranks if plain else bits, 37 if plain else bits[0], 2, 32, torch.float32)
     kv = past(factors, 2, 160, torch.float32)
     assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE), kv, None, None) < 2e-6
+    _, is_held, _ = gpu.key_pieces(factors.key_format, factors.key_ranks, 128, False, torch.device(DEVICE))
+    assert is_held == held
 
 
 @pytest.mark.parametrize("num_old", [32, 96])
@@ -278,8 +296,10 @@ def test_what_is_held_fits(head_dim, dtype, monkeypatch):
     for room in (64 * 1024, 99 * 1024, 227 * 1024):
         monkeypatch.setattr(gpu, "shared_memory", lambda _, room=room: room)
         for rank in (1, 15, 16, 40, 100, 250, 400, 1000):
-            for format in (PlainFormat(rank), PackedFormat(PackedLayout((4,) * rank))):
-                pieces, held, ahead = gpu.key_pieces.__wrapped__(format, (rank,), of_channel, torch.device("cpu"))
+            for format in (PackedFormat(PackedLayout((4,) * rank)), PackedFormat(PackedLayout((3,) * rank))):
+                pieces, held, ahead = gpu.key_pieces.__wrapped__(
+                    format, (rank,), of_channel, True, torch.device("cpu")
+                )
                 assert all(size in (16, 32, 64) and size * of_channel <= 2**14 for size in pieces.sizes)
                 assert rank < sum(pieces.sizes) <= rank + 64 and pieces.least == len(pieces.sizes)
                 assert not held or sum(pieces.sizes) * of_channel <= room - 2**15
@@ -354,18 +374,18 @@ def test_what_is_kept_of_factors():
     factors = layer(*CASES["packed, head"], torch.float32)
     pieces = cut(factors.key_format, factors.key_ranks, 16, 16)
     how = pieces.order, torch.float32
-    kept = gpu.with_mean(factors.key_B, factors.key_mean, *how)
-    heads = factors.key_mean.view(2, -1)
+    kept, heads = gpu.with_mean(factors.key_B, factors.key_mean, *how), factors.key_mean.view(2, -1)
     assert torch.equal(kept, torch.cat([factors.key_B.mT, heads])[pieces.order])
     assert gpu.with_mean(factors.key_B, factors.key_mean, *how) is kept
     other = pieces.order.flip(0)
     assert torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, other, torch.float32), kept.flip(0))
-    for tensor in (factors.key_B, factors.key_mean):
-        kept = gpu.with_mean(factors.key_B, factors.key_mean, *how)
+    for tensor in (factors.key_B, factors.key_mean):  # in the same place, where a recorded graph reads it
+        before = kept.clone()
         tensor.mul_(2)
-        assert not torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), kept)
+        assert gpu.with_mean(factors.key_B, factors.key_mean, *how) is kept and not torch.equal(before, kept)
+    assert torch.equal(kept, torch.cat([factors.key_B.mT, factors.key_mean.view(2, -1)])[pieces.order])
     assert gpu.with_mean(factors.key_B, factors.key_mean, pieces.order, torch.float16).dtype == torch.float16
-    before = gpu.with_mean(factors.key_B, factors.key_mean, *how)
+    before = kept.clone()
     factors.key_B.data = factors.key_B.data * 2  # another tensor, of the same version
     assert not torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), before)
     with torch.inference_mode():  # whose tensors count no writes
@@ -376,6 +396,13 @@ def test_what_is_kept_of_factors():
     turned = gpu.transposed(factors.value_B, torch.float16)
     assert torch.equal(turned, factors.value_B.mT.half()) and turned.is_contiguous()
     assert gpu.transposed(factors.value_B, torch.float16) is turned
+    other = layer(*CASES["packed, joint"], torch.float32)
+    gpu.prepare_tables(other, torch.device("cpu"), torch.float32)  # before a graph is recorded
+    (((_, kept, order),),) = [gpu._kept[other.key_B].values()]
+    assert gpu.with_mean(other.key_B, other.key_mean, order, torch.float32) is kept and other.value_B in gpu._kept
+    parts = [gpu.transposed(factors.value_B[rows], torch.float16) for rows in (slice(4), slice(4, 8)) * 2]
+    assert parts[0] is parts[2] and parts[1] is parts[3]  # of views, as a process has them of a layer that is shared
+    assert torch.equal(parts[1], factors.value_B[4:8].mT.half())
 
 
 def test_what_the_kernels_do_not_serve(monkeypatch):

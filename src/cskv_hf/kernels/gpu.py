@@ -97,31 +97,33 @@ def _launch(
     value_bits, value_rank, value_sizes, value_B, value_mean,
 ):  # fmt: skip
     batch, heads, rows, head_dim = query.shape
-    query, num_tokens = query.contiguous(), key_data.shape[1] * key_sizes[0]
+    query, num_blocks = query.contiguous(), key_data.shape[1]
     exact_mask, old_mask = (m if m is None or m.stride(3) == 1 else m.contiguous() for m in (exact_mask, old_mask))
     format = _format(tuple(key_bits), key_rank, *key_sizes)
     value_format = _format(tuple(value_bits), value_rank, *value_sizes)
     work, words = _working_dtype(query.dtype, format, value_format), _in_words(format, value_format)
-    all_rows, num_tiles, form = heads * rows, triton.cdiv(num_tokens, TILE), _form(format, words)
+    all_rows, num_tiles, form = heads * rows, triton.cdiv(num_blocks * format.block_size, TILE), _form(format, words)
     new = functools.partial(torch.empty, device=query.device)
     weights = new(batch, all_rows, num_tiles, TILE, dtype=work)
     maxima = new(batch, all_rows, num_tiles, TILE // PART.value, dtype=torch.float32)
     base_2 = scaling / math.log(2)
+    as_measured = words and in_tiles and work == torch.float16 and head_dim <= 128 and rows <= 8 and old_mask is None
 
-    pieces, held, ahead = key_pieces(format, tuple(key_ranks), head_dim * work.itemsize, query.device)
+    pieces, held, ahead = key_pieces(format, tuple(key_ranks), head_dim * work.itemsize, words, query.device)
     tiles_each = tiles_of_program(num_tiles, heads * batch, KEY_PROGRAMS)
     score_kernel[triton.cdiv(num_tiles, tiles_each), heads, batch](
         query, _codes(key_data, words), _as_pairs(key_ranges), pieces.table,
         with_mean(key_B, key_mean, pieces.order, work), cos, sin, tile_cos, tile_sin, *_mask_start(old_mask, query),
-        weights, maxima, base_2, rows, _num_queries(old_mask), num_tokens, key_rank, *_block_sizes(format), num_tiles,
+        weights, maxima, base_2, rows, _num_queries(old_mask), num_blocks, key_rank, *_block_sizes(format), num_tiles,
         tiles_each, cos.stride(0) if cos.ndim == 3 and len(cos) > 1 else 0, *_mask_strides(old_mask), THOUSANDS,
         IN_TILES=in_tiles, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim,
         ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held,
-        AHEAD=ahead, TILE=TILE, FORM=form, num_warps=WARPS, num_stages=1, **few_registers(pieces, form[2]),
+        AHEAD=ahead, TILE=TILE, FORM=form, num_warps=WARPS, num_stages=1,
+        **(few_registers(pieces, form[2], query.device) if as_measured else {}),
     )  # fmt: skip
 
     merged, old_maxima, old_sums = _sum_values(
-        weights, maxima, value_data, value_ranges, value_format, heads, num_tokens, words, query.dtype
+        weights, maxima, value_data, value_ranges, value_format, heads, words, query.dtype
     )
     out, row_tile, wide = torch.empty_like(query), 16, head_dim * query.element_size()
     finish_kernel[triton.cdiv(rows, row_tile), heads, batch](
@@ -159,7 +161,7 @@ def tiles_of_program(num_tiles: int, beside: int, programs: int) -> int:
     return triton.cdiv(num_tiles, splits)
 
 
-def _sum_values(weights, maxima, data, ranges, format, heads, num_tokens, words, dtype):
+def _sum_values(weights, maxima, data, ranges, format, heads, words, dtype):
     """The mean of latents for each KV head, (heads, batch * rows, rank) in `dtype`, and the maximum and the sum of
     exponentials that it is weighted by, (heads, batch, rows) float32."""
     batch, all_rows, num_tiles, _ = weights.shape
@@ -174,7 +176,7 @@ def _sum_values(weights, maxima, data, ranges, format, heads, num_tokens, words,
     split_maxima = maxima.new_empty(splits, batch, all_rows)
     value_kernel[num_pieces, splits, batch * row_tiles](
         weights, maxima, _codes(data, words), _as_pairs(ranges), pieces.table, pieces.order, summed, split_maxima,
-        all_rows, num_tokens, format.rank, *_block_sizes(format), num_tiles, tiles_each, row_tiles, THOUSANDS,
+        all_rows, data.shape[1], format.rank, *_block_sizes(format), num_tiles, tiles_each, row_tiles, THOUSANDS,
         ROWS=value_rows, TILE=TILE, CHUNK=VALUE_CHUNK, FORM=_form(format, words), num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     merged = weights.new_empty(heads, batch * all_rows // heads, format.rank, dtype=dtype)
@@ -195,21 +197,25 @@ def _(query, *_):
 
 
 def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
-    """What the kernels keep of a layer's format."""
+    """What the kernels keep of a layer."""
     work = _working_dtype(dtype, factors.key_format, factors.value_format)
-    key_pieces(factors.key_format, factors.key_ranks, factors.head_dim * work.itemsize, device)
+    words = _in_words(factors.key_format, factors.value_format)
+    pieces, *_ = key_pieces(factors.key_format, factors.key_ranks, factors.head_dim * work.itemsize, words, device)
     value_pieces(factors.value_format, device)
+    with_mean(factors.key_B, factors.key_mean, pieces.order, work)
+    transposed(factors.value_B, dtype)
 
 
 @functools.cache
 def key_pieces(
-    format: LatentFormat, ranks: tuple[int, ...], bytes_of_channel: int, device: torch.device
+    format: LatentFormat, ranks: tuple[int, ...], bytes_of_channel: int, words: bool, device: torch.device
 ) -> tuple[Pieces, bool, bool]:
     """The channels of every group in pieces; whether a program can hold what rebuilds keys from all of them in shared
     memory; and, in registers, what it reads ahead.
 
     Args:
         bytes_of_channel: of a head's row of `key_B`.
+        words: whether latents are read in words.
     """
     largest = min(KEY_CHUNK, max(16, 2**14 // bytes_of_channel))
     pieces, room = cut(format, ranks, 16, largest), shared_memory(device) - max(2**15, 200 * bytes_of_channel)
@@ -218,19 +224,27 @@ def key_pieces(
         pieces = cut(format, ranks, largest, largest)
     if not held or pieces.least < len(pieces.sizes) - 1:  # at most two ways for the compiler to go
         pieces = pieces._replace(least=len(pieces.sizes))
-    # Eight tokens of a channel are a word of each plane, and a range; of plain latents, numbers of 16 bits.
-    channels, planes = sum(pieces.sizes) * TILE // (32 * WARPS), _form(format, False)[2].bit_count()
-    read_ahead = channels // 8 * (planes + 1) if planes else channels
+    read_ahead, kinds = sum(pieces.sizes) * TILE // (32 * WARPS), _form(format, words)[2]
+    if words:  # eight tokens of a channel are a word of each plane, two of the one of 8 bits, and a range
+        read_ahead = read_ahead // 8 * (kinds.bit_count() + kinds // 8 + 1)
     return pieces.to(device), held, held and read_ahead <= MOST_AHEAD
 
 
-def few_registers(pieces: Pieces, planes: int) -> dict[str, int]:
-    """How to compile so that more programs of a multiprocessor run at a time, on NVIDIA and where it was measured to
-    be quicker: four with one plane and few channels, three with more planes."""
-    channels = sum(pieces.sizes)
-    if torch.version.hip is not None or not planes or channels > (48 if planes == 4 else 96):
+def few_registers(pieces: Pieces, kinds: int, device: torch.device) -> dict[str, int]:
+    """How to compile so that more programs of a multiprocessor run at a time, where that was measured to be quicker:
+    on an H100 four with planes of 4 bits alone and few channels, three with others.
+
+    Args:
+        kinds: of planes, as in the form.
+    """
+    if sum(pieces.sizes) > (48 if kinds == 4 else 96) or not is_hopper(device):
         return {}
-    return dict(maxnreg=128 if planes == 4 else 168)
+    return dict(maxnreg=128 if kinds == 4 else 168)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache
@@ -255,23 +269,34 @@ def with_mean(key_B: torch.Tensor, key_mean: torch.Tensor, order: torch.Tensor, 
 
 def transposed(value_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``value_B`` transposed, (rank, kv_dim) in `dtype`, so that neighbours in memory are read together. Kept."""
-    return _keep(lambda: value_B.detach().mT.to(dtype).contiguous(), None, dtype, value_B)
+    return _keep(lambda: value_B.detach().mT.to(dtype, copy=True).contiguous(), None, dtype, value_B)
 
 
 def _keep(
     make: Callable[[], torch.Tensor], order: torch.Tensor | None, dtype: torch.dtype, *factors: torch.Tensor
 ) -> torch.Tensor:
-    """What is made of factors, for as long as the first of them lives and nothing writes to them (but for writes to
-    their `.data`, which nobody can see). Made anew where that cannot be known, and within a CUDA graph, which would
-    keep the factors of its recording."""
-    recording = factors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    if recording or any(t.is_inference() for t in factors):
+    """What is made of factors, for as long as the first of them lives, or what it is a view of.
+
+    Made anew when somebody has written to them, but for writes to their `.data`, which nobody can see, and in the same
+    place, where a CUDA graph that was recorded before reads it. Made every time of factors that count no writes.
+    """
+    first = factors[0]
+    if any(t.is_inference() for t in factors):
         return make()
-    state = dtype, id(order), *(number for t in factors for number in (t.data_ptr(), t._version))
-    kept = _kept.get(factors[0])
-    if kept is None or kept[0] != state:
-        kept = _kept[factors[0]] = state, make(), order  # which must live, for its id to be its own
-    return kept[1]
+    kept = _kept.setdefault(first if first._base is None else first._base, {})
+    key = dtype, id(order), first.device, first.shape, first.stride(), first.storage_offset()
+    state = tuple(number for t in factors for number in (t.data_ptr(), t._version))
+    found = kept.get(key)
+    if found is not None and found[0] == state:
+        return found[1]
+    with torch.inference_mode(False), torch.no_grad():
+        made = make()
+        if first.is_cuda and torch.cuda.is_current_stream_capturing():
+            return made  # by every replay
+        if found is not None:
+            made = found[1].copy_(made)
+    kept[key] = state, made, order  # which must live, for its id to be its own
+    return made
 
 
 def _as_pairs(ranges: torch.Tensor) -> torch.Tensor:
@@ -330,7 +355,7 @@ def _block_sizes(format: LatentFormat) -> tuple[int, int]:
 
 
 def _in_words(*formats: LatentFormat) -> bool:
-    """Whether all these latents can be read word by word: one range for every channel of a block."""
+    """Whether all these latents can be read word by word: a channel has one range in a block."""
     layouts = [format.layout for format in formats if isinstance(format, PackedFormat)]
     return len(layouts) == len(formats) and all(
         layout.block_size in (32, 64) and layout.group_tokens == layout.block_size for layout in layouts
@@ -346,7 +371,7 @@ def _form(format: LatentFormat, words: bool) -> tuple[int, ...]:
     if not isinstance(format, PackedFormat):
         return False, words, 0, format.block_size, 1, 1, False
     layout = format.layout
-    planes = functools.reduce(int.__or__, layout.bits)
-    planes = planes if planes == 4 else 7 if planes < 8 else 15  # for few ways of compiling
-    nvidia = planes == 4 and torch.version.hip is None and not INTERPRETED  # of no use with several planes
-    return True, words, planes, layout.block_size, layout.group_channels, layout.group_tokens, nvidia
+    kinds = functools.reduce(int.__or__, layout.bits)
+    kinds = kinds if kinds == 4 else 7 if kinds < 8 else 15  # for few ways of compiling
+    nvidia = kinds == 4 and torch.version.hip is None and not INTERPRETED  # of no use with several planes
+    return True, words, kinds, layout.block_size, layout.group_channels, layout.group_tokens, nvidia

@@ -47,7 +47,7 @@ class Pieces(NamedTuple):
         table: int32 (groups, pieces, 8), a [`Piece`] each.
         order: int64, the channels as the pieces take them; ``rank + group`` is the constant of a group.
         sizes: a power of two for every piece of a group, which no group's channels exceed.
-        least: behind so many pieces, some group needs none.
+        least: pieces that the group of the fewest needs, empty ones between them included.
     """
 
     table: torch.Tensor

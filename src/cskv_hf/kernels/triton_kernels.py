@@ -1,8 +1,9 @@
 """The Triton kernels of attention over a compressed past; gpu.py says how they work together, and launches them.
 
 Three things decided the shape, by the machine code and by measurements on an H100: arithmetic on two 16-bit floats at
-a time, with sums of products in 16 bits where latents are; what a tile needs from memory is asked for while the tile
-before is worked on; and nothing that makes the warps of a program wait for each other unless it must.
+a time, where latents are float16 with keys that are summed up in float16, too; what a tile needs from memory is asked
+for while the tile before is worked on; and nothing that makes the warps of a program wait for each other unless it
+must.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ NOTHING = tl.constexpr(-1e30)  # the maximum of no scores; finite, so that diffe
 PART = tl.constexpr(16)  # tokens whose exponentials are relative to one maximum: those of a warp, see `score_kernel`
 
 # Numbers that change while a model generates; a kernel compiled for each kind of them would interrupt it.
-CHANGING = ["num_queries", "num_tiles", "tiles_each", "turn_stride", "mask_batch", "mask_query", "thousands"]
+CHANGING = ["num_queries", "num_blocks", "num_tiles", "tiles_each", "turn_stride", "mask_batch", "mask_query"]
+# Numbers that layers differ in, and that nothing is gained of by knowing more.
+OF_LAYER = ["block_bytes", "block_ranges", "thousands"]
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=CHANGING + OF_LAYER)
 def score_kernel(
     query, data, ranges, pieces, key_B, cos, sin, tile_cos, tile_sin, mask, weights, maxima,
-    scaling, rows, num_queries, num_tokens, rank, block_bytes, block_ranges, num_tiles, tiles_each,
+    scaling, rows, num_queries, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each,
     turn_stride, mask_batch, mask_query, thousands,
     IN_TILES: tl.constexpr, MASK: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, ALL_ROWS: tl.constexpr, SIZES: tl.constexpr, LEAST: tl.constexpr, HELD: tl.constexpr,
@@ -34,15 +37,15 @@ def score_kernel(
 
     Args:
         SIZES: of a head's pieces.
-        LEAST: behind so many pieces, some heads have none, and take a way of their own.
+        LEAST: pieces that the head of the fewest needs; heads of fewer than there are take a way of their own.
         HELD: whether what rebuilds keys from all pieces is held ready; else pieces are taken one by one.
         AHEAD: whether all that the next tile needs is read while a tile is worked on, not only the next piece; with
             `HELD` only.
-        ALL_ROWS: whether there are at most `ROWS`.
+        ALL_ROWS: whether there are at most `ROWS`, whose queries are then held for all tiles.
     """
     split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group, head_in_group = head // HEADS_PER_GROUP, head % HEADS_PER_GROUP
-    row = of_row(data, ranges, batch, num_tokens, rank, block_bytes, block_ranges, FORM)
+    row = of_row(data, ranges, batch, num_blocks, rank, block_bytes, block_ranges, FORM)
     base = (batch * tl.num_programs(1) + head) * rows
     tiles = split * tiles_each, tl.minimum((split + 1) * tiles_each, num_tiles), num_tiles
     turns = cos + batch * turn_stride, sin + batch * turn_stride, tile_cos, tile_sin
@@ -224,10 +227,10 @@ def _masked(scores, mask, of_query, column, there, MASK: tl.constexpr):
     return tl.where(there, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_each", "thousands"])
+@triton.jit(do_not_specialize=["num_blocks", "num_tiles", "tiles_each", *OF_LAYER])
 def value_kernel(
     weights, maxima, data, ranges, pieces, order, summed, split_maxima,
-    rows, num_tokens, rank, block_bytes, block_ranges, num_tiles, tiles_each, row_tiles, thousands,
+    rows, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each, row_tiles, thousands,
     ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """One piece of the channels of the weighted sum of latents, over one split of the old tokens, relative to the
@@ -238,7 +241,7 @@ def value_kernel(
     there = row < rows
     DTYPE: tl.constexpr = weights.dtype.element_ty
     PARTS: tl.constexpr = TILE // PART
-    stored = of_row(data, ranges, batch, num_tokens, rank, block_bytes, block_ranges, FORM)
+    stored = of_row(data, ranges, batch, num_blocks, rank, block_bytes, block_ranges, FORM)
     piece = piece_at(pieces, index)
     weights += (batch * rows + row)[:, None] * num_tiles * TILE
     maxima += (batch * rows + row)[:, None] * num_tiles * PARTS

@@ -1,8 +1,8 @@
 """How the Triton kernels read latents: a tile of tokens and a piece of the channels at a time, see pieces.py.
 
-Where blocks are packed in words and have one range per channel, a tile is read word by word, and its tokens are
-ordered as they come out: eight tokens of one channel lie in the same places of a word of every plane, whether it has
-4, 2 or 1 bits. Weights are stored in that order too, and nothing else needs to know it.
+Where blocks are packed in words and a channel has one range in a block, a tile is read word by word, and its tokens
+are ordered as they come out: eight tokens of one channel lie in the same places of a word of every plane, whether it
+has 4, 2 or 1 bits. Weights are stored in that order too, and nothing else needs to know it.
 
 Two codes are worked on at once: they become the last bits of the two 16-bit floats of one register. `FORM` is a tuple
 of constants that says how latents are stored.
@@ -33,10 +33,11 @@ def token_in_tile(column, FORM: tl.constexpr):
 
 
 @triton.jit
-def of_row(data, ranges, batch, num_tokens, rank, block_bytes, block_ranges, FORM: tl.constexpr):
+def of_row(data, ranges, batch, num_blocks, rank, block_bytes, block_ranges, FORM: tl.constexpr):
     """Where the codes and the ranges of a row of the batch begin, and all that is the same for its pieces."""
+    num_tokens = num_blocks * FORM[BLOCK_SIZE]
     if FORM[PACKED]:
-        blocks = batch * (num_tokens // FORM[BLOCK_SIZE])
+        blocks = batch * num_blocks
         data += blocks * (block_bytes // 4 if FORM[WORDS] else block_bytes)
         return data, ranges + blocks * block_ranges, num_tokens, rank, block_bytes, block_ranges
     else:
