@@ -160,13 +160,13 @@ KINDS = dict.fromkeys(MODEL, "*bf16") | dict.fromkeys(FP32, "*fp32") | {"scaling
 KINDS |= {"order": "*i64"}
 
 
-def compile_for_all(function, constants, warps=gpu.WARPS, on_hopper={}, **kinds):
+def compile_for_all(function, constants, warps=gpu.WARPS, on_hopper=None, **kinds):
     names = function.arg_names
     kinds = KINDS | kinds
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
     for capability in (80, 90):  # A100, H100
-        options = dict(num_warps=warps, num_stages=1) | (on_hopper if capability == 90 else {})
+        options = dict(num_warps=warps, num_stages=1) | (on_hopper if on_hopper and capability == 90 else {})
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
         tensor_cores = "mma" in ptx or kinds["query"] == "*fp32" or function is kernels.merge_kernel
@@ -398,7 +398,7 @@ def test_what_is_kept_of_factors():
     assert gpu.transposed(factors.value_B, torch.float16) is turned
     other = layer(*CASES["packed, joint"], torch.float32)
     gpu.prepare_tables(other, torch.device("cpu"), torch.float32)  # before a graph is recorded
-    (((_, kept, order),),) = [gpu._kept[other.key_B].values()]
+    ((_, kept, order),) = gpu._kept[other.key_B].values()
     assert gpu.with_mean(other.key_B, other.key_mean, order, torch.float32) is kept and other.value_B in gpu._kept
     parts = [gpu.transposed(factors.value_B[rows], torch.float16) for rows in (slice(4), slice(4, 8)) * 2]
     assert parts[0] is parts[2] and parts[1] is parts[3]  # of views, as a process has them of a layer that is shared

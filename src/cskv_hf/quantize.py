@@ -31,12 +31,15 @@ class Tier:
         channels: indices of the latents' channels.
         num_groups: groups of channels; the last may be smaller.
         runs: the channels as slices (start, stop).
+        first_byte, first_range: where its codes and its ranges begin in a block.
     """
 
     bits: int
     channels: tuple[int, ...]
     num_groups: int
     runs: tuple[tuple[int, int], ...]
+    first_byte: int
+    first_range: int
 
 
 def _runs(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -91,10 +94,13 @@ class PackedLayout:
         object.__setattr__(self, "pieces", self._pieces())
 
     def _tiers(self) -> tuple[Tier, ...]:
-        tiers = []
+        tiers, first_byte, first_range = [], 0, 0
         for bits in sorted(set(self.bits), reverse=True):
             channels = tuple(i for i, b in enumerate(self.bits) if b == bits)
-            tiers.append(Tier(bits, channels, -(-len(channels) // self.group_channels), _runs(channels)))
+            num_groups = -(-len(channels) // self.group_channels)
+            tiers.append(Tier(bits, channels, num_groups, _runs(channels), first_byte, first_range))
+            first_byte += len(channels) * bits * self.block_size // 8
+            first_range += num_groups * (self.block_size // self.group_tokens)
         return tuple(tiers)
 
     def _pieces(self) -> tuple[tuple[int, int], ...]:
@@ -241,12 +247,11 @@ def dequantize(codes: torch.Tensor, ranges: torch.Tensor, layout: PackedLayout, 
 
     Works on all channels of all tiers at once, in the order they are stored in, and brings them into their own last.
     """
-    levels, first_byte = [], 0
+    levels = []
     for tier in layout.tiers:
-        size = len(tier.channels)
-        num_bytes = size * layout.block_size * tier.bits // 8
-        levels.append(unpack(codes[..., first_byte : first_byte + num_bytes], tier.bits, layout.block_size))
-        first_byte += num_bytes
+        num_bytes = len(tier.channels) * layout.block_size * tier.bits // 8
+        of_tier = codes[..., tier.first_byte : tier.first_byte + num_bytes]
+        levels.append(unpack(of_tier, tier.bits, layout.block_size))
     values = torch.cat(levels, dim=-1).to(dtype).unflatten(2, (-1, layout.group_tokens))
     spread = ranges.index_select(2, _ranges_of(layout, ranges.device)).unflatten(2, (-1, layout.rank)).movedim(-1, 0)
     minimum, step = spread.to(dtype, memory_format=torch.contiguous_format).unsqueeze(-2)

@@ -194,14 +194,11 @@ def chunks_of(
 
 def _runs_of_tiers(layout) -> list[tuple[int, ...]]:
     """Per tier and run of consecutive channels, what [`chunks_of`] tells about a piece."""
-    runs, byte, first_range = [], 0, 0
+    runs = []
     for tier in layout.tiers:
-        width = len(tier.channels)
-        starts = [i for i, c in enumerate(tier.channels) if i == 0 or c != tier.channels[i - 1] + 1]
-        for start, stop in zip(starts, [*starts[1:], width]):
-            runs.append(
-                (tier.channels[start], stop - start, tier.bits, byte, width, start, first_range, tier.num_groups)
-            )
-        byte += width * layout.block_size * tier.bits // 8
-        first_range += tier.num_groups * (layout.block_size // layout.group_tokens)
+        width, inside = len(tier.channels), 0
+        for start, stop in tier.runs:
+            where = tier.first_byte, width, inside, tier.first_range
+            runs.append((start, stop - start, tier.bits, *where, tier.num_groups))
+            inside += stop - start
     return runs

@@ -25,7 +25,7 @@ from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from ..quantize import PackedLayout
 from .pieces import Pieces, cut
 from .triton_kernels import PART, finish_kernel, merge_kernel, score_kernel, value_kernel
-from .triton_latents import THOUSANDS
+from .triton_latents import PLANES, THOUSANDS
 
 INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
 
@@ -119,7 +119,7 @@ def _launch(
         IN_TILES=in_tiles, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim,
         ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held,
         AHEAD=ahead, TILE=TILE, FORM=form, num_warps=WARPS, num_stages=1,
-        **(few_registers(pieces, form[2], query.device) if as_measured else {}),
+        **(few_registers(pieces, form[PLANES.value], query.device) if as_measured else {}),
     )  # fmt: skip
 
     merged, old_maxima, old_sums = _sum_values(
@@ -224,7 +224,7 @@ def key_pieces(
         pieces = cut(format, ranks, largest, largest)
     if not held or pieces.least < len(pieces.sizes) - 1:  # at most two ways for the compiler to go
         pieces = pieces._replace(least=len(pieces.sizes))
-    read_ahead, kinds = sum(pieces.sizes) * TILE // (32 * WARPS), _form(format, words)[2]
+    read_ahead, kinds = sum(pieces.sizes) * TILE // (32 * WARPS), _form(format, words)[PLANES.value]
     if words:  # eight tokens of a channel are a word of each plane, two of the one of 8 bits, and a range
         read_ahead = read_ahead // 8 * (kinds.bit_count() + kinds // 8 + 1)
     return pieces.to(device), held, held and read_ahead <= MOST_AHEAD

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..latents import LatentFormat, PackedFormat
-from ..quantize import rows_together
+from ..quantize import Tier, rows_together
 
 
 class Piece(NamedTuple):
@@ -59,25 +59,11 @@ class Pieces(NamedTuple):
         return self._replace(table=self.table.to(device), order=self.order.to(device))
 
 
-class _Tier(NamedTuple):
-    """Channels that are stored alike, and where in a block they begin."""
-
-    channels: Sequence[int]
-    bits: int
-    word: int
-    first_range: int
-
-
-def _tiers(format: LatentFormat) -> Iterator[_Tier]:
-    if not isinstance(format, PackedFormat):
-        yield _Tier(range(format.rank), 0, 0, 0)
-        return
-    layout, word, first_range = format.layout, 0, 0
-    rows = layout.block_size // 8 // rows_together(layout.block_size)  # of a plane of one bit
-    for tier in layout.tiers:
-        yield _Tier(tier.channels, tier.bits, word, first_range)
-        word += len(tier.channels) * rows * tier.bits
-        first_range += tier.num_groups * (layout.block_size // layout.group_tokens)
+def _tiers(format: LatentFormat) -> Sequence[Tier]:
+    """Plain latents are like one tier, of which every channel is where its number says."""
+    if isinstance(format, PackedFormat):
+        return format.layout.tiers
+    return [Tier(0, tuple(range(format.rank)), 1, ((0, format.rank),), 0, 0)]
 
 
 def cut(format: LatentFormat, ranks: Sequence[int], smallest: int, largest: int) -> Pieces:
@@ -87,7 +73,7 @@ def cut(format: LatentFormat, ranks: Sequence[int], smallest: int, largest: int)
         ranks: channels of each group, in the order of the latents.
         smallest, largest: sizes of a piece, powers of two.
     """
-    tiers, ends = list(_tiers(format)), torch.tensor(ranks).cumsum(0).tolist()
+    tiers, ends = _tiers(format), torch.tensor(ranks).cumsum(0).tolist()
     groups = [range(end - rank, end) for rank, end in zip(ranks, ends)]
     of_tier = [[[i for i, c in enumerate(tier.channels) if c in group] for group in groups] for tier in tiers]
     most = [max(map(len, in_groups)) for in_groups in of_tier]
@@ -95,7 +81,7 @@ def cut(format: LatentFormat, ranks: Sequence[int], smallest: int, largest: int)
     # the constant goes where there is room for it
     home = next((t for t, count in enumerate(most) if count < sum(sizes[t])), len(tiers) - 1)
     sizes[home] = list(_sizes(most[home] + 1, smallest, largest))
-    order, table = [], []
+    order, table, unit = [], [], rows_together(format.block_size)
     for number in range(len(groups)):
         pieces = []
         for t, tier in enumerate(tiers):
@@ -105,7 +91,7 @@ def cut(format: LatentFormat, ranks: Sequence[int], smallest: int, largest: int)
                 stored.append((format.rank + number, None))
             for size in sizes[t]:
                 part, stored = stored[:size], stored[size:]
-                pieces.append(_piece(part, tier, len(order)))
+                pieces.append(_piece(part, tier, len(order), unit))
                 order += [channel for channel, _ in part]
         table.append(pieces)
     needed = [max(i + 1 for i, piece in enumerate(pieces) if piece.count) for pieces in table]
@@ -113,14 +99,14 @@ def cut(format: LatentFormat, ranks: Sequence[int], smallest: int, largest: int)
     return Pieces(torch.tensor(table, dtype=torch.int32), torch.tensor(order), flat, min(needed))
 
 
-def _piece(part: list[tuple[int, int | None]], tier: _Tier, start: int) -> Piece:
-    """Of channels and their places in the tier, None for the constant."""
+def _piece(part: list[tuple[int, int | None]], tier: Tier, start: int, unit: int) -> Piece:
+    """Of channels and their places in the tier, None for the constant; `unit` bytes are what rows make."""
     places = [place for _, place in part if place is not None]
     constant = len(part) - len(places)
     if not places:
         return Piece(start, len(part), constant=constant)
-    first = places[0]
-    return Piece(start, len(part), tier.bits, tier.word + first, len(tier.channels), tier.first_range, first, constant)
+    word, width = tier.first_byte // unit + places[0], len(tier.channels)
+    return Piece(start, len(part), tier.bits, word, width, tier.first_range, places[0], constant)
 
 
 def _sizes(count: int, smallest: int, largest: int) -> Iterator[int]:

@@ -99,7 +99,8 @@ def _score_tiles(
             factors = factors + (_factor(key_B, known[i], GROUP_DIM, HEAD_DIM, SIZES[i]),)
             if AHEAD:
                 ahead = ahead + (fetch(row, known[i], first_tile, FORM, TILE, SIZES[i]),)
-        following = fetch(row, known[0], first_tile, FORM, TILE, SIZES[0])
+        if not AHEAD:
+            following = fetch(row, known[0], first_tile, FORM, TILE, SIZES[0])
     back_ahead = 0, 0
     if IN_TILES:
         turns_at = first_tile * HALF + pair
