@@ -15,6 +15,8 @@ import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVStaticCache, kernels
 from cskv_hf.cli import app
 from cskv_hf.kernels import cpu
+from cskv_hf.latents import PackedFormat
+from cskv_hf.quantize import PackedLayout, quantize
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -66,6 +68,44 @@ def test_positions_of_each_row_and_token():
     positions = torch.stack([torch.arange(64) * 3, torch.arange(64) + 40])
     kv = past(factors, 2, 64, torch.float32, positions)
     assert relative_error(torch.randn(2, 4, 1, 32), kv, None, None) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", ["shared", "of each token", "of each row and token"])
+def test_turns_keys_as_the_model_did(case, dtype):
+    """cos and sin of far positions, scaled and rounded to the model's dtype, are those of the rotary module: to the
+    rounding of float32, not of the dtype."""
+    factors = layer(*CASES["plain, joint"], dtype, device="cpu")
+    kv, query = past(factors, 2, 96, dtype), torch.randn(2, 4, 1, 64)
+    kv.step.old_positions = torch.stack([torch.arange(96) * 997, 131_000 + torch.arange(96)]).int()
+    frequencies = kv.step.old_frequencies
+    shape = {"shared": (1,), "of each token": (96, 1), "of each row and token": (2, 96, 1)}[case]
+    inv_freq = frequencies.inv_freq * torch.linspace(0.5, 1.0, 2 * 96)[: torch.Size(shape).numel()].view(shape)
+    kv.step.old_frequencies = frequencies._replace(inv_freq=inv_freq, attention_scaling=0.9)
+    ours, oracle = (attend(query, kv, 0.1, None, None) for attend in (attention._attend_on_cpu, attention._attend))
+    assert float((ours - oracle).norm() / oracle.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("block_size", [8, 24, 32, 64])
+@pytest.mark.parametrize("group", [(1, 1), (8, 1), (4, 3), (2, 100)], ids=str)
+def test_quantises_bit_for_bit(block_size, group):
+    """The same bytes as the torch code, whatever the values and however tiers and groups of ranges divide."""
+    times, group_channels = group
+    bits = (8, 7, 6, 5, 4, 3, 2, 1) * 5 + (4,) * 33 + (2, 8, 2)
+    tokens = block_size // times if block_size % times == 0 else block_size
+    layout = PackedLayout(bits, block_size, tokens, group_channels)
+    torch.manual_seed(0)
+    latents = torch.randn(2, 3 * block_size, len(bits)) * torch.logspace(-9, 6, len(bits)) + torch.randn(len(bits))
+    latents[0, :, 3] = 0.1
+    latents[1, :block_size] *= 1e-7  # steps and minima that float16 has only as denormal numbers, or not at all
+    latents[1, block_size : 2 * block_size] = 3.5
+    latents[0, 1, 5] = torch.nan
+    codes, ranges = cpu.quantize(latents, PackedFormat(layout))
+    expected_codes, expected_ranges = quantize(latents, layout)
+    assert expected_ranges.isnan().any()  # is not hidden
+    torch.testing.assert_close(ranges, expected_ranges, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(codes[:, 1:], expected_codes[:, 1:])  # all blocks but the one with NaN
+    assert torch.equal(codes[1], expected_codes[1])
 
 
 def test_many_queries_masks_and_groups_of_ranges():

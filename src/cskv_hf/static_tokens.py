@@ -243,6 +243,15 @@ class StaticStep:
             self._turn[key] = widened(cos_sin(positions, self.frequencies, dtype))
         return self._turn[key]
 
+    def old_rope(self, device: torch.device) -> tuple[torch.Tensor, RotaryFrequencies]:
+        """What has turned the latents' keys: positions (batch, old columns) int32 and frequencies, compact."""
+        key = ("rope", device)
+        if key not in self._turn:
+            inv_freq = self.frequencies.inv_freq.to(device).float().contiguous()
+            positions = self.table.positions[:, self.old].to(device).contiguous()
+            self._turn[key] = positions, self.frequencies._replace(inv_freq=inv_freq)
+        return self._turn[key]
+
     def old_turn(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """[`old_cos_sin`] as complex numbers, or for a compiler, which knows none, side by side, (batch, old columns,
         head_dim / 2, 2)."""

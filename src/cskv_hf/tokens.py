@@ -127,6 +127,15 @@ class Step:
             self._turn[key] = widened(cos_sin(self._positions_by_row().to(device), self.old_frequencies, dtype))
         return self._turn[key]
 
+    def old_rope(self, device: torch.device) -> tuple[torch.Tensor, RotaryFrequencies]:
+        """What has turned the latents' keys: positions (batch or 1, num_old) int32 and frequencies, compact."""
+        key = ("rope", device)
+        if key not in self._turn:
+            inv_freq = self.old_frequencies.inv_freq.to(device).float().contiguous()
+            positions = self._positions_by_row().to(device, torch.int32).contiguous()
+            self._turn[key] = positions, self.old_frequencies._replace(inv_freq=inv_freq)
+        return self._turn[key]
+
     def _positions_by_row(self) -> torch.Tensor:
         """Positions of the latents, (batch, num_old), or (1, num_old) if all rows are alike."""
         first = self.old_positions[:1]

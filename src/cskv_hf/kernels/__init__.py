@@ -43,6 +43,13 @@ def choose(query: torch.Tensor, *others: torch.Tensor) -> Literal["gpu", "cpu"] 
     return None if problem else "gpu"
 
 
+def can_quantize(latents: torch.Tensor) -> bool:
+    """Whether the kernels of a CPU quantise and pack these."""
+    wanted = torch.is_grad_enabled() and latents.requires_grad
+    plain = latents.device.type == "cpu" and latents.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return plain and not wanted and _on_cpu()
+
+
 def _on_cpu() -> bool:
     from .cpu import load
 

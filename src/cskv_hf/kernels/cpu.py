@@ -1,4 +1,4 @@
-"""The products of cpu.cpp: compile them for this machine, once, and call them.
+"""The kernels in cpp/: compile them for this machine, once, and call them.
 
 They need a C++ compiler, so they are an offer: without them attention on a CPU is torch's own operations, two
 to four times slower.
@@ -14,27 +14,29 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
 from ..cache_layer import CompressedKV
-from ..latents import Latents, PackedFormat
+from ..latents import LatentFormat, Latents, PackedFormat
 
 logger = logging.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp"]
-# what sums need to be vectorised; not -ffast-math, which would flush denormals to zero in the whole process
-FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+# not -ffast-math, which would flush denormals to zero in the whole process
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 
 def library_path() -> Path:
     """Where the compiled kernels of this source, torch and processor lie."""
     cpuinfo = Path("/proc/cpuinfo")
     features = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), *FLAGS, *features])
+    sources = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob("*.*"))]
+    key = "\n".join([*sources, torch.__version__, platform.machine(), *FLAGS, *features])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions")
@@ -69,7 +71,7 @@ def build() -> Path:
         includes = [f"-I{include}" for include in cpp_extension.include_paths()]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
         # no -lgomp: the OpenMP that torch has loaded is to be used, and its threads
-        command = [*compiler, *FLAGS, abi, *includes, "-c", str(SOURCE), "-o", f"{made}.o"]
+        command = [*compiler, *FLAGS, abi, *includes, "-c", str(SOURCES / "library.cpp"), "-o", f"{made}.o"]
         libraries = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
         link = [*compiler, "-shared", f"{made}.o", *libraries, "-o", str(made)]
         for step in (command, link):
@@ -118,15 +120,23 @@ def attend(
         (batch, num_key_value_heads, rows, head_dim) float32.
     """
     factors, keys, values = kv.factors, kv.key_latents, kv.value_latents
-    key_pieces, first_piece, _ = chunks_of(keys.format, factors.key_ranks, 2**30, query.device)
-    value_pieces, _, _ = chunks_of(values.format, (values.format.rank,), 2**30, query.device)
-    cos, sin = kv.step.old_cos_sin(query.device, kv.exact_keys.dtype)
+    key_runs, first_run = runs_of(keys.format, factors.key_ranks)
+    value_runs, _ = runs_of(values.format, (values.format.rank,))
+    positions, frequencies = kv.step.old_rope(query.device)
+    rope = positions, frequencies.inv_freq, frequencies.attention_scaling, kv.exact_keys.dtype
     of_keys, of_values = (factors.key_B, factors.key_mean), (factors.value_B, factors.value_mean)
     return torch.ops.cskv_hf.attend(
         query.contiguous(), kv.exact_keys.float(), kv.exact_values.float(), _one_mask(exact_mask, old_mask, kv),
-        *_stored(keys), key_pieces, first_piece, *(t.float().contiguous() for t in of_keys), cos, sin, _sizes(keys),
-        *_stored(values), value_pieces, *(t.float().contiguous() for t in of_values), _sizes(values),
+        *_stored(keys), key_runs, first_run, *(t.float().contiguous() for t in of_keys), *rope, _sizes(keys.format),
+        *_stored(values), value_runs, *(t.float().contiguous() for t in of_values), _sizes(values.format),
     )  # fmt: skip
+
+
+def quantize(latents: torch.Tensor, format: PackedFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize` of quantize.py, of (batch, tokens, rank) float32."""
+    runs, _ = runs_of(format, (format.rank,))
+    layout = format.layout
+    return torch.ops.cskv_hf.quantize(latents, runs, _sizes(format), layout.code_bytes, layout.num_ranges)
 
 
 def _one_mask(exact_mask: torch.Tensor | None, old_mask: torch.Tensor | None, kv: CompressedKV) -> torch.Tensor | None:
@@ -151,54 +161,46 @@ def _stored(latents: Latents) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [segment[0] for segment in segments], [segment[-1] for segment in segments]
 
 
-def _sizes(latents: Latents) -> tuple[int, int, int]:
+@functools.cache
+def _sizes(format: LatentFormat) -> tuple[int, int, int]:
     """The block size, and the tokens and channels that share a range."""
-    if not isinstance(latents.format, PackedFormat):
-        return latents.format.block_size, latents.format.block_size, 1
-    layout = latents.format.layout
-    return layout.block_size, layout.group_tokens, layout.group_channels
+    if not isinstance(format, PackedFormat):
+        return format.block_size, format.block_size, 1
+    return format.layout.block_size, format.layout.group_tokens, format.layout.group_channels
 
 
 @functools.cache
-def chunks_of(
-    format, ranks: tuple[int, ...], size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The channels of latents in pieces that a kernel loads in one go: neighbours, of one group and one tier.
+def runs_of(format: LatentFormat, ranks: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The channels of latents in runs of neighbours, of one group and one tier each, in their own order.
 
     Args:
         ranks: channels per group.
-        size: channels of a piece, at most.
 
     Returns:
-        int32 (pieces, 8) of first channel, channels, bits (16: plain), byte of the tier in a block, channels of the
-        tier, first channel within the tier, range of the tier in a block, groups of the tier; int32 (groups + 1,) of
-        where each group's pieces start; and the number of pieces.
+        int32 (runs, 8) of first channel, channels, bits, byte of the tier in a block, channels of the tier, first
+        channel within the tier, range of the tier in a block, groups of the tier; and int32 (groups + 1,) of where
+        each group's runs start.
     """
-    if isinstance(format, PackedFormat):
-        runs = _runs_of_tiers(format.layout)
-    else:
-        runs = [(0, format.rank, 16, 0, 0, 0, 0, 0)]
-    pieces, starts, begin = [], [0], 0
+    runs, starts, begin = [], [0], 0
     for rank in ranks:
-        end = begin + rank
-        for first, count, bits, byte, width, inside, range_first, groups in runs:
-            low, high = max(first, begin), min(first + count, end)
-            for at in range(low, high, size):
-                offset = inside + at - first
-                pieces.append((at, min(size, high - at), bits, byte, width, offset, range_first, groups))
-        starts.append(len(pieces))
-        begin = end
-    table = torch.tensor(pieces, dtype=torch.int32, device=device).view(-1, 8)
-    return table, torch.tensor(starts, dtype=torch.int32, device=device), len(pieces)
+        runs += sorted(_runs_within(format, begin, begin + rank))
+        starts.append(len(runs))
+        begin += rank
+    table = torch.tensor(runs, dtype=torch.int32).view(-1, 8)
+    return table, torch.tensor(starts, dtype=torch.int32)
 
 
-def _runs_of_tiers(layout) -> list[tuple[int, ...]]:
-    """Per tier and run of consecutive channels, what [`chunks_of`] tells about a piece."""
-    runs = []
-    for tier in layout.tiers:
-        width, inside = len(tier.channels), 0
+def _runs_within(format: LatentFormat, begin: int, end: int) -> Iterator[tuple[int, ...]]:
+    """Those of the channels from `begin` to `end` (exclusive)."""
+    if not isinstance(format, PackedFormat):
+        yield begin, end - begin, 0, 0, 0, 0, 0, 0
+        return
+    for tier in format.layout.tiers:
+        inside = 0
         for start, stop in tier.runs:
-            where = tier.first_byte, width, inside, tier.first_range
-            runs.append((start, stop - start, tier.bits, *where, tier.num_groups))
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                first = inside + low - start
+                where = tier.first_byte, len(tier.channels), first, tier.first_range, tier.num_groups
+                yield low, high - low, tier.bits, *where
             inside += stop - start
-    return runs

@@ -1,0 +1,213 @@
+// Attention of a few queries to a compressed past, in one pass (Dao et al. 2023, "Flash-Decoding"): threads share the
+// blocks of latents; keys are rebuilt, turned and scored, scores become weights relative to a running maximum, and
+// weights sum up latents of values, block by block in a core's cache. Then the threads' sums and the exact tokens meet.
+// The torch code in ../../attention.py is the oracle.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "latents.h"
+#include "rope.h"
+
+namespace cskv {
+
+constexpr float LOWEST = std::numeric_limits<float>::lowest() / 2;  // no score that counts is less
+
+// Scores of N rows of q (N, 2 * half) against keys (2 * half, wide), which RoPE turns on the way: rows f and f + half
+// are a pair. cos and sin: (half, wide). out: (N, wide).
+template <int N>
+void turned_scores(const float* q, const float* keys, int64_t half, int64_t wide, const float* cos, const float* sin,
+                   float* out) {
+  for (int64_t t = 0; t < wide; t += LANES) {
+    Vector sums[N] = {};
+    for (int64_t f = 0; f < half; ++f) {
+      const Vector first = at(keys + f * wide + t), second = at(keys + (half + f) * wide + t);
+      const Vector c = at(cos + f * wide + t), s = at(sin + f * wide + t);
+      const Vector turned_first = first * c - second * s, turned_second = second * c + first * s;
+      for (int64_t i = 0; i < N; ++i) {
+        sums[i] += q[2 * half * i + f] * turned_first;
+        sums[i] += q[2 * half * i + half + f] * turned_second;
+      }
+    }
+    for (int64_t i = 0; i < N; ++i) at(out + i * wide + t) = sums[i];
+  }
+}
+
+// Products of rows of a (rows, depth) and rows of b (columns, depth) -> out (rows, out_row).
+inline void dot_rows(int64_t rows, const float* a, int64_t a_row, int64_t columns, const float* b, int64_t depth,
+                     float* out, int64_t out_row) {
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t i = 0; i < rows; ++i) {
+      const float *left = a + i * a_row, *right = b + j * depth;
+      Vector sums = {};
+      int64_t k = 0;
+      for (; k + LANES <= depth; k += LANES) sums += at(left + k) * at(right + k);
+      float dot = sum(sums);
+      for (; k < depth; ++k) dot += left[k] * right[k];
+      out[i * out_row + j] = dot;
+    }
+}
+
+// The scores (wide) of a row become weights relative to `maximum`, which they may raise; returns their sum, and in
+// `decay` by how much what was summed before has to shrink.
+inline float weigh(float* scores, int64_t wide, float& maximum, float& decay) {
+  Vector highest = at(scores);
+  for (int64_t t = LANES; t < wide; t += LANES) highest = larger(at(scores + t), highest);
+  const float raised = std::max(maximum, largest(highest));
+  decay = raised > maximum ? std::exp(maximum - raised) : 1;
+  maximum = raised;
+  Vector sums = {};
+  for (int64_t t = 0; t < wide; t += LANES) sums += at(scores + t) = exponential(at(scores + t) - raised);
+  return sum(sums);
+}
+
+// Of exact tokens and then latents, for each query: (batch or 1, 1, queries or 1, columns), bool or to be added.
+struct Mask {
+  const std::optional<at::Tensor>& mask;
+
+  // Applied to `count` scores of a query, from `column` on.
+  void apply(float* scores, int64_t batch, int64_t query, int64_t column, int64_t count) const {
+    if (!mask.has_value()) return;
+    const int64_t row = (mask->size(0) > 1 ? batch * mask->size(2) : 0) + (mask->size(2) > 1 ? query : 0);
+    const int64_t start = row * mask->size(3) + column;
+    if (mask->scalar_type() == at::kBool) {
+      const bool* seen = mask->const_data_ptr<bool>() + start;
+      for (int64_t t = 0; t < count; ++t) scores[t] = seen[t] ? scores[t] : -INFINITY;
+    } else {
+      const float* added = mask->const_data_ptr<float>() + start;
+      for (int64_t t = 0; t < count; ++t) scores[t] += added[t];
+    }
+  }
+
+  int64_t queries() const { return mask.has_value() ? mask->size(2) : 1; }
+};
+
+// Attention of query (batch, heads, rows, head_dim), scaled, to exact tokens and latents; all in float32. The rows of
+// a KV head are those of its query heads, one after the other. first_run: (groups + 1). key_B: (heads of a group *
+// head_dim, rank). key_mean, value_mean: (heads, head_dim). positions: (batch or 1, num_old) int32. inv_freq: (head_dim
+// / 2), or (batch or 1, num_old, head_dim / 2). cos and sin are scaled, and rounded to `dtype`. value_B: (heads *
+// head_dim, rank). key_sizes, value_sizes: of a block, and of a range in tokens and channels.
+at::Tensor attend(const at::Tensor& query, const at::Tensor& exact_keys, const at::Tensor& exact_values,
+                  const std::optional<at::Tensor>& mask, at::TensorList key_data, at::TensorList key_ranges,
+                  const at::Tensor& key_runs, const at::Tensor& first_run, const at::Tensor& key_B,
+                  const at::Tensor& key_mean, const at::Tensor& positions, const at::Tensor& inv_freq, double scaling,
+                  at::ScalarType dtype, at::IntArrayRef key_sizes, at::TensorList value_data,
+                  at::TensorList value_ranges, const at::Tensor& value_runs, const at::Tensor& value_B,
+                  const at::Tensor& value_mean, at::IntArrayRef value_sizes) {
+  const int64_t batches = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  const int64_t num_exact = exact_keys.size(2), num_old = positions.size(1), half = dim / 2;
+  const Latents keys(key_data, key_ranges, key_runs, key_B.size(1), key_sizes);
+  const Latents values(value_data, value_ranges, value_runs, value_B.size(1), value_sizes);
+  const Rope rope(positions, inv_freq, scaling, dtype);
+  keys.check(batches, num_old);
+  values.check(batches, num_old);
+  TORCH_CHECK(rope.half == half, "Keys of ", dim, " channels, and frequencies of ", rope.half, " pairs.");
+  TORCH_CHECK(!mask.has_value() || mask->is_contiguous(), "The mask has to be contiguous.");
+  const Mask masked{mask};
+  const int64_t of_group = key_B.size(0) / dim, size = keys.block_size, wide = whole(size, WIDE);
+  const int64_t blocks = keys.blocks(), all_rows = heads * rows, wide_rank = whole(values.rank, WIDE);
+  const int64_t splits = (at::get_num_threads() + batches - 1) / batches;
+  const float *q = query.const_data_ptr<float>(), *up_keys = key_B.const_data_ptr<float>();
+  const float* means = key_mean.const_data_ptr<float>();
+  const auto* starts = first_run.const_data_ptr<int32_t>();
+
+  // of each split and row of the batch: running maximum, sum of weights, sums of latents
+  std::vector<float> maxima(splits * batches * all_rows, LOWEST), totals(splits * batches * all_rows);
+  std::vector<float> sums(splits * batches * all_rows * wide_rank);
+  at::parallel_for(0, splits * batches, 1, [&](int64_t begin, int64_t end) {
+    Reader of_keys(keys), of_values(values);
+    std::vector<float> latents(keys.rank * wide), rebuilt(dim * wide), value_latents(size * wide_rank);
+    std::vector<float> cos(half * wide), sin(half * wide), scores(all_rows * wide);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t split = item / batches, batch = item % batches;
+      for (int64_t block = split * blocks / splits; block < (split + 1) * blocks / splits; ++block) {
+        rope.turn(batch, block * size, size, wide, cos.data(), sin.data());
+        of_keys.go_to(batch, block);
+        for (int64_t group = 0; group < heads / of_group; ++group) {
+          if (starts[group] == starts[group + 1]) continue;
+          const int64_t first = keys.runs[starts[group]].first_channel;
+          const int64_t rank = keys.end_of(starts[group + 1] - 1) - first;
+          of_keys.read_across(starts[group], starts[group + 1], latents.data(), wide);
+          for (int64_t head = group * of_group; head < (group + 1) * of_group; ++head) {
+            for (int64_t t = 0; t < wide; t += WIDE)
+              multiply_rows(dim, up_keys + head % of_group * dim * keys.rank + first, keys.rank, latents.data() + t,
+                            wide, rank, means + head * dim, rebuilt.data() + t, wide);
+            for (int64_t row = 0, count; row < rows; row += count) {
+              count = rows - row >= 4 ? 4 : rows - row >= 2 ? 2 : 1;
+              (count == 4 ? turned_scores<4> : count == 2 ? turned_scores<2> : turned_scores<1>)(
+                  q + ((batch * heads + head) * rows + row) * dim, rebuilt.data(), half, wide, cos.data(), sin.data(),
+                  scores.data() + (head * rows + row) * wide);
+            }
+          }
+        }
+        float *maximum = maxima.data() + item * all_rows, *total = totals.data() + item * all_rows;
+        float* sum = sums.data() + item * all_rows * wide_rank;
+        for (int64_t row = 0; row < all_rows; ++row) {
+          float *of_row = scores.data() + row * wide, decay;
+          masked.apply(of_row, batch, row % masked.queries(), num_exact + block * size, size);
+          std::fill(of_row + size, of_row + wide, -INFINITY);
+          const float added = weigh(of_row, wide, maximum[row], decay);
+          total[row] = total[row] * decay + added;
+          if (decay != 1)
+            for (int64_t c = 0; c < wide_rank; ++c) sum[row * wide_rank + c] *= decay;
+        }
+        of_values.go_to(batch, block);
+        of_values.read(0, values.num_runs, value_latents.data(), wide_rank);
+        for (int64_t c = 0; c < wide_rank; c += WIDE)
+          multiply_rows(all_rows, scores.data(), wide, value_latents.data() + c, wide_rank, size, nullptr, sum + c,
+                        wide_rank);
+      }
+    }
+  });
+
+  at::Tensor out = at::empty(query.sizes(), query.options());
+  const int64_t wide_exact = whole(std::max<int64_t>(num_exact, 1), WIDE), wide_dim = whole(dim, WIDE);
+  const float *near_keys = exact_keys.const_data_ptr<float>(), *near_values = exact_values.const_data_ptr<float>();
+  const float *up_values = value_B.const_data_ptr<float>(), *value_means = value_mean.const_data_ptr<float>();
+  at::parallel_for(0, batches * heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(rows * wide_exact), padded(num_exact * wide_dim), near(rows * wide_dim);
+    std::vector<float> latent(rows * wide_rank), far(rows * dim);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t batch = item / heads, head = item % heads;
+      std::fill(latent.begin(), latent.end(), 0);
+      std::fill(near.begin(), near.end(), 0);
+      dot_rows(rows, q + item * rows * dim, dim, num_exact, near_keys + item * num_exact * dim, dim, scores.data(),
+               wide_exact);
+      for (int64_t t = 0; t < num_exact; ++t)
+        std::copy_n(near_values + (item * num_exact + t) * dim, dim, padded.data() + t * wide_dim);
+      std::vector<float> total(rows), old(rows);
+      for (int64_t row = 0; row < rows; ++row) {
+        float *of_row = scores.data() + row * wide_exact, maximum = LOWEST, decay;
+        masked.apply(of_row, batch, row % masked.queries(), 0, num_exact);
+        std::fill(of_row + num_exact, of_row + wide_exact, -INFINITY);
+        for (int64_t split = 0; split < splits; ++split)
+          maximum = std::max(maximum, maxima[(split * batches + batch) * all_rows + head * rows + row]);
+        total[row] = weigh(of_row, wide_exact, maximum, decay);
+        for (int64_t split = 0; split < splits; ++split) {
+          const int64_t from = (split * batches + batch) * all_rows + head * rows + row;
+          const float share = std::exp(maxima[from] - maximum);
+          old[row] += share * totals[from];
+          for (int64_t c = 0; c < wide_rank; ++c) latent[row * wide_rank + c] += share * sums[from * wide_rank + c];
+        }
+        total[row] = std::max(total[row] + old[row], std::numeric_limits<float>::min());
+      }
+      for (int64_t d = 0; d < wide_dim; d += WIDE)
+        multiply_rows(rows, scores.data(), wide_exact, padded.data() + d, wide_dim, num_exact, nullptr,
+                      near.data() + d, wide_dim);
+      dot_rows(rows, latent.data(), wide_rank, dim, up_values + head * dim * values.rank, values.rank, far.data(), dim);
+      float* target = out.data_ptr<float>() + item * rows * dim;
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t d = 0; d < dim; ++d)
+          target[row * dim + d] =
+              (near[row * wide_dim + d] + far[row * dim + d] + old[row] * value_means[head * dim + d]) / total[row];
+    }
+  });
+  return out;
+}
+
+}  // namespace cskv
