@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from . import kernels
 from .cache_layer import CompressedKV
 from .factors import LayerFactors, compute_dtype
+from .kernels import cpu
 from .rope import paired, rotate_paired
 from .static_tokens import StaticStep
 from .tokens import Step
@@ -60,12 +61,14 @@ def compressed_attention(
     chunk = QUERY_CHUNK
     if served:  # all scores of a chunk are written
         chunk = max(1, min(chunk, KERNEL_SCORES // (query.shape[0] * query.shape[1] * kv.key_latents.num_tokens)))
+    if query.shape[2] <= chunk:
+        return attend(query, kv, scaling, exact_mask, old_mask)
     chunks = []
     for start in range(0, query.shape[2], chunk):
         rows = slice(start, start + chunk)
         masks = (m if m is None or m.shape[2] == 1 else m[:, :, rows] for m in (exact_mask, old_mask))
         chunks.append(attend(query[:, :, rows], kv, scaling, *masks))
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
+    return torch.cat(chunks, dim=2)
 
 
 _untraced_attention = torch.compiler.disable(compressed_attention)  # of a cache whose shapes change with every token
@@ -103,10 +106,8 @@ def _attend_on_gpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask
 
 
 def _attend_on_cpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
-    from .kernels.cpu import attend
-
-    q, _ = _rows_by_kv_head(query.float() * scaling, kv.factors.num_key_value_heads)
-    return attend(q, kv, exact_mask, old_mask).view(query.shape).to(query.dtype)
+    q, _ = _rows_by_kv_head(query, kv.factors.num_key_value_heads)
+    return cpu.attend(q, kv, scaling, exact_mask, old_mask).view(query.shape).to(query.dtype)
 
 
 def _rows_by_kv_head(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, int]:

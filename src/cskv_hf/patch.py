@@ -51,8 +51,8 @@ class StageFactors:
     """Pre-hook of an attention layer: hands the cache what its `update` needs. A plain object, so that a model can
     be copied."""
 
-    def __init__(self, rotary: nn.Module) -> None:
-        self.rotary = rotary
+    def __init__(self, rotary: nn.Module, sliding_window: int | None) -> None:
+        self.rotary, self.sliding_window = rotary, sliding_window
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -88,9 +88,8 @@ class StageFactors:
                 f"attached, so keys and "
                 "values are rebuilt in every step, which is slow. Change it before the adapter is loaded instead."
             )
-        window = sliding_window(module.config, module.layer_idx)
-        batch_size = len(hidden_states)
-        cache.stage(module.layer_idx, sidecar(), config, positions, batch_size, frequencies, not fused, window)
+        step = positions, len(hidden_states), frequencies, not fused, self.sliding_window
+        cache.stage(module.layer_idx, sidecar(), config, *step)
 
     def _check_rotary(self, positions: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> None:
         """The cache rebuilds cos and sin from positions; make sure once that they are the model's."""
@@ -124,7 +123,8 @@ def attach(model: nn.Module) -> None:
     detach(model)
     for attention in attention_layers(model):
         if hasattr(attention, "cskv"):
-            attention.register_forward_pre_hook(StageFactors(decoder.rotary_emb), with_kwargs=True)
+            window = sliding_window(attention.config, attention.layer_idx)
+            attention.register_forward_pre_hook(StageFactors(decoder.rotary_emb, window), with_kwargs=True)
     decoder.register_forward_pre_hook(BeginForward(), with_kwargs=True)
     decoder.register_forward_hook(FinishForward(), with_kwargs=True)
     _set_attention(model, register(model.config._attn_implementation))

@@ -107,14 +107,17 @@ def load() -> bool:
 
 
 def attend(
-    query: torch.Tensor, kv: CompressedKV, exact_mask: torch.Tensor | None, old_mask: torch.Tensor | None
+    query: torch.Tensor,
+    kv: CompressedKV,
+    scaling: float,
+    exact_mask: torch.Tensor | None,
+    old_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of the queries of each KV head.
 
     Args:
-        query: (batch, num_key_value_heads, rows, head_dim) float32, scaled, after RoPE; the rows of a query head lie
-            together.
-        exact_mask, old_mask: as in `compressed_attention`.
+        query: (batch, num_key_value_heads, rows, head_dim), after RoPE; the rows of a query head lie together.
+        scaling, exact_mask, old_mask: as in `compressed_attention`.
 
     Returns:
         (batch, num_key_value_heads, rows, head_dim) float32.
@@ -126,7 +129,8 @@ def attend(
     rope = positions, frequencies.inv_freq, frequencies.attention_scaling, kv.exact_keys.dtype
     of_keys, of_values = (factors.key_B, factors.key_mean), (factors.value_B, factors.value_mean)
     return torch.ops.cskv_hf.attend(
-        query.contiguous(), kv.exact_keys.float(), kv.exact_values.float(), _one_mask(exact_mask, old_mask, kv),
+        query.float().contiguous(), scaling,
+        kv.exact_keys.float(), kv.exact_values.float(), _one_mask(exact_mask, old_mask, kv),
         *_stored(keys), key_runs, first_run, *(t.float().contiguous() for t in of_keys), *rope, _sizes(keys.format),
         *_stored(values), value_runs, *(t.float().contiguous() for t in of_values), _sizes(values.format),
     )  # fmt: skip
@@ -157,7 +161,10 @@ def _one_mask(exact_mask: torch.Tensor | None, old_mask: torch.Tensor | None, kv
 
 def _stored(latents: Latents) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Codes and ranges of every segment, whose blocks are compact; plain latents stand for both."""
-    segments = [[t if t[:1].is_contiguous() else t.contiguous() for t in segment] for segment in latents.segments]
+    segments = [
+        [t if t.is_contiguous() or t[:1].is_contiguous() else t.contiguous() for t in segment]
+        for segment in latents.segments
+    ]
     return [segment[0] for segment in segments], [segment[-1] for segment in segments]
 
 

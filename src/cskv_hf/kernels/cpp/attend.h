@@ -87,12 +87,12 @@ struct Mask {
   int64_t queries() const { return mask.has_value() ? mask->size(2) : 1; }
 };
 
-// Attention of query (batch, heads, rows, head_dim), scaled, to exact tokens and latents; all in float32. The rows of
+// Attention of query (batch, heads, rows, head_dim), times `scale`, to exact tokens and latents; all in float32. The rows of
 // a KV head are those of its query heads, one after the other. first_run: (groups + 1). key_B: (heads of a group *
 // head_dim, rank). key_mean, value_mean: (heads, head_dim). positions: (batch or 1, num_old) int32. inv_freq: (head_dim
 // / 2), or (batch or 1, num_old, head_dim / 2). cos and sin are scaled, and rounded to `dtype`. value_B: (heads *
 // head_dim, rank). key_sizes, value_sizes: of a block, and of a range in tokens and channels.
-at::Tensor attend(const at::Tensor& query, const at::Tensor& exact_keys, const at::Tensor& exact_values,
+at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact_keys, const at::Tensor& exact_values,
                   const std::optional<at::Tensor>& mask, at::TensorList key_data, at::TensorList key_ranges,
                   const at::Tensor& key_runs, const at::Tensor& first_run, const at::Tensor& key_B,
                   const at::Tensor& key_mean, const at::Tensor& positions, const at::Tensor& inv_freq, double scaling,
@@ -112,8 +112,10 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& exact_keys, const a
   const int64_t of_group = key_B.size(0) / dim, size = keys.block_size, wide = whole(size, WIDE);
   const int64_t blocks = keys.blocks(), all_rows = heads * rows, wide_rank = whole(values.rank, WIDE);
   const int64_t splits = (at::get_num_threads() + batches - 1) / batches;
-  const float *q = query.const_data_ptr<float>(), *up_keys = key_B.const_data_ptr<float>();
-  const float* means = key_mean.const_data_ptr<float>();
+  const float *up_keys = key_B.const_data_ptr<float>(), *means = key_mean.const_data_ptr<float>();
+  std::vector<float> scaled(query.const_data_ptr<float>(), query.const_data_ptr<float>() + query.numel());
+  for (float& x : scaled) x *= float(scale);
+  const float* q = scaled.data();
   const auto* starts = first_run.const_data_ptr<int32_t>();
 
   // of each split and row of the batch: running maximum, sum of weights, sums of latents
@@ -121,28 +123,28 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& exact_keys, const a
   std::vector<float> sums(splits * batches * all_rows * wide_rank);
   at::parallel_for(0, splits * batches, 1, [&](int64_t begin, int64_t end) {
     Reader of_keys(keys), of_values(values);
-    std::vector<float> latents(keys.rank * wide), rebuilt(dim * wide), value_latents(size * wide_rank);
-    std::vector<float> cos(half * wide), sin(half * wide), scores(all_rows * wide);
+    std::vector<float> latents(keys.rank * wide), rebuilt(dim * wide), cos(half * wide), sin(half * wide);
+    std::vector<float> scores(all_rows * wide), tokens(size * wide_rank);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t split = item / batches, batch = item % batches;
-      for (int64_t block = split * blocks / splits; block < (split + 1) * blocks / splits; ++block) {
+      const int64_t split = item / batches, batch = item % batches, last = (split + 1) * blocks / splits;
+      for (int64_t block = split * blocks / splits; block < last; ++block) {
         rope.turn(batch, block * size, size, wide, cos.data(), sin.data());
-        of_keys.go_to(batch, block);
-        for (int64_t group = 0; group < heads / of_group; ++group) {
-          if (starts[group] == starts[group + 1]) continue;
-          const int64_t first = keys.runs[starts[group]].first_channel;
-          const int64_t rank = keys.end_of(starts[group + 1] - 1) - first;
-          of_keys.read_across(starts[group], starts[group + 1], latents.data(), wide);
-          for (int64_t head = group * of_group; head < (group + 1) * of_group; ++head) {
-            for (int64_t t = 0; t < wide; t += WIDE)
-              multiply_rows(dim, up_keys + head % of_group * dim * keys.rank + first, keys.rank, latents.data() + t,
-                            wide, rank, means + head * dim, rebuilt.data() + t, wide);
-            for (int64_t row = 0, count; row < rows; row += count) {
-              count = rows - row >= 4 ? 4 : rows - row >= 2 ? 2 : 1;
-              (count == 4 ? turned_scores<4> : count == 2 ? turned_scores<2> : turned_scores<1>)(
-                  q + ((batch * heads + head) * rows + row) * dim, rebuilt.data(), half, wide, cos.data(), sin.data(),
-                  scores.data() + (head * rows + row) * wide);
-            }
+        of_keys.go_to(batch, block), of_values.go_to(batch, block);
+        for (int64_t head = 0; head < heads; ++head) {
+          const int64_t group = head / of_group, in_group = head % of_group;
+          const int64_t first = keys.channels_before(starts[group]);
+          const int64_t rank = keys.channels_before(starts[group + 1]) - first;
+          if (in_group == 0) of_keys.read_across(starts[group], starts[group + 1], latents.data(), wide);
+          if (block + 1 < last) of_keys.prefetch(batch, block + 1, head, heads);
+          of_values.prefetch(batch, block, head, heads);
+          for (int64_t t = 0; t < wide; t += WIDE)
+            multiply_rows(dim, up_keys + in_group * dim * keys.rank + first, keys.rank, latents.data() + t, wide, rank,
+                          means + head * dim, rebuilt.data() + t, wide);
+          for (int64_t row = 0, count; row < rows; row += count) {
+            count = rows - row >= 4 ? 4 : rows - row >= 2 ? 2 : 1;
+            (count == 4 ? turned_scores<4> : count == 2 ? turned_scores<2> : turned_scores<1>)(
+                q + ((batch * heads + head) * rows + row) * dim, rebuilt.data(), half, wide, cos.data(), sin.data(),
+                scores.data() + (head * rows + row) * wide);
           }
         }
         float *maximum = maxima.data() + item * all_rows, *total = totals.data() + item * all_rows;
@@ -156,10 +158,9 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& exact_keys, const a
           if (decay != 1)
             for (int64_t c = 0; c < wide_rank; ++c) sum[row * wide_rank + c] *= decay;
         }
-        of_values.go_to(batch, block);
-        of_values.read(0, values.num_runs, value_latents.data(), wide_rank);
+        of_values.read(0, values.num_runs, tokens.data(), wide_rank);
         for (int64_t c = 0; c < wide_rank; c += WIDE)
-          multiply_rows(all_rows, scores.data(), wide, value_latents.data() + c, wide_rank, size, nullptr, sum + c,
+          multiply_rows(all_rows, scores.data(), wide, tokens.data() + c, wide_rank, size, nullptr, sum + c,
                         wide_rank);
       }
     }
@@ -199,7 +200,8 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& exact_keys, const a
       for (int64_t d = 0; d < wide_dim; d += WIDE)
         multiply_rows(rows, scores.data(), wide_exact, padded.data() + d, wide_dim, num_exact, nullptr,
                       near.data() + d, wide_dim);
-      dot_rows(rows, latent.data(), wide_rank, dim, up_values + head * dim * values.rank, values.rank, far.data(), dim);
+      dot_rows(rows, latent.data(), wide_rank, dim, up_values + head * dim * values.rank, values.rank, far.data(),
+               dim);
       float* target = out.data_ptr<float>() + item * rows * dim;
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t d = 0; d < dim; ++d)

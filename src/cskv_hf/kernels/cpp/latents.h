@@ -49,8 +49,8 @@ struct Latents {
     TORCH_CHECK(channels == rank, "The latents have ", channels, " channels, the factors ", rank, ".");
   }
 
-  // The channel after the last of a run.
-  int64_t end_of(int64_t run) const { return runs[run].first_channel + runs[run].channels; }
+  // Those of earlier runs, which are the first channel of this one.
+  int64_t channels_before(int64_t run) const { return run < num_runs ? runs[run].first_channel : rank; }
 
   int64_t blocks() const {
     int64_t sum = 0;
@@ -104,18 +104,18 @@ inline void store(const Vector& values, int64_t count, float* out) {
 }
 
 // Tokens first to last (exclusive) of a run; of all if SIZE, which a block then has, is not 0. So many channels at a
-// time as there are lanes; where there are fewer, their words are copied first, so that none is read that is not
-// there. minimum and step are of each channel, with LANES numbers to spare.
+// time as there are lanes. Where there are fewer, words of others are read along, or if that went beyond `bytes_end`,
+// theirs are copied first. minimum and step are of each channel, with LANES numbers to spare.
 template <int BITS, int64_t SIZE>
-void unpack_words(const uint8_t* bytes, int64_t width, int64_t size, int64_t first, int64_t last, int64_t count,
-                  const float* minimum, const float* step, float* out, int64_t out_row) {
+void unpack_words(const uint8_t* bytes, const uint8_t* bytes_end, int64_t width, int64_t size, int64_t first,
+                  int64_t last, int64_t count, const float* minimum, const float* step, float* out, int64_t out_row) {
   if (SIZE) size = SIZE, first = 0, last = SIZE;
   std::vector<int32_t> copy;
   for (int64_t k = 0; k < count; k += LANES) {
     const int64_t lanes = std::min(LANES, count - k), words = BITS * size / 32;
     const auto* from = reinterpret_cast<const int32_t*>(bytes) + k;
     int64_t row = width;
-    if (lanes < LANES) {
+    if (reinterpret_cast<const uint8_t*>(from + (words - 1) * width + LANES) > bytes_end) {
       copy.resize(words * LANES);
       for (int64_t w = 0; w < words; ++w) std::copy_n(from + w * width, lanes, copy.begin() + w * LANES);
       from = copy.data(), row = LANES;
@@ -131,8 +131,8 @@ void unpack_words(const uint8_t* bytes, int64_t width, int64_t size, int64_t fir
 
 // The same where rows do not make words, byte by byte.
 template <int BITS>
-void unpack_bytes(const uint8_t* codes, int64_t width, int64_t size, int64_t first, int64_t last, int64_t count,
-                  const float* minimum, const float* step, float* out, int64_t out_row) {
+void unpack_bytes(const uint8_t* codes, const uint8_t*, int64_t width, int64_t size, int64_t first, int64_t last,
+                  int64_t count, const float* minimum, const float* step, float* out, int64_t out_row) {
   const uint8_t *plane2 = codes + (BITS & 4) * size / 8 * width, *plane1 = codes + (BITS & 6) * size / 8 * width;
   const int64_t rows4 = size / 2, rows2 = size / 4, rows1 = size / 8;
   for (int64_t t = first; t < last; ++t)
@@ -146,8 +146,8 @@ void unpack_bytes(const uint8_t* codes, int64_t width, int64_t size, int64_t fir
     }
 }
 
-typedef void (*Unpack)(const uint8_t*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, const float*, float*,
-                       int64_t);
+typedef void (*Unpack)(const uint8_t*, const uint8_t*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*,
+                       const float*, float*, int64_t);
 template <int64_t SIZE>
 constexpr Unpack UNPACK_WORDS[] = {
     nullptr,
@@ -163,7 +163,7 @@ constexpr Unpack UNPACK_WORDS[] = {
 constexpr Unpack UNPACK_BYTES[] = {nullptr,         unpack_bytes<1>, unpack_bytes<2>, unpack_bytes<3>, unpack_bytes<4>,
                                    unpack_bytes<5>, unpack_bytes<6>, unpack_bytes<7>, unpack_bytes<8>};
 
-// Codes of LANES tokens of one channel, the v-th ones of a block of USUAL, from the words of its plane of so many bits.
+// Codes of LANES tokens of one channel, the v-th ones of a block of USUAL, from its words of a plane of so many bits.
 template <int BITS>
 inline Ints codes_of_tokens(const int32_t* words, int64_t v) {
   constexpr int64_t rows = USUAL * BITS / 8;
@@ -229,22 +229,30 @@ class Reader {
 
   // Which block comes next.
   void go_to(int64_t batch, int64_t index) {
-    size_t segment = 0;
-    for (; index >= latents.data[segment].size(1); ++segment) index -= latents.data[segment].size(1);
-    const at::Tensor &data = latents.data[segment], &ranges = latents.ranges[segment];
-    type = data.scalar_type();
-    bytes = static_cast<const uint8_t*>(data.const_data_ptr()) +
-            data.element_size() * (batch * data.stride(0) + index * data.stride(1));
+    const size_t segment = segment_of(index);
+    const at::Tensor& ranges = latents.ranges[segment];
+    type = latents.data[segment].scalar_type();
+    bytes = bytes_of(latents.data[segment], batch, index);
+    bytes_end = bytes_of(latents.data[segment], batch, latents.data[segment].size(1));
     if (latents.packed)
       pairs = reinterpret_cast<const uint32_t*>(ranges.const_data_ptr<at::Half>() + batch * ranges.stride(0)) +
               index * ranges.size(2);
+  }
+
+  // Have one of so many parts of a block's codes brought into the core's cache.
+  void prefetch(int64_t batch, int64_t index, int64_t part, int64_t parts) const {
+    const at::Tensor& data = latents.data[segment_of(index)];
+    const int64_t size = data.element_size() * data.stride(1), line = 64;
+    const uint8_t* from = bytes_of(data, batch, index);
+    const uint8_t* const end = from + (part + 1) * size / parts;
+    for (from += part * size / parts; from < end; from += line) __builtin_prefetch(from, 0, 2);
   }
 
   // The channels of some runs, (block_size, out_row), from the first of them on.
   void read(int64_t first_run, int64_t last_run, float* out, int64_t out_row) {
     if (first_run == last_run) return;
     const int64_t first = latents.runs[first_run].first_channel, size = latents.block_size;
-    const int64_t count = latents.end_of(last_run - 1) - first;
+    const int64_t count = latents.channels_before(last_run) - first;
     if (type == at::kFloat) return copy<float>(first, count, out, out_row);
     if (type == at::kHalf) return copy<at::Half>(first, count, out, out_row);
     if (type == at::kBFloat16) return copy<at::BFloat16>(first, count, out, out_row);
@@ -255,8 +263,8 @@ class Reader {
         const Unpack unpack = usual ? UNPACK_WORDS<USUAL>[p->bits]
                               : words ? UNPACK_WORDS<0>[p->bits]
                                       : UNPACK_BYTES[p->bits];
-        unpack(bytes + p->first_byte + p->inside * (words ? 4 : 1), p->width, size, t, t + latents.group_tokens,
-               p->channels, minimum.data() + p->first_channel, step.data() + p->first_channel,
+        unpack(bytes + p->first_byte + p->inside * (words ? 4 : 1), bytes_end, p->width, size, t,
+               t + latents.group_tokens, p->channels, minimum.data() + p->first_channel, step.data() + p->first_channel,
                out + p->first_channel - first, out_row);
       }
     }
@@ -266,7 +274,7 @@ class Reader {
   void read_across(int64_t first_run, int64_t last_run, float* out, int64_t out_row) {
     if (first_run == last_run) return;
     const int64_t first = latents.runs[first_run].first_channel, size = latents.block_size;
-    const int64_t count = latents.end_of(last_run - 1) - first;
+    const int64_t count = latents.channels_before(last_run) - first;
     if (type == at::kByte && size == USUAL && latents.group_tokens == USUAL && out_row == USUAL) {
       read_ranges(first, count, 0);
       for (const Run* p = latents.runs + first_run; p < latents.runs + last_run; ++p)
@@ -283,6 +291,18 @@ class Reader {
   }
 
  private:
+  // The segment of a block, whose index becomes that within it.
+  size_t segment_of(int64_t& index) const {
+    size_t segment = 0;
+    for (; index >= latents.data[segment].size(1); ++segment) index -= latents.data[segment].size(1);
+    return segment;
+  }
+
+  static const uint8_t* bytes_of(const at::Tensor& data, int64_t batch, int64_t index) {
+    return static_cast<const uint8_t*>(data.const_data_ptr()) +
+           data.element_size() * (batch * data.stride(0) + index * data.stride(1));
+  }
+
   template <typename T>
   void copy(int64_t first, int64_t count, float* out, int64_t out_row) const {
     const T* from = reinterpret_cast<const T*>(bytes) + first;
@@ -301,7 +321,7 @@ class Reader {
   const Latents& latents;
   std::vector<float> minimum, step, beside;  // of every channel; some channels side by side
   at::ScalarType type;
-  const uint8_t* bytes;
+  const uint8_t *bytes, *bytes_end;  // of the block; of its segment
   const uint32_t* pairs;
 };
 
