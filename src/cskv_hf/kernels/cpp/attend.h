@@ -1,7 +1,7 @@
 // Attention of a few queries to a compressed past, in one pass (Dao et al. 2023, "Flash-Decoding"): threads share the
 // blocks of latents; keys are rebuilt, turned and scored, scores become weights relative to a running maximum, and
-// weights sum up latents of values, block by block in a core's cache. Then the threads' sums and the exact tokens meet.
-// The torch code in ../../attention.py is the oracle.
+// weights sum up latents of values, block by block in a core's cache. Then the threads' sums and the exact tokens
+// meet. The torch code in ../../attention.py is the oracle.
 
 #pragma once
 
@@ -18,24 +18,51 @@ namespace cskv {
 
 constexpr float LOWEST = std::numeric_limits<float>::lowest() / 2;  // no score that counts is less
 
-// Scores of N rows of q (N, 2 * half) against keys (2 * half, wide), which RoPE turns on the way: rows f and f + half
-// are a pair. cos and sin: (half, wide). out: (N, wide).
-template <int N>
-void turned_scores(const float* q, const float* keys, int64_t half, int64_t wide, const float* cos, const float* sin,
-                   float* out) {
-  for (int64_t t = 0; t < wide; t += LANES) {
-    Vector sums[N] = {};
-    for (int64_t f = 0; f < half; ++f) {
-      const Vector first = at(keys + f * wide + t), second = at(keys + (half + f) * wide + t);
-      const Vector c = at(cos + f * wide + t), s = at(sin + f * wide + t);
-      const Vector turned_first = first * c - second * s, turned_second = second * c + first * s;
-      for (int64_t i = 0; i < N; ++i) {
-        sums[i] += q[2 * half * i + f] * turned_first;
-        sums[i] += q[2 * half * i + half + f] * turned_second;
+// Adds to scores (rows, wide) of q (rows, 2 * half) what PAIRS pairs of channels give of WIDE tokens: channels f and
+// f + half of their keys are rebuilt in registers, as `up` (2 * half, up_row) times latents (rank, wide) plus means,
+// and turned by RoPE there. cos and sin: (half, wide). All from channel f on; the first pairs set the scores.
+template <int PAIRS>
+void score_pairs(const float* up, int64_t up_row, const float* latents, int64_t wide, int64_t rank, const float* mean,
+                 const float* cos, const float* sin, const float* q, int64_t rows, int64_t half, bool set,
+                 float* scores) {
+  Vector first[PAIRS][VECTORS], second[PAIRS][VECTORS];
+  for (int64_t f = 0; f < PAIRS; ++f)
+    for (int64_t v = 0; v < VECTORS; ++v) first[f][v] = Vector{} + mean[f], second[f][v] = Vector{} + mean[half + f];
+  for (int64_t k = 0; k < rank; ++k) {
+    Vector latent[VECTORS];
+    for (int64_t v = 0; v < VECTORS; ++v) latent[v] = at(latents + k * wide + v * LANES);
+    for (int64_t f = 0; f < PAIRS; ++f)
+      for (int64_t v = 0; v < VECTORS; ++v) {
+        first[f][v] += up[f * up_row + k] * latent[v];
+        second[f][v] += up[(half + f) * up_row + k] * latent[v];
       }
-    }
-    for (int64_t i = 0; i < N; ++i) at(out + i * wide + t) = sums[i];
   }
+  for (int64_t f = 0; f < PAIRS; ++f)
+    for (int64_t v = 0; v < VECTORS; ++v) {
+      const Vector c = at(cos + f * wide + v * LANES), s = at(sin + f * wide + v * LANES), x = first[f][v];
+      first[f][v] = x * c - second[f][v] * s;
+      second[f][v] = second[f][v] * c + x * s;
+    }
+  for (int64_t row = 0; row < rows; ++row, q += 2 * half, scores += wide)
+    for (int64_t v = 0; v < VECTORS; ++v) {
+      Vector score = set ? Vector{} : at(scores + v * LANES), other = {};
+      for (int64_t f = 0; f < PAIRS; ++f) score += q[f] * first[f][v], other += q[half + f] * second[f][v];
+      at(scores + v * LANES) = score + other;
+    }
+}
+
+// Scores (rows, wide) of the queries q (rows, 2 * half) of a KV head, whose keys are rebuilt.
+inline void score_rebuilt(const float* up, int64_t up_row, const float* latents, int64_t wide, int64_t rank,
+                          const float* mean, const float* cos, const float* sin, const float* q, int64_t rows,
+                          int64_t half, float* scores) {
+  constexpr int64_t PAIRS = ROWS / 2;
+  for (int64_t t = 0; t < wide; t += WIDE)
+    for (int64_t f = 0, count; f < half; f += count) {
+      count = half - f >= PAIRS ? PAIRS : 1;
+      const auto score = count == PAIRS ? score_pairs<PAIRS> : score_pairs<1>;
+      score(up + f * up_row, up_row, latents + t, wide, rank, mean + f, cos + f * wide + t, sin + f * wide + t, q + f,
+            rows, half, f == 0, scores + t);
+    }
 }
 
 // Products of rows of a (rows, depth) and rows of b (columns, depth) -> out (rows, out_row).
@@ -87,11 +114,11 @@ struct Mask {
   int64_t queries() const { return mask.has_value() ? mask->size(2) : 1; }
 };
 
-// Attention of query (batch, heads, rows, head_dim), times `scale`, to exact tokens and latents; all in float32. The rows of
-// a KV head are those of its query heads, one after the other. first_run: (groups + 1). key_B: (heads of a group *
-// head_dim, rank). key_mean, value_mean: (heads, head_dim). positions: (batch or 1, num_old) int32. inv_freq: (head_dim
-// / 2), or (batch or 1, num_old, head_dim / 2). cos and sin are scaled, and rounded to `dtype`. value_B: (heads *
-// head_dim, rank). key_sizes, value_sizes: of a block, and of a range in tokens and channels.
+// Attention of query (batch, heads, rows, head_dim), times `scale`, to exact tokens and latents; all in float32. The
+// rows of a KV head are those of its query heads, one after the other. first_run: (groups + 1). key_B: (heads of a
+// group * head_dim, rank). key_mean, value_mean: (heads, head_dim). positions: (batch or 1, num_old) int32. inv_freq:
+// (head_dim / 2), or (batch or 1, num_old, head_dim / 2). cos and sin are scaled, and rounded to `dtype`. value_B:
+// (heads * head_dim, rank). key_sizes, value_sizes: of a block, and of a range in tokens and channels.
 at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact_keys, const at::Tensor& exact_values,
                   const std::optional<at::Tensor>& mask, at::TensorList key_data, at::TensorList key_ranges,
                   const at::Tensor& key_runs, const at::Tensor& first_run, const at::Tensor& key_B,
@@ -123,7 +150,7 @@ at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact
   std::vector<float> sums(splits * batches * all_rows * wide_rank);
   at::parallel_for(0, splits * batches, 1, [&](int64_t begin, int64_t end) {
     Reader of_keys(keys), of_values(values);
-    std::vector<float> latents(keys.rank * wide), rebuilt(dim * wide), cos(half * wide), sin(half * wide);
+    std::vector<float> latents(keys.rank * wide), cos(half * wide), sin(half * wide);
     std::vector<float> scores(all_rows * wide), tokens(size * wide_rank);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t split = item / batches, batch = item % batches, last = (split + 1) * blocks / splits;
@@ -137,15 +164,9 @@ at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact
           if (in_group == 0) of_keys.read_across(starts[group], starts[group + 1], latents.data(), wide);
           if (block + 1 < last) of_keys.prefetch(batch, block + 1, head, heads);
           of_values.prefetch(batch, block, head, heads);
-          for (int64_t t = 0; t < wide; t += WIDE)
-            multiply_rows(dim, up_keys + in_group * dim * keys.rank + first, keys.rank, latents.data() + t, wide, rank,
-                          means + head * dim, rebuilt.data() + t, wide);
-          for (int64_t row = 0, count; row < rows; row += count) {
-            count = rows - row >= 4 ? 4 : rows - row >= 2 ? 2 : 1;
-            (count == 4 ? turned_scores<4> : count == 2 ? turned_scores<2> : turned_scores<1>)(
-                q + ((batch * heads + head) * rows + row) * dim, rebuilt.data(), half, wide, cos.data(), sin.data(),
-                scores.data() + (head * rows + row) * wide);
-          }
+          score_rebuilt(up_keys + in_group * dim * keys.rank + first, keys.rank, latents.data(), wide, rank,
+                        means + head * dim, cos.data(), sin.data(), q + (batch * heads + head) * rows * dim, rows,
+                        half, scores.data() + head * rows * wide);
         }
         float *maximum = maxima.data() + item * all_rows, *total = totals.data() + item * all_rows;
         float* sum = sums.data() + item * all_rows * wide_rank;

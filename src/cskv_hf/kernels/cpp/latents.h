@@ -264,8 +264,8 @@ class Reader {
                               : words ? UNPACK_WORDS<0>[p->bits]
                                       : UNPACK_BYTES[p->bits];
         unpack(bytes + p->first_byte + p->inside * (words ? 4 : 1), bytes_end, p->width, size, t,
-               t + latents.group_tokens, p->channels, minimum.data() + p->first_channel, step.data() + p->first_channel,
-               out + p->first_channel - first, out_row);
+               t + latents.group_tokens, p->channels, minimum.data() + p->first_channel,
+               step.data() + p->first_channel, out + p->first_channel - first, out_row);
       }
     }
   }
