@@ -49,7 +49,8 @@ SETTINGS = (
     Setting(0.95, "joint"),
 )
 PACKED = "SDPA, queries packed"  # of a KV head, as queries of one head, whose keys are then read once
-OTHERS = ("StaticCache", "quanto 4 bit", "hqq 4 bit")
+PRUNED = "20% of the tokens"  # in a DynamicCache: what is left of a prompt that a press of kvpress pruned by 80 %
+OTHERS = ("StaticCache", PRUNED, "quanto 4 bit", "hqq 4 bit")
 
 
 def attention_module(sizes: Sizes) -> nn.Module:
@@ -124,6 +125,8 @@ def other_cache(
     config = model_config(sizes, layers)
     if name == "StaticCache":
         cache = StaticCache(config, max_cache_len=length + steps * new)
+    elif name == PRUNED:
+        cache, length = DynamicCache(), length // 5
     else:
         cache = QuantizedCache(name.split()[0], config, nbits=4)
     step = update_step(cache, sizes, layers, states, length, new)

@@ -23,7 +23,7 @@ WIDTH = 7.3  # inches, 700 pixels of an SVG
 GREY, INK = "#666666", "#222222"
 SMALL = {"fontsize": 8, "color": GREY, "x": 0.01, "ha": "left"}
 FULL = ("DynamicCache", "SDPA, ready cache", "StaticCache", "SDPA, queries packed")
-QUANTISED = {"quanto 4 bit": "#cc79a7", "hqq 4 bit": "#a0522d"}
+OTHERS = {"quanto 4 bit": "#cc79a7", "hqq 4 bit": "#a0522d", "20% of the tokens": "#8a8a00"}
 OURS = {("80%", "16 bit"): "#d55e00", ("80%", "packed"): "#0072b2", ("95%", "packed"): "#009e73"}
 
 
@@ -32,8 +32,8 @@ def style(name: str) -> dict:
     if name in FULL:
         colour, dashes = INK if name == "DynamicCache" else GREY, ("-", ":", "-.", "--")[FULL.index(name)]
         return {"color": colour, "linestyle": dashes, "marker": "."}
-    if name in QUANTISED:
-        return {"color": QUANTISED[name], "linestyle": "-", "marker": "s"}
+    if name in OTHERS:
+        return {"color": OTHERS[name], "linestyle": "-", "marker": "s"}
     removed, layout, storage = name.split(maxsplit=2)
     joint = layout == "joint"
     return {

@@ -1,4 +1,4 @@
-"""A layer with random factors and a compressed past of random latents, for tests of attention without a model."""
+"""A layer with random factors and a compressed past of random latents, for tests of kernels without a model."""
 
 import torch
 
@@ -7,6 +7,7 @@ from cskv_hf.attention import _attend
 from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.factors import LayerFactors
 from cskv_hf.latents import Latents
+from cskv_hf.quantize import PackedLayout, quantize
 from cskv_hf.rope import RotaryFrequencies
 from cskv_hf.tokens import Step
 
@@ -93,3 +94,23 @@ def error_against_torch(attend, query, kv, *masks):
     ours, oracle = attend(query, kv, scaling, *masks), _attend(query.float(), widened(kv), scaling, *masks)
     assert ours.dtype == query.dtype and torch.isfinite(ours).all()
     return float((ours.float() - oracle).norm() / oracle.norm())
+
+
+def check_quantizer(quantize_by_kernels, block_size, times, group_channels, device="cpu"):
+    """The same bytes as the torch code, whatever the values and however tiers and groups of ranges divide: `times`
+    ranges in a block, if that divides it."""
+    bits = (8, 7, 6, 5, 4, 3, 2, 1) * 5 + (4,) * 33 + (2, 8, 2)
+    tokens = block_size // times if block_size % times == 0 else block_size
+    layout = PackedLayout(bits, block_size, tokens, group_channels)
+    torch.manual_seed(0)
+    latents = torch.randn(2, 3 * block_size, len(bits)) * torch.logspace(-9, 6, len(bits)) + torch.randn(len(bits))
+    latents[0, :, 3] = 0.1
+    latents[1, :block_size] *= 1e-7  # steps and minima that float16 has only as denormal numbers, or not at all
+    latents[1, block_size : 2 * block_size] = 3.5
+    latents[0, 1, 5] = torch.nan
+    codes, ranges = (t.cpu() for t in quantize_by_kernels(latents.to(device), layout))
+    expected_codes, expected_ranges = quantize(latents, layout)
+    assert expected_ranges.isnan().any()  # is not hidden
+    torch.testing.assert_close(ranges, expected_ranges, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(codes[:, 1:], expected_codes[:, 1:])  # all blocks but the one with NaN
+    assert torch.equal(codes[1], expected_codes[1])

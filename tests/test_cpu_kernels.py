@@ -8,15 +8,13 @@ import sys
 import pytest
 import torch
 from conftest import lossy, make_model, prompt
-from random_past import CASES, error_against_torch, layer, past
+from random_past import CASES, check_quantizer, error_against_torch, layer, past
 from typer.testing import CliRunner
 
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVStaticCache, kernels
 from cskv_hf.cli import app
 from cskv_hf.kernels import cpu
-from cskv_hf.latents import PackedFormat
-from cskv_hf.quantize import PackedLayout, quantize
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -89,23 +87,7 @@ def test_turns_keys_as_the_model_did(case, dtype):
 @pytest.mark.parametrize("block_size", [8, 24, 32, 64])
 @pytest.mark.parametrize("group", [(1, 1), (8, 1), (4, 3), (2, 100)], ids=str)
 def test_quantises_bit_for_bit(block_size, group):
-    """The same bytes as the torch code, whatever the values and however tiers and groups of ranges divide."""
-    times, group_channels = group
-    bits = (8, 7, 6, 5, 4, 3, 2, 1) * 5 + (4,) * 33 + (2, 8, 2)
-    tokens = block_size // times if block_size % times == 0 else block_size
-    layout = PackedLayout(bits, block_size, tokens, group_channels)
-    torch.manual_seed(0)
-    latents = torch.randn(2, 3 * block_size, len(bits)) * torch.logspace(-9, 6, len(bits)) + torch.randn(len(bits))
-    latents[0, :, 3] = 0.1
-    latents[1, :block_size] *= 1e-7  # steps and minima that float16 has only as denormal numbers, or not at all
-    latents[1, block_size : 2 * block_size] = 3.5
-    latents[0, 1, 5] = torch.nan
-    codes, ranges = cpu.quantize(latents, PackedFormat(layout))
-    expected_codes, expected_ranges = quantize(latents, layout)
-    assert expected_ranges.isnan().any()  # is not hidden
-    torch.testing.assert_close(ranges, expected_ranges, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(codes[:, 1:], expected_codes[:, 1:])  # all blocks but the one with NaN
-    assert torch.equal(codes[1], expected_codes[1])
+    check_quantizer(cpu.quantize, block_size, *group)
 
 
 def test_many_queries_masks_and_groups_of_ranges():

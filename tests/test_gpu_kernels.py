@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import lossy, make_model, prompt
-from random_past import CASES, DEVICE, error_against_torch, layer, past
+from random_past import CASES, DEVICE, check_quantizer, error_against_torch, layer, past
 
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVStaticCache, kernels
@@ -63,6 +63,13 @@ def test_many_queries_masks_and_groups_of_ranges():
     assert relative_error(query, kv, exact_mask, added) < 2e-6
     exact_mask = exact_mask & False  # row 1 sees nothing at all, and gets zeros
     assert not attention._attend_on_gpu(query, kv, 0.1, exact_mask, old_mask)[1].any()
+
+
+@pytest.mark.parametrize("block_size, times, group_channels", [(32, 1, 1), (64, 4, 3), (24, 8, 1), (32, 2, 100)])
+def test_quantises_bit_for_bit(block_size, times, group_channels):
+    from cskv_hf.kernels.triton_quantize import quantize
+
+    check_quantizer(quantize, block_size, times, group_channels, DEVICE)
 
 
 def test_the_sum_is_split_over_the_past(monkeypatch):

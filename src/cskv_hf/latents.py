@@ -55,11 +55,7 @@ class PackedFormat:
     def store(self, latents: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """(batch, tokens, rank) -> codes and ranges, see [`quantize`]; computed in float32 or wider."""
         wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        if kernels.can_quantize(wide):
-            from .kernels.cpu import quantize as quantize_on_cpu
-
-            return quantize_on_cpu(wide, self)
-        return quantize(wide, self.layout)
+        return (kernels.quantizer(wide, self.layout) or quantize)(wide, self.layout)
 
     def read(self, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
         """Undo [`store`] to rounding; in float32 or wider, then in `dtype`."""

@@ -1,10 +1,11 @@
-"""Attention over a compressed past by kernels: on a GPU in Triton, on a CPU in C++ once the user has compiled it. The
-torch code in attention.py is their oracle and their fallback."""
+"""Attention over a compressed past, and packing it, by kernels: on a GPU in Triton, on a CPU in C++ once the user has
+compiled it. The torch code in attention.py and quantize.py is their oracle and their fallback."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 if TYPE_CHECKING:
     from ..factors import LayerFactors
+    from ..quantize import PackedLayout
 
 logger = logging.get_logger(__name__)
 
@@ -43,11 +45,30 @@ def choose(query: torch.Tensor, *others: torch.Tensor) -> Literal["gpu", "cpu"] 
     return None if problem else "gpu"
 
 
-def can_quantize(latents: torch.Tensor) -> bool:
-    """Whether the kernels of a CPU quantise and pack these."""
-    wanted = torch.is_grad_enabled() and latents.requires_grad
-    plain = latents.device.type == "cpu" and latents.dtype == torch.float32 and not torch.compiler.is_compiling()
-    return plain and not wanted and _on_cpu()
+def quantizer(latents: torch.Tensor, layout: PackedLayout) -> Callable | None:
+    """The kernels' own `quantize` for these latents, or None: if there are no kernels, if somebody asks for gradients,
+    or if a compiler traces it, which makes short work of torch's operations itself."""
+    if latents.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() and latents.requires_grad:
+        return None
+    if latents.device.type == "cpu":
+        return _quantizer_on_cpu() if _on_cpu() else None
+    if latents.is_cuda and HAS_TRITON and _triton_version() >= OLDEST_TRITON:
+        return _quantizer_on_gpu(layout)
+    return None
+
+
+def _quantizer_on_cpu() -> Callable:
+    from .cpu import quantize
+
+    return quantize
+
+
+def _quantizer_on_gpu(layout: PackedLayout) -> Callable | None:
+    from .triton_quantize import quantize, serves
+
+    return quantize if serves(layout) else None
 
 
 def _on_cpu() -> bool:

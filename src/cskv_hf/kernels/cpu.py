@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..cache_layer import CompressedKV
 from ..latents import LatentFormat, Latents, PackedFormat
+from ..quantize import PackedLayout
 
 logger = logging.get_logger(__name__)
 
@@ -136,10 +137,10 @@ def attend(
     )  # fmt: skip
 
 
-def quantize(latents: torch.Tensor, format: PackedFormat) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize` of quantize.py, of (batch, tokens, rank) float32."""
+    format = PackedFormat(layout)
     runs, _ = runs_of(format, (format.rank,))
-    layout = format.layout
     return torch.ops.cskv_hf.quantize(latents, runs, _sizes(format), layout.code_bytes, layout.num_ranges)
 
 
