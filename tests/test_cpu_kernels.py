@@ -1,6 +1,7 @@
 """The C++ kernels, compiled here, against the torch path, number by number."""
 
 import functools
+import platform
 import shutil
 import subprocess
 import sys
@@ -182,22 +183,92 @@ def test_latents_that_lie_elsewhere_or_are_gone(cache, monkeypatch):
 def test_sizes_that_do_not_go_together():
     """As of a cache from a file that was tampered with: an error, not somebody else's memory."""
     factors = layer(*CASES["packed, head"], torch.float32, device="cpu")
-    query = torch.randn(1, 4, 1, 32)
+    query, seen = torch.randn(2, 4, 1, 32), torch.ones(2, 1, 1, 64, dtype=torch.bool)
+
+    def codes_and_ranges(change):
+        return lambda kv: setattr(kv.key_latents, "segments", tuple(change(*pair) for pair in kv.key_latents.segments))
+
     for spoil in (
         lambda kv: setattr(kv.step, "old_positions", kv.step.old_positions[:, :32]),
         lambda kv: setattr(kv, "value_latents", kv.value_latents.take(slice(0, 1))),
-        lambda kv: setattr(kv.key_latents, "segments", tuple((c[..., :-8], r) for c, r in kv.key_latents.segments)),
+        lambda kv: setattr(kv, "exact_values", kv.exact_values[:, :, :-1]),
+        lambda kv: setattr(kv, "exact_keys", kv.exact_keys[:, :1]),
+        codes_and_ranges(lambda codes, ranges: (codes[..., :-8], ranges)),
+        codes_and_ranges(lambda codes, ranges: (codes, ranges[..., 0])),
+        codes_and_ranges(lambda codes, ranges: (codes, ranges[..., :1])),
+        codes_and_ranges(lambda codes, ranges: (codes[:1], ranges[:1])),
+        codes_and_ranges(lambda codes, ranges: (codes.double(), ranges)),
     ):
-        kv = past(factors, 1, 64, torch.float32)
+        kv = past(factors, 2, 64, torch.float32)
         spoil(kv)
-        with pytest.raises(RuntimeError, match=r"latents of (64|32) tokens|other sizes"):
+        with pytest.raises(RuntimeError, match="tokens where there should be|other sizes|of sizes|do not read"):
             attention._attend_on_cpu(query, kv, 0.1, None, None)
+    kv = past(factors, 2, 64, torch.float32)
+    for mask in (seen[..., :-1], seen.expand(2, 2, 1, 64), seen.repeat(2, 1, 1, 1), seen.repeat(1, 1, 3, 1)):
+        with pytest.raises(RuntimeError, match="A mask of sizes"):
+            attention._attend_on_cpu(query, kv, 0.1, None, mask)
+    with pytest.raises(ValueError, match="for 2 queries, and there are 1"):
+        attention.compressed_attention(query, kv, 0.1, None, seen.repeat(1, 1, 2, 1))
+    layout = kv.key_latents.format.layout
+    with pytest.raises(RuntimeError, match="Latents of 3 channels"):
+        cpu.quantize(torch.randn(1, 32, 3), layout)
+    with pytest.raises(ValueError, match="cannot be packed"):
+        kv.key_latents.format.store(torch.randn(1, 32, 3), torch.float32)
+
+
+def test_nan_in_latents_is_not_hidden():
+    """Nor infinity; as the torch path has it."""
+    factors = layer(*CASES["packed, joint"], torch.float32, device="cpu")
+    for value in (torch.nan, torch.inf):
+        kv = past(factors, 2, 64, torch.float32)
+        kv.value_latents.segments[0][1][1, 0, 0, 0] = value
+        ours, oracle = (f(torch.randn(2, 4, 1, 32), kv, 0.1, None, None) for f in (attention._attend_on_cpu, attention._attend))
+        assert torch.equal(ours.isfinite(), oracle.isfinite()) and not ours[1].isfinite().all() and ours[0].isfinite().all()
+
+
+def test_groups_without_channels_and_no_exact_tokens():
+    """A KV head of which nothing is kept, alone in one block with more threads than blocks."""
+    for case in (("head", (0, 5), 7, 2, 32), ("head", ((), (4, 3)), (2, 2), 2, 32), ("head", ((4,), ()), (8,), 2, 32)):
+        factors = layer(*case, torch.float32, device="cpu")
+        kv = past(factors, 3, 32, torch.float32)
+        kv.exact_keys, kv.exact_values = kv.exact_keys[:, :, :0], kv.exact_values[:, :, :0]
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(4)
+            assert relative_error(torch.randn(3, 4, 1, 32), kv, None, None) < 2e-6
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 20, 24, 96])
+def test_blocks_that_fill_no_vector(block_size):
+    """Plain blocks of any length, packed ones of whole bytes; channels enough for squares that overlap."""
+    cases = [("head", (19, 40), 50, 2, 32)]
+    if block_size % 8 == 0:
+        cases.append(("head", ((4,) * 19, (6,) * 20 + (3,) * 20), (5,) * 40, 2, 32))
+    for case in cases:
+        factors = layer(*case, torch.float32, None, "cpu", block_size)
+        kv = past(factors, 2, 3 * block_size, torch.float32)
+        assert relative_error(torch.randn(2, 4, 1, 32), kv, None, None) < 2e-6
+
+
+@pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-march=x86-64"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of another processor")
+def test_older_processors(flags):
+    """Vectors of eight numbers, and none that multiplies and adds at once; in a process of its own."""
+    code = "import pytest; from cskv_hf.kernels import cpu; "
+    code += f"cpu.FLAGS = [f for f in cpu.FLAGS if 'march' not in f] + ['{flags}']; "
+    chosen = "turns_keys or every_number_of_bits or head_dim or quantises"
+    code += f"raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', '{chosen}', {__file__!r}]))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout
 
 
 def test_what_is_left_to_torch():
-    """Long prompts, float64, gradients, and what a compiler traces."""
+    """Long prompts, float64, gradients, a mask for each head."""
     query = torch.empty(1, 2, 1, 32)
     assert kernels.choose(query, query) == "cpu"
+    assert kernels.choose(query, query.double()) is None
     assert kernels.choose(query.expand(1, 2, kernels.CPU_QUERIES + 1, 32), query) is None
     assert kernels.choose(query.double(), query) is None
     trained = torch.nn.Parameter(query)

@@ -263,10 +263,11 @@ def test_a_past_that_fills_no_tile(num_old):
     assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE, torch.float16), kv, None, None) < 4e-3
 
 
-def test_a_mask_for_each_head_is_left_to_torch(monkeypatch):
+@pytest.mark.parametrize("kernel", ["gpu", "cpu"])
+def test_a_mask_for_each_head_is_left_to_torch(kernel, monkeypatch):
     factors = layer("head", ((4,) * 9, (4,) * 9), (4,) * 9, 2, 32, torch.float32)
     kv, query = past(factors, 1, 64, torch.float32), torch.randn(1, 2, 1, 32).to(DEVICE)
-    monkeypatch.setattr(kernels, "choose", lambda *_: "gpu")
+    monkeypatch.setattr(kernels, "choose", lambda *_: kernel)
     mask = torch.rand(1, 2, 1, 64, device=DEVICE) > 0.5
     assert not torch.equal(mask[:, 0], mask[:, 1])
     ours = attention.compressed_attention(query, kv, 0.2, None, mask)

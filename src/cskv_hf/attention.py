@@ -2,7 +2,7 @@
 
 Keys of the past are rebuilt in tiles and thrown away; values never are: the attention weights aggregate latents, and
 ``value_B`` is applied once at the end (``P (c_v B_vᵀ + μ) = (P c_v) B_vᵀ + (P 1) μ``). Exact and compressed parts
-meet in one softmax, online in torch, so that neither the scores of a long prompt nor a layer's rebuilt keys or values
+meet in one softmax, online but on a GPU, so that neither the scores of a long prompt nor a layer's rebuilt keys or values
 exist at any time.
 """
 
@@ -30,7 +30,7 @@ from .tokens import Step
 PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
 CPU_TILE, GPU_TILE = 2**20, 2**24  # elements of a tile of keys or latents: about a CPU's caches; enough for a GPU
 QUERY_CHUNK = 128  # queries at a time, which bounds the scores of a long prompt over a long past
-KERNEL_SCORES = 2**26  # elements of scores that the kernels write at a time, at most, if more than one query is left
+GPU_SCORES = 2**26  # elements of scores that the kernels write at a time, at most, if more than one query is left
 
 
 def compressed_attention(
@@ -51,16 +51,25 @@ def compressed_attention(
 
     Returns:
         (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked.
+
+    Raises:
+        ValueError: for a mask of another number of queries.
     """
+    for mask in (exact_mask, old_mask):
+        if mask is not None and mask.shape[2] not in (1, query.shape[2]):
+            raise ValueError(
+                f"`attention_mask` is for {mask.shape[2]} queries, and there are {query.shape[2]}. Give it a row for "
+                "each of them, or one for all."
+            )
     factors = kv.factors.key_B, kv.factors.value_B, kv.factors.key_mean, kv.factors.value_mean
     old = kv.key_latents.num_tokens > 0
     served = kernels.choose(query, kv.exact_keys, kv.exact_values, *factors) if old else None
-    if served == "gpu" and any(mask is not None and mask.shape[1] != 1 for mask in (exact_mask, old_mask)):
+    if served and any(mask is not None and mask.shape[1] != 1 for mask in (exact_mask, old_mask)):
         served = None  # a mask for each head
     attend = {"gpu": _attend_on_gpu, "cpu": _attend_on_cpu, None: _attend}[served]
     chunk = QUERY_CHUNK
-    if served:  # all scores of a chunk are written
-        chunk = max(1, min(chunk, KERNEL_SCORES // (query.shape[0] * query.shape[1] * kv.key_latents.num_tokens)))
+    if served == "gpu":  # all scores of a chunk are written
+        chunk = max(1, min(chunk, GPU_SCORES // (query.shape[0] * query.shape[1] * kv.key_latents.num_tokens)))
     if query.shape[2] <= chunk:
         return attend(query, kv, scaling, exact_mask, old_mask)
     chunks = []

@@ -33,7 +33,7 @@ def choose(query: torch.Tensor, *others: torch.Tensor) -> Literal["gpu", "cpu"] 
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, *others)):
         return None
     if query.device.type == "cpu":
-        served = query.shape[2] <= CPU_QUERIES and query.dtype in DTYPES
+        served = query.shape[2] <= CPU_QUERIES and all(t.dtype in DTYPES for t in (query, *others))
         return "cpu" if served and not compiling and _on_cpu() else None
     if not query.is_cuda:
         return None

@@ -26,6 +26,7 @@ from ..quantize import PackedLayout
 from .pieces import Pieces, cut
 from .triton_kernels import PART, finish_kernel, merge_kernel, score_kernel, value_kernel
 from .triton_latents import PLANES, THOUSANDS
+from .triton_quantize import tables_of
 
 INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
 
@@ -204,6 +205,9 @@ def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dty
     value_pieces(factors.value_format, device)
     with_mean(factors.key_B, factors.key_mean, pieces.order, work)
     transposed(factors.value_B, dtype)
+    for format in (factors.key_format, factors.value_format):
+        if isinstance(format, PackedFormat):
+            tables_of(format.layout, device)
 
 
 @functools.cache

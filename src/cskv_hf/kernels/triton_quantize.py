@@ -18,7 +18,7 @@ from ..quantize import PLANES, PackedLayout, rows_together
 
 CHANNELS = 64  # of a program that quantises, at least
 UNITS = 256  # words or bytes of a program that packs
-LARGEST = 2**15  # latents of a program; groups of more are left to torch
+LARGEST = 2**13  # latents of a program; groups of more are left to torch
 LIMIT = tl.constexpr(65504.0)  # of float16
 TO_INTEGER = tl.constexpr(12582912.0)  # added and taken off again: rounds to the nearest, to even
 
@@ -107,7 +107,7 @@ def tables_of(layout: PackedLayout, device: torch.device) -> Tables:
     return Tables(table(groups), table(order), table(planes), most_units)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_groups", "rank", "num_ranges"))
 def quantize_kernel(
     latents, groups, order, codes, ranges, num_groups, rank, num_ranges, BLOCK: tl.constexpr,
     GROUP_TOKENS: tl.constexpr, TOKENS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -123,7 +123,8 @@ def quantize_kernel(
     token = block * BLOCK + time * GROUP_TOKENS + tl.minimum(tl.arange(0, TOKENS), GROUP_TOKENS - 1)
     x = tl.load(latents + token[:, None] * rank + tl.load(order + channel)[None, :])
 
-    unknown = tl.max(tl.max((x != x).to(tl.int32), 0).reshape(GROUPS, GROUP_CHANNELS), 1) != 0
+    is_nan = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000  # which a compiler may take to be nowhere
+    unknown = tl.max(tl.max(is_nan.to(tl.int32), 0).reshape(GROUPS, GROUP_CHANNELS), 1) != 0
     low = tl.min(tl.min(x, 0).reshape(GROUPS, GROUP_CHANNELS), 1)
     high = tl.max(tl.max(x, 0).reshape(GROUPS, GROUP_CHANNELS), 1)
     low, high = tl.where(unknown, float("nan"), low), tl.where(unknown, float("nan"), high)
@@ -146,7 +147,7 @@ def quantize_kernel(
     tl.store(codes + token[:, None] * rank + channel[None, :], code, mask=inside[:, None] & there[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rank", "block_units"))
 def pack_kernel(
     codes, planes, packed, rank, block_units, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, UNITS: tl.constexpr
 ):

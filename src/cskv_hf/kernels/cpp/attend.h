@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 
 #include "latents.h"
@@ -114,10 +115,35 @@ struct Mask {
   int64_t queries() const { return mask.has_value() ? mask->size(2) : 1; }
 };
 
+// What torch's own operations would find wrong.
+inline void check_sizes(const at::Tensor& query, const at::Tensor& exact_keys, const at::Tensor& exact_values,
+                        const std::optional<at::Tensor>& mask, const at::Tensor& key_B, const at::Tensor& key_mean,
+                        const at::Tensor& value_B, const at::Tensor& value_mean, const at::Tensor& first_run,
+                        int64_t num_old) {
+  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  const int64_t num_exact = exact_keys.size(2), of_group = key_B.size(0) / dim;
+  for (const at::Tensor& tensor : {query, exact_keys, exact_values, key_B, key_mean, value_B, value_mean})
+    TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == at::kFloat, "Compact float32 is needed.");
+  for (const at::Tensor& exact : {exact_keys, exact_values})
+    TORCH_CHECK(exact.sizes() == at::IntArrayRef({batch, heads, num_exact, dim}), "Exact keys or values of sizes ",
+                exact.sizes(), " where they should be ", batch, ", ", heads, ", ", num_exact, ", ", dim, ".");
+  TORCH_CHECK(of_group > 0 && key_B.size(0) == of_group * dim && heads % of_group == 0 &&
+                  first_run.numel() == heads / of_group + 1 && key_mean.numel() == heads * dim &&
+                  value_mean.numel() == heads * dim && value_B.size(0) == heads * dim,
+              "Factors of other sizes than the keys: ", key_B.sizes(), " and ", value_B.sizes(), ".");
+  if (!mask.has_value()) return;
+  TORCH_CHECK(mask->is_contiguous() && mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == batch) &&
+                  mask->size(1) == 1 && mask->size(2) > 0 && rows % mask->size(2) == 0 &&
+                  mask->size(3) == num_exact + num_old &&
+                  (mask->scalar_type() == at::kBool || mask->scalar_type() == at::kFloat),
+              "A mask of sizes ", mask->sizes(), " for ", batch, " rows, ", rows, " queries of a KV head and ",
+              num_exact + num_old, " tokens.");
+}
+
 // Attention of query (batch, heads, rows, head_dim), times `scale`, to exact tokens and latents; all in float32. The
 // rows of a KV head are those of its query heads, one after the other. first_run: (groups + 1). key_B: (heads of a
 // group * head_dim, rank). key_mean, value_mean: (heads, head_dim). positions: (batch or 1, num_old) int32. inv_freq:
-// (head_dim / 2), or (batch or 1, num_old, head_dim / 2). cos and sin are scaled, and rounded to `dtype`. value_B:
+// (head_dim / 2), or ((batch or 1,) num_old, head_dim / 2). cos and sin are scaled, and rounded to `dtype`. value_B:
 // (heads * head_dim, rank). key_sizes, value_sizes: of a block, and of a range in tokens and channels.
 at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact_keys, const at::Tensor& exact_values,
                   const std::optional<at::Tensor>& mask, at::TensorList key_data, at::TensorList key_ranges,
@@ -133,12 +159,14 @@ at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact
   const Rope rope(positions, inv_freq, scaling, dtype);
   keys.check(batches, num_old);
   values.check(batches, num_old);
-  TORCH_CHECK(rope.half == half, "Keys of ", dim, " channels, and frequencies of ", rope.half, " pairs.");
-  TORCH_CHECK(!mask.has_value() || mask->is_contiguous(), "The mask has to be contiguous.");
+  check_sizes(query, exact_keys, exact_values, mask, key_B, key_mean, value_B, value_mean, first_run, num_old);
+  TORCH_CHECK(2 * rope.half == dim && rope.serves(batches) && keys.block_size == values.block_size,
+              "Positions, frequencies and blocks of other sizes than the keys'.");
   const Mask masked{mask};
   const int64_t of_group = key_B.size(0) / dim, size = keys.block_size, wide = whole(size, WIDE);
   const int64_t blocks = keys.blocks(), all_rows = heads * rows, wide_rank = whole(values.rank, WIDE);
-  const int64_t splits = (at::get_num_threads() + batches - 1) / batches;
+  const int64_t threads = at::get_num_threads();  // as many splits as give each thread as much
+  const int64_t splits = std::max<int64_t>(1, std::min(blocks, threads / std::gcd(threads, batches)));
   const float *up_keys = key_B.const_data_ptr<float>(), *means = key_mean.const_data_ptr<float>();
   std::vector<float> scaled(query.const_data_ptr<float>(), query.const_data_ptr<float>() + query.numel());
   for (float& x : scaled) x *= float(scale);
@@ -181,8 +209,7 @@ at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact
         }
         of_values.read(0, values.num_runs, tokens.data(), wide_rank);
         for (int64_t c = 0; c < wide_rank; c += WIDE)
-          multiply_rows(all_rows, scores.data(), wide, tokens.data() + c, wide_rank, size, nullptr, sum + c,
-                        wide_rank);
+          multiply_rows(all_rows, scores.data(), wide, tokens.data() + c, wide_rank, size, sum + c, wide_rank);
       }
     }
   });
@@ -219,7 +246,7 @@ at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact
         total[row] = std::max(total[row] + old[row], std::numeric_limits<float>::min());
       }
       for (int64_t d = 0; d < wide_dim; d += WIDE)
-        multiply_rows(rows, scores.data(), wide_exact, padded.data() + d, wide_dim, num_exact, nullptr,
+        multiply_rows(rows, scores.data(), wide_exact, padded.data() + d, wide_dim, num_exact,
                       near.data() + d, wide_dim);
       dot_rows(rows, latent.data(), wide_rank, dim, up_values + head * dim * values.rank, values.rank, far.data(),
                dim);

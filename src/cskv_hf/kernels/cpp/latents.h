@@ -60,6 +60,9 @@ struct Latents {
 
   // That the segments hold what the runs and the number of tokens say; nothing below looks again.
   void check(int64_t batch, int64_t num_tokens) const {
+    const at::ScalarType type = data[0].scalar_type();
+    TORCH_CHECK(packed || type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
+                "Latents of ", type, ", which the kernels do not read.");
     int64_t code_bytes = 0, num_ranges = 0;
     for (const Run* run = runs; run < runs + num_runs; ++run) {
       code_bytes = std::max(code_bytes, run->first_byte + int64_t(run->width) * run->bits * block_size / 8);
@@ -68,10 +71,15 @@ struct Latents {
     TORCH_CHECK(blocks() * block_size == num_tokens, "There are latents of ", blocks() * block_size,
                 " tokens where there should be ", num_tokens, ".");
     for (size_t i = 0; i < data.size(); ++i) {
-      TORCH_CHECK(data[i].size(0) == batch && ranges[i].size(0) == batch && ranges[i].size(1) == data[i].size(1) &&
-                      (packed ? data[i].size(2) == code_bytes && ranges[i].size(2) == num_ranges
-                              : data[i].size(2) == block_size && data[i].size(3) == rank),
-                  "Latents of other sizes than the factors': ", data[i].sizes(), " and ", ranges[i].sizes(), ".");
+      const at::IntArrayRef of_data = data[i].sizes(), of_ranges = ranges[i].sizes();
+      const int64_t blocks = of_data.size() > 1 ? of_data[1] : 0;
+      const bool sizes = packed ? of_data == at::IntArrayRef({batch, blocks, code_bytes}) &&
+                                      of_ranges == at::IntArrayRef({batch, blocks, num_ranges, 2})
+                                : of_data == at::IntArrayRef({batch, blocks, block_size, rank});
+      TORCH_CHECK(sizes && data[i].scalar_type() == type && (!packed || ranges[i].scalar_type() == at::kHalf),
+                  "Latents of other sizes than the factors': ", of_data, " and ", of_ranges, ".");
+      for (const at::Tensor& tensor : {data[i], ranges[i]})
+        TORCH_CHECK(blocks == 0 || tensor[0].is_contiguous(), "Blocks of latents have to be compact.");
     }
   }
 };
@@ -215,10 +223,11 @@ constexpr UnpackAcross UNPACK_ACROSS[] = {
     unpack_across<5>, unpack_across<6>, unpack_across<7>, unpack_across<8>,
 };
 
-// Of a float16 that is finite; in integers, which a compiler makes vectors of.
+// Of a float16; in integers, which a compiler makes vectors of.
 inline float widened(uint32_t half) {
   const float magnitude = std::bit_cast<float>((half & 0x7fff) << 13) * 0x1p112f;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | (half & 0x8000) << 16);
+  const uint32_t infinite = (half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;  // or NaN
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | infinite | (half & 0x8000) << 16);
 }
 
 // Reads blocks, one after the other; each thread has its own.

@@ -86,11 +86,15 @@ inline std::tuple<at::Tensor, at::Tensor> quantize(const at::Tensor& latents, co
                                                    at::IntArrayRef sizes, int64_t code_bytes, int64_t num_ranges) {
   const int64_t batch = latents.size(0), size = sizes[0], rank = latents.size(2), blocks = latents.size(1) / size;
   TORCH_CHECK(latents.size(1) == blocks * size, latents.size(1), " tokens are not whole blocks of ", size, ".");
+  TORCH_CHECK(latents.scalar_type() == at::kFloat, "Latents of ", latents.scalar_type(), " where float32 is needed.");
   const at::Tensor from = latents.contiguous();
   at::Tensor codes = at::empty({batch, blocks, code_bytes}, from.options().dtype(at::kByte));
   at::Tensor ranges = at::empty({batch, blocks, num_ranges, 2}, from.options().dtype(at::kHalf));
   const auto* run = reinterpret_cast<const Run*>(runs.const_data_ptr<int32_t>());
   std::vector<Run> by_tier(run, run + runs.size(0));
+  int64_t channels = 0;
+  for (const Run& of_tier : by_tier) channels += of_tier.channels;
+  TORCH_CHECK(channels == rank, "Latents of ", rank, " channels, ", channels, " of which have bits.");
   std::sort(by_tier.begin(), by_tier.end(), [](const Run& a, const Run& b) {
     return std::pair(a.first_byte, a.inside) < std::pair(b.first_byte, b.inside);
   });

@@ -19,8 +19,8 @@ inline float rounded(float x) {
 
 struct Rope {
   const int32_t* positions;  // (batch or 1, num_old)
-  const float* inv_freq;     // (half), or (batch or 1, num_old, half)
-  int64_t batch_positions, batch_freq, num_old, half;
+  const float* inv_freq;     // (half), or ((batch or 1,) num_old, half)
+  int64_t rows_positions, rows_freq, num_old, half;
   bool of_tokens;  // whether each has frequencies of its own
   float scaling;
   at::ScalarType type;
@@ -32,14 +32,17 @@ struct Rope {
     TORCH_CHECK(positions.is_contiguous() && inv_freq.is_contiguous(), "Positions have to be contiguous.");
     TORCH_CHECK(!of_tokens || inv_freq.size(-2) == num_old, "Frequencies of ", inv_freq.size(-2), " tokens where ",
                 "there are ", num_old, ".");
-    batch_positions = positions.size(0) > 1 ? num_old : 0;
-    batch_freq = inv_freq.dim() == 3 && inv_freq.size(0) > 1 ? num_old * half : 0;
+    rows_positions = positions.size(0), rows_freq = inv_freq.dim() == 3 ? inv_freq.size(0) : 1;
+  }
+
+  bool serves(int64_t batch) const {
+    return (rows_positions == 1 || rows_positions == batch) && (rows_freq == 1 || rows_freq == batch);
   }
 
   // cos and sin, (half, wide) each, of `size` tokens from `first` on; anything beyond them.
   void turn(int64_t batch, int64_t first, int64_t size, int64_t wide, float* cos, float* sin) const {
-    const int32_t* position = positions + batch * batch_positions + first;
-    const float* freq = inv_freq + batch * batch_freq + (of_tokens ? first * half : 0);
+    const int32_t* position = positions + (rows_positions > 1 ? batch * num_old : 0) + first;
+    const float* freq = inv_freq + (of_tokens ? ((rows_freq > 1 ? batch * num_old : 0) + first) * half : 0);
     for (int64_t t = 0; t < wide; t += LANES) {
       Vector turned_by = {};
       for (int64_t lane = 0; lane < LANES && t + lane < size; ++lane) turned_by[lane] = position[t + lane];

@@ -1,5 +1,4 @@
-// Vectors of floats and what is computed with them, in the compiler's own notation: no processor is named but for
-// sizes.
+// Vectors of floats and what is computed with them, in the compiler's own notation.
 
 #pragma once
 
@@ -77,13 +76,13 @@ inline void cos_sin(const Vector& x, Vector& cos, Vector& sin) {
   sin = (Vector)((Ints)(swapped ? even : odd) ^ negative_sin);
 }
 
-// out = a b for N rows of a (N, depth) and WIDE columns of b (depth, WIDE); added to out, or to a number for each row.
+// out += a b for N rows of a (N, depth) and WIDE columns of b (depth, WIDE).
 template <int N>
-inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, const float* start,
-                     float* out, int64_t out_row) {
+inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, float* out,
+                     int64_t out_row) {
   Vector sums[N][VECTORS];
   for (int64_t i = 0; i < N; ++i)
-    for (int64_t v = 0; v < VECTORS; ++v) sums[i][v] = start ? Vector{} + start[i] : at(out + i * out_row + v * LANES);
+    for (int64_t v = 0; v < VECTORS; ++v) sums[i][v] = at(out + i * out_row + v * LANES);
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[VECTORS];
     for (int64_t v = 0; v < VECTORS; ++v) right[v] = at(b + k * b_row + v * LANES);
@@ -96,11 +95,11 @@ inline void multiply(const float* a, int64_t a_row, const float* b, int64_t b_ro
 
 // The same for any number of rows.
 inline void multiply_rows(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth,
-                          const float* start, float* out, int64_t out_row) {
+                          float* out, int64_t out_row) {
   for (int64_t i = 0, count; i < rows; i += count) {
     count = rows - i >= ROWS ? ROWS : rows - i >= 4 ? 4 : 1;
-    (count == ROWS ? multiply<ROWS> : count == 4 ? multiply<4> : multiply<1>)(
-        a + i * a_row, a_row, b, b_row, depth, start ? start + i : nullptr, out + i * out_row, out_row);
+    (count == ROWS ? multiply<ROWS> : count == 4 ? multiply<4> : multiply<1>)(a + i * a_row, a_row, b, b_row, depth,
+                                                                              out + i * out_row, out_row);
   }
 }
 
