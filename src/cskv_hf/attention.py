@@ -2,8 +2,8 @@
 
 Keys of the past are rebuilt in tiles and thrown away; values never are: the attention weights aggregate latents, and
 ``value_B`` is applied once at the end (``P (c_v B_vᵀ + μ) = (P c_v) B_vᵀ + (P 1) μ``). Exact and compressed parts
-meet in one softmax, online but on a GPU, so that neither the scores of a long prompt nor a layer's rebuilt keys or values
-exist at any time.
+meet in one softmax, online but on a GPU, so that neither the scores of a long prompt nor a layer's rebuilt keys or
+values exist at any time.
 """
 
 from __future__ import annotations

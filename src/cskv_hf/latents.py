@@ -56,8 +56,8 @@ class PackedFormat:
         """(batch, tokens, rank) -> codes and ranges, see [`quantize`]; computed in float32 or wider."""
         if latents.shape[-1] != self.rank or latents.shape[1] % self.block_size:
             raise ValueError(
-                f"Latents of shape {tuple(latents.shape)} cannot be packed: {self.rank} channels have bits, and a block "
-                f"has {self.block_size} tokens."
+                f"Latents of shape {tuple(latents.shape)} cannot be packed: {self.rank} channels have bits, and a "
+                f"block has {self.block_size} tokens."
             )
         wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
         return (kernels.quantizer(wide, self.layout) or quantize)(wide, self.layout)
