@@ -25,20 +25,20 @@ from .rates import Device, between, full_bytes, measure_device
 
 # Passes over float32 elements, each as long as turning a tile by RoPE: what the stages of the torch path took on one
 # core, in such passes (benchmarks/cost.py shows what comes of it).
-KEY_PASSES = 4  # of a rebuilt key: its mean is written, the product added, RoPE turns it, its score reads it
+KEY_PASSES = 6  # of a rebuilt key: its mean is written, the product added, RoPE turns it, its score reads it
 SOFTMAX_PASSES = 12  # of a score: maximum, difference, exponential, sum, and the copy that joins the heads
 ANGLE_PASSES = 30  # of a pair of RoPE: cos and sin; once per step for all layers
 PLANE_PASSES = {1: 1, 2: 3.5, 3: 6}  # of a code in so many bit planes; joining two takes longer than reading them
-RANGE_PASSES = 5.5  # of a code once unpacked: to a float, times its step, plus its minimum
+RANGE_PASSES = 7.5  # of a code once unpacked: to a float, times its step, plus its minimum
 PIECE_ELEMENTS = 300  # that one token's channels of a piece are worth, where latents are brought into their own order
 # Operations on next to nothing that the rest is worth: of a step with what the cache does (Python and views included:
 # what is left of a short context's time), of a tile, of a key group in it, of a tier of packed latents in it.
-STEP_OPERATIONS, TILE_OPERATIONS, GROUP_OPERATIONS, TIER_OPERATIONS = 300, 20, 4, 8
-KERNEL_OPERATIONS = 60  # of a step in which the kernels attend
+STEP_OPERATIONS, TILE_OPERATIONS, GROUP_OPERATIONS, TIER_OPERATIONS = 500, 20, 4, 8
+KERNEL_OPERATIONS = 200  # of a step in which the kernels attend
 GPU_OPERATIONS = 20  # of a step on a GPU: four launches, and what the cache does
 # The same for the kernels of a CPU, in the passes above: of a rebuilt key that is turned, and scored by each query
-# head that shares it, and of an angle.
-TURNED_PASSES, SCORED_PASSES, COMPUTED_ANGLE_PASSES = 0.5, 0.2, 6
+# head that shares it, and of an angle, which each layer computes for itself.
+TURNED_PASSES, SCORED_PASSES, COMPUTED_ANGLE_PASSES = 0.5, 0.15, 2
 UNPACKED_PASSES = {1: 0.25, 2: 0.5, 3: 0.75}  # of a code in so many bit planes
 # The same for the kernels of a GPU, in multiply-adds of its cores at the rate that `measure_device` finds: of a
 # rebuilt key that is turned and scored, of a code in each of its bit planes, of a latent of 16 bits. By an H100, whose
@@ -281,8 +281,8 @@ def compressed_work(
         rows = num_attention_heads // shape.num_key_value_heads
         of_old = (TURNED_PASSES + SCORED_PASSES * rows) * shape.kv_dim
         of_old += sum(UNPACKED_PASSES[n] for f in formats for n in _planes(f))
-        angles = COMPUTED_ANGLE_PASSES * shape.head_dim / 2 * num_old / shape.num_hidden_layers
-        return Work(flops, batch * num_old * of_old + angles + 2 * exact, stored, KERNEL_OPERATIONS)
+        of_old += COMPUTED_ANGLE_PASSES * shape.head_dim / 2
+        return Work(flops, batch * num_old * of_old + 2 * exact, stored, KERNEL_OPERATIONS)
     copied = batch > 1 and heads_per_group > 1  # a product over batch and heads at once needs them next to each other
     of_old = (KEY_PASSES + copied) * shape.kv_dim + sum(_read_passes(f, device.dtype) for f in formats)
     scores = SOFTMAX_PASSES * num_attention_heads * batch * context

@@ -66,7 +66,7 @@ def measure_device(
     place = _place(device)
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
 
-    def median(run: Callable[[], object]) -> float:
+    def median(run: Callable[[], object], rounds: int = rounds) -> float:
         times = []
         for _turn in range(rounds + 1):  # the first is not timed
             _synchronize(place)
@@ -79,7 +79,8 @@ def measure_device(
     many = 4096 if place.type == "cuda" else 1024  # rows: enough to fill a GPU
     probe = torch.randn(many, many, device=place, dtype=dtype)
     left = probe.to(compute_dtype(probe))[:, : many // 4].contiguous()
-    matmul = 2 * many * many * left.shape[1] / median(lambda: left @ left.mT)
+    product = left @ left.mT  # into memory that is there; and oftener, for it is short
+    matmul = 2 * many * many * left.shape[1] / median(lambda: torch.mm(left, left.mT, out=product), 5 * rounds)
     if place.type == "cuda":  # elements are worked on in registers there: a multiply-add of the cores without tensors
         wide = left.float()
         elements = many * many * left.shape[1] / median(lambda: wide @ wide.mT)
@@ -87,7 +88,7 @@ def measure_device(
         pairs = torch.randn(CPU_TILE // 128, 64, 2, device=place)
         turn = torch.polar(torch.ones_like(pairs[..., 0]), pairs[..., 0])
         states = torch.view_as_complex(pairs)
-        elements = CPU_TILE / median(lambda: states.mul_(turn))
+        elements = CPU_TILE / median(lambda: states.mul_(turn), 5 * rounds)
     large = torch.ones(2**24 if place.type == "cpu" else 2**28, device=place)
     read = large.nbytes / median(large.sum)
     small = torch.ones(64, device=place)

@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OLDEST_TRITON = (3, 6)  # that they are known to compile with
 HEAD_DIMS = (32, 64, 128, 256)
-CPU_QUERIES = 8  # of a row; more are quicker as torch's own matrix products
+CPU_QUERIES = 32  # of a row; more are as quick as torch's own matrix products
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
