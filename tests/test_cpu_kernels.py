@@ -258,7 +258,7 @@ def test_blocks_that_fill_no_vector(block_size):
 def test_an_older_processor():
     """Vectors of eight numbers, and none that multiplies and adds at once; in a process of its own."""
     code = "import pytest; from cskv_hf.kernels import cpu; "
-    code += f"cpu.FLAGS = [f for f in cpu.FLAGS if 'march' not in f] + ['-march=x86-64']; "
+    code += "cpu.FLAGS = [f for f in cpu.FLAGS if 'march' not in f] + ['-march=x86-64']; "
     chosen = "turns_keys or every_number_of_bits or head_dim or quantises"
     code += f"raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', '{chosen}', {__file__!r}]))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
