@@ -235,6 +235,36 @@ def test_compiles_for_gpus_that_are_not_here():
     assert len(compiled) == 2 * (12 + 5 + 3) and all(line[3:] == ["True"] * 3 for line in compiled), out.stdout
 
 
+COMPILE_QUANTIZER = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from cskv_hf.kernels.triton_quantize import pack_kernel, quantize_kernel
+
+KINDS = {"latents": "*fp32", "ranges": "*fp16", "codes": "*u8"} | dict.fromkeys(("groups", "order", "planes"), "*i32")
+
+def compile_for_all(function, constants, **kinds):
+    names = function.arg_names
+    signature = {n: "constexpr" if n in constants else (KINDS | kinds).get(n, "i32") for n in names}
+    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
+    for capability in (80, 90):
+        ptx = compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        print(".local" not in ptx, "div.full" not in ptx)  # in registers, and divided exactly
+
+for block, tokens, padded, of_group, channels in ((32, 32, 32, 4, 64), (24, 3, 4, 1, 64), (32, 16, 16, 128, 128)):
+    sizes = dict(BLOCK=block, GROUP_TOKENS=tokens, TOKENS=padded, GROUP_CHANNELS=of_group, CHANNELS=channels)
+    compile_for_all(quantize_kernel, sizes)
+for block, together, packed in ((32, 4, "*i32"), (24, 1, "*u8")):
+    compile_for_all(pack_kernel, dict(BLOCK=block, TOGETHER=together, UNITS=256), packed=packed)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler runs on Linux")
+def test_the_quantizer_compiles_for_gpus_that_are_not_here():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", COMPILE_QUANTIZER], env=environment, capture_output=True, text=True)
+    assert out.stdout.split() == ["True"] * 2 * 2 * (3 + 2), out.stdout + out.stderr[-2000:]
+
+
 @pytest.mark.parametrize("ranks", [(3, 9), (20, 1), (40, 47), (60, 70), (130, 2)], ids=str)
 @pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
 @pytest.mark.parametrize("held", [True, False], ids=["held", "one by one"])
