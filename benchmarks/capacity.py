@@ -89,6 +89,7 @@ def capacity(name: str, layers: int, length: int, budget: float, device: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--length", type=int, default=4096, help="tokens of every row in the search for the batch")
+    parser.add_argument("--caches", nargs="+", default=NAMES, choices=NAMES, help="compared with the first")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, help="GB for the cache; default: 90 %% of a GPU's free memory, else 4")
@@ -106,7 +107,7 @@ def main() -> None:
     print(f"{budget / 1e9:.2f} GB, {args.layers} layers")
     print(f"{'cache':<22}{'context':>10}{'x Dynamic':>11}{f'rows of {args.length}':>16}{'x Dynamic':>11}")
     rows = []
-    for name in NAMES:
+    for name in args.caches:
         rows.append(capacity(name, args.layers, args.length, budget, args.device))
         context, batch = (rows[-1][key] / (rows[0][key] or float("nan")) for key in ("context", "batch"))
         print(f"{name:<22}{rows[-1]['context']:>10}{context:>11.1f}{rows[-1]['batch']:>16}{batch:>11.1f}", flush=True)
