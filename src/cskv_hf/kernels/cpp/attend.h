@@ -140,121 +140,149 @@ inline void check_sizes(const at::Tensor& query, const at::Tensor& exact_keys, c
               num_exact + num_old, " tokens.");
 }
 
-// Attention of query (batch, heads, rows, head_dim), times `scale`, to exact tokens and latents; all in float32. The
-// rows of a KV head are those of its query heads, one after the other. first_run: (groups + 1). key_B: (heads of a
-// group * head_dim, rank). key_mean, value_mean: (heads, head_dim). positions: (batch or 1, num_old) int32. inv_freq:
-// (head_dim / 2), or ((batch or 1,) num_old, head_dim / 2). cos and sin are scaled, and rounded to `dtype`. value_B:
-// (heads * head_dim, rank). key_sizes, value_sizes: of a block, and of a range in tokens and channels.
-at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact_keys, const at::Tensor& exact_values,
-                  const std::optional<at::Tensor>& mask, at::TensorList key_data, at::TensorList key_ranges,
-                  const at::Tensor& key_runs, const at::Tensor& first_run, const at::Tensor& key_B,
-                  const at::Tensor& key_mean, const at::Tensor& positions, const at::Tensor& inv_freq, double scaling,
-                  at::ScalarType dtype, at::IntArrayRef key_sizes, at::TensorList value_data,
-                  at::TensorList value_ranges, const at::Tensor& value_runs, const at::Tensor& value_B,
-                  const at::Tensor& value_mean, at::IntArrayRef value_sizes) {
-  const int64_t batches = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
-  const int64_t num_exact = exact_keys.size(2), num_old = positions.size(1), half = dim / 2;
+// The queries (batches, heads, rows, dim), scaled; the rows of a KV head are those of its query heads, one after the
+// other.
+struct Queries {
+  int64_t batches, heads, rows, dim;
+  std::vector<float> scaled;
+
+  Queries(const at::Tensor& query, double scale)
+      : batches(query.size(0)), heads(query.size(1)), rows(query.size(2)), dim(query.size(3)),
+        scaled(query.const_data_ptr<float>(), query.const_data_ptr<float>() + query.numel()) {
+    for (float& x : scaled) x *= float(scale);
+  }
+
+  const float* of(int64_t batch, int64_t head) const { return scaled.data() + (batch * heads + head) * rows * dim; }
+};
+
+// What the queries of a row of the batch see in one split of the past: running maximum (heads * rows) of scores, sums
+// of weights, and sums (heads * rows, wide_rank) of latents of values by these weights.
+struct Seen {
+  std::vector<float> maximum, total, latents;
+};
+
+// Attention to the latents of blocks `block` to `last` (exclusive) of a row of the batch. key_B: (heads of a group *
+// dim, rank). means: (heads, dim). starts: of each key group's runs.
+inline Seen attend_to_latents(const Queries& queries, const Mask& mask, int64_t num_exact, const Latents& keys,
+                              const Latents& values, const Rope& rope, const at::Tensor& key_B, const float* means,
+                              const int32_t* starts, int64_t batch, int64_t block, int64_t last) {
+  const int64_t heads = queries.heads, rows = queries.rows, dim = queries.dim, all_rows = heads * rows;
+  const int64_t of_group = key_B.size(0) / dim, half = dim / 2, size = keys.block_size, wide = whole(size, WIDE);
+  const int64_t wide_rank = whole(values.rank, WIDE);
+  const float* up = key_B.const_data_ptr<float>();
+  Reader of_keys(keys), of_values(values);
+  std::vector<float> latents(keys.rank * wide), cos(half * wide), sin(half * wide), scores(all_rows * wide);
+  std::vector<float> tokens(size * wide_rank);
+  Seen seen{std::vector<float>(all_rows, LOWEST), std::vector<float>(all_rows),
+            std::vector<float>(all_rows * wide_rank)};
+  for (; block < last; ++block) {
+    rope.turn(batch, block * size, size, wide, cos.data(), sin.data());
+    of_keys.go_to(batch, block), of_values.go_to(batch, block);
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t group = head / of_group, in_group = head % of_group;
+      const int64_t first = keys.channels_before(starts[group]);
+      const int64_t rank = keys.channels_before(starts[group + 1]) - first;
+      if (in_group == 0) of_keys.read_across(starts[group], starts[group + 1], latents.data(), wide);
+      if (block + 1 < last) of_keys.prefetch(batch, block + 1, head, heads);
+      of_values.prefetch(batch, block, head, heads);
+      score_rebuilt(up + in_group * dim * keys.rank + first, keys.rank, latents.data(), wide, rank, means + head * dim,
+                    cos.data(), sin.data(), queries.of(batch, head), rows, half, scores.data() + head * rows * wide);
+    }
+    for (int64_t row = 0; row < all_rows; ++row) {
+      float *of_row = scores.data() + row * wide, decay;
+      mask.apply(of_row, batch, row % mask.queries(), num_exact + block * size, size);
+      std::fill(of_row + size, of_row + wide, -INFINITY);
+      const float added = weigh(of_row, wide, seen.maximum[row], decay);
+      seen.total[row] = seen.total[row] * decay + added;
+      if (decay != 1)
+        for (int64_t c = 0; c < wide_rank; ++c) seen.latents[row * wide_rank + c] *= decay;
+    }
+    of_values.read(0, values.num_runs, tokens.data(), wide_rank);
+    for (int64_t c = 0; c < wide_rank; c += WIDE)
+      multiply_rows(all_rows, scores.data(), wide, tokens.data() + c, wide_rank, size, seen.latents.data() + c,
+                    wide_rank);
+  }
+  return seen;
+}
+
+// What a KV head's queries see in the exact tokens (num_exact, dim) and, `seen` of each split, in latents of values,
+// which `up` (dim, rank) and `mean` make values of -> out (rows, dim).
+inline void join(const Queries& queries, const Mask& mask, const float* exact_keys, const float* exact_values,
+                 int64_t num_exact, const Seen* seen, int64_t splits, const float* up, int64_t rank, const float* mean,
+                 int64_t batch, int64_t head, float* out) {
+  const int64_t rows = queries.rows, dim = queries.dim, wide_dim = whole(dim, WIDE), wide_rank = whole(rank, WIDE);
+  const int64_t wide = whole(std::max<int64_t>(num_exact, 1), WIDE);
+  std::vector<float> scores(rows * wide), padded(num_exact * wide_dim), near(rows * wide_dim), far(rows * dim);
+  std::vector<float> latent(rows * wide_rank), total(rows), old(rows);
+  dot_rows(rows, queries.of(batch, head), dim, num_exact, exact_keys, dim, scores.data(), wide);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t at = head * rows + row;
+    float *of_row = scores.data() + row * wide, maximum = LOWEST, decay;
+    mask.apply(of_row, batch, row % mask.queries(), 0, num_exact);
+    std::fill(of_row + num_exact, of_row + wide, -INFINITY);
+    for (int64_t split = 0; split < splits; ++split) maximum = std::max(maximum, seen[split].maximum[at]);
+    total[row] = weigh(of_row, wide, maximum, decay);
+    for (int64_t split = 0; split < splits; ++split) {
+      const float share = std::exp(seen[split].maximum[at] - maximum);
+      old[row] += share * seen[split].total[at];
+      for (int64_t c = 0; c < wide_rank; ++c)
+        latent[row * wide_rank + c] += share * seen[split].latents[at * wide_rank + c];
+    }
+    total[row] = std::max(total[row] + old[row], std::numeric_limits<float>::min());
+  }
+  for (int64_t t = 0; t < num_exact; ++t) std::copy_n(exact_values + t * dim, dim, padded.data() + t * wide_dim);
+  for (int64_t d = 0; d < wide_dim; d += WIDE)
+    multiply_rows(rows, scores.data(), wide, padded.data() + d, wide_dim, num_exact, near.data() + d, wide_dim);
+  dot_rows(rows, latent.data(), wide_rank, dim, up, rank, far.data(), dim);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t d = 0; d < dim; ++d)
+      out[row * dim + d] = (near[row * wide_dim + d] + far[row * dim + d] + old[row] * mean[d]) / total[row];
+}
+
+// Attention of query (batch, heads, rows, head_dim), times `scale`, to exact tokens and latents; all in float32.
+// first_run: (groups + 1). key_B: (heads of a group * head_dim, rank). key_mean, value_mean: (heads, head_dim).
+// positions: (batch or 1, num_old) int32. inv_freq: (head_dim / 2), or ((batch or 1,) num_old, head_dim / 2). cos and
+// sin are scaled, and rounded to `dtype`. value_B: (heads * head_dim, rank). key_sizes, value_sizes: of a block, and
+// of a range in tokens and channels.
+inline at::Tensor attend(const at::Tensor& query, double scale, const at::Tensor& exact_keys,
+                         const at::Tensor& exact_values, const std::optional<at::Tensor>& mask,
+                         at::TensorList key_data, at::TensorList key_ranges, const at::Tensor& key_runs,
+                         const at::Tensor& first_run, const at::Tensor& key_B, const at::Tensor& key_mean,
+                         const at::Tensor& positions, const at::Tensor& inv_freq, double scaling, at::ScalarType dtype,
+                         at::IntArrayRef key_sizes, at::TensorList value_data, at::TensorList value_ranges,
+                         const at::Tensor& value_runs, const at::Tensor& value_B, const at::Tensor& value_mean,
+                         at::IntArrayRef value_sizes) {
+  const int64_t num_exact = exact_keys.size(2), num_old = positions.size(1);
   const Latents keys(key_data, key_ranges, key_runs, key_B.size(1), key_sizes);
   const Latents values(value_data, value_ranges, value_runs, value_B.size(1), value_sizes);
   const Rope rope(positions, inv_freq, scaling, dtype);
-  keys.check(batches, num_old);
-  values.check(batches, num_old);
+  keys.check(query.size(0), num_old);
+  values.check(query.size(0), num_old);
   check_sizes(query, exact_keys, exact_values, mask, key_B, key_mean, value_B, value_mean, first_run, num_old);
-  TORCH_CHECK(2 * rope.half == dim && rope.serves(batches) && keys.block_size == values.block_size,
+  TORCH_CHECK(2 * rope.half == query.size(3) && rope.serves(query.size(0)) && keys.block_size == values.block_size,
               "Positions, frequencies and blocks of other sizes than the keys'.");
+  const Queries queries(query, scale);
   const Mask masked{mask};
-  const int64_t of_group = key_B.size(0) / dim, size = keys.block_size, wide = whole(size, WIDE);
-  const int64_t blocks = keys.blocks(), all_rows = heads * rows, wide_rank = whole(values.rank, WIDE);
+  const int64_t batches = queries.batches, heads = queries.heads, dim = queries.dim, blocks = keys.blocks();
   const int64_t threads = at::get_num_threads();  // as many splits as give each thread as much
   const int64_t splits = std::max<int64_t>(1, std::min(blocks, threads / std::gcd(threads, batches)));
-  const float *up_keys = key_B.const_data_ptr<float>(), *means = key_mean.const_data_ptr<float>();
-  std::vector<float> scaled(query.const_data_ptr<float>(), query.const_data_ptr<float>() + query.numel());
-  for (float& x : scaled) x *= float(scale);
-  const float* q = scaled.data();
-  const auto* starts = first_run.const_data_ptr<int32_t>();
-
-  // of each split and row of the batch: running maximum, sum of weights, sums of latents
-  std::vector<float> maxima(splits * batches * all_rows, LOWEST), totals(splits * batches * all_rows);
-  std::vector<float> sums(splits * batches * all_rows * wide_rank);
-  at::parallel_for(0, splits * batches, 1, [&](int64_t begin, int64_t end) {
-    Reader of_keys(keys), of_values(values);
-    std::vector<float> latents(keys.rank * wide), cos(half * wide), sin(half * wide);
-    std::vector<float> scores(all_rows * wide), tokens(size * wide_rank);
+  std::vector<Seen> seen(batches * splits);
+  at::parallel_for(0, batches * splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t split = item / batches, batch = item % batches, last = (split + 1) * blocks / splits;
-      for (int64_t block = split * blocks / splits; block < last; ++block) {
-        rope.turn(batch, block * size, size, wide, cos.data(), sin.data());
-        of_keys.go_to(batch, block), of_values.go_to(batch, block);
-        for (int64_t head = 0; head < heads; ++head) {
-          const int64_t group = head / of_group, in_group = head % of_group;
-          const int64_t first = keys.channels_before(starts[group]);
-          const int64_t rank = keys.channels_before(starts[group + 1]) - first;
-          if (in_group == 0) of_keys.read_across(starts[group], starts[group + 1], latents.data(), wide);
-          if (block + 1 < last) of_keys.prefetch(batch, block + 1, head, heads);
-          of_values.prefetch(batch, block, head, heads);
-          score_rebuilt(up_keys + in_group * dim * keys.rank + first, keys.rank, latents.data(), wide, rank,
-                        means + head * dim, cos.data(), sin.data(), q + (batch * heads + head) * rows * dim, rows,
-                        half, scores.data() + head * rows * wide);
-        }
-        float *maximum = maxima.data() + item * all_rows, *total = totals.data() + item * all_rows;
-        float* sum = sums.data() + item * all_rows * wide_rank;
-        for (int64_t row = 0; row < all_rows; ++row) {
-          float *of_row = scores.data() + row * wide, decay;
-          masked.apply(of_row, batch, row % masked.queries(), num_exact + block * size, size);
-          std::fill(of_row + size, of_row + wide, -INFINITY);
-          const float added = weigh(of_row, wide, maximum[row], decay);
-          total[row] = total[row] * decay + added;
-          if (decay != 1)
-            for (int64_t c = 0; c < wide_rank; ++c) sum[row * wide_rank + c] *= decay;
-        }
-        of_values.read(0, values.num_runs, tokens.data(), wide_rank);
-        for (int64_t c = 0; c < wide_rank; c += WIDE)
-          multiply_rows(all_rows, scores.data(), wide, tokens.data() + c, wide_rank, size, sum + c, wide_rank);
-      }
+      const int64_t batch = item / splits, split = item % splits;
+      seen[item] = attend_to_latents(queries, masked, num_exact, keys, values, rope, key_B,
+                                     key_mean.const_data_ptr<float>(), first_run.const_data_ptr<int32_t>(), batch,
+                                     split * blocks / splits, (split + 1) * blocks / splits);
     }
   });
-
   at::Tensor out = at::empty(query.sizes(), query.options());
-  const int64_t wide_exact = whole(std::max<int64_t>(num_exact, 1), WIDE), wide_dim = whole(dim, WIDE);
-  const float *near_keys = exact_keys.const_data_ptr<float>(), *near_values = exact_values.const_data_ptr<float>();
-  const float *up_values = value_B.const_data_ptr<float>(), *value_means = value_mean.const_data_ptr<float>();
   at::parallel_for(0, batches * heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(rows * wide_exact), padded(num_exact * wide_dim), near(rows * wide_dim);
-    std::vector<float> latent(rows * wide_rank), far(rows * dim);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t batch = item / heads, head = item % heads;
-      std::fill(latent.begin(), latent.end(), 0);
-      std::fill(near.begin(), near.end(), 0);
-      dot_rows(rows, q + item * rows * dim, dim, num_exact, near_keys + item * num_exact * dim, dim, scores.data(),
-               wide_exact);
-      for (int64_t t = 0; t < num_exact; ++t)
-        std::copy_n(near_values + (item * num_exact + t) * dim, dim, padded.data() + t * wide_dim);
-      std::vector<float> total(rows), old(rows);
-      for (int64_t row = 0; row < rows; ++row) {
-        float *of_row = scores.data() + row * wide_exact, maximum = LOWEST, decay;
-        masked.apply(of_row, batch, row % masked.queries(), 0, num_exact);
-        std::fill(of_row + num_exact, of_row + wide_exact, -INFINITY);
-        for (int64_t split = 0; split < splits; ++split)
-          maximum = std::max(maximum, maxima[(split * batches + batch) * all_rows + head * rows + row]);
-        total[row] = weigh(of_row, wide_exact, maximum, decay);
-        for (int64_t split = 0; split < splits; ++split) {
-          const int64_t from = (split * batches + batch) * all_rows + head * rows + row;
-          const float share = std::exp(maxima[from] - maximum);
-          old[row] += share * totals[from];
-          for (int64_t c = 0; c < wide_rank; ++c) latent[row * wide_rank + c] += share * sums[from * wide_rank + c];
-        }
-        total[row] = std::max(total[row] + old[row], std::numeric_limits<float>::min());
-      }
-      for (int64_t d = 0; d < wide_dim; d += WIDE)
-        multiply_rows(rows, scores.data(), wide_exact, padded.data() + d, wide_dim, num_exact,
-                      near.data() + d, wide_dim);
-      dot_rows(rows, latent.data(), wide_rank, dim, up_values + head * dim * values.rank, values.rank, far.data(),
-               dim);
-      float* target = out.data_ptr<float>() + item * rows * dim;
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t d = 0; d < dim; ++d)
-          target[row * dim + d] =
-              (near[row * wide_dim + d] + far[row * dim + d] + old[row] * value_means[head * dim + d]) / total[row];
+      const int64_t batch = item / heads, head = item % heads, exact = item * num_exact * dim;
+      join(queries, masked, exact_keys.const_data_ptr<float>() + exact, exact_values.const_data_ptr<float>() + exact,
+           num_exact, seen.data() + batch * splits, splits, value_B.const_data_ptr<float>() + head * dim * values.rank,
+           values.rank, value_mean.const_data_ptr<float>() + head * dim, batch, head,
+           out.data_ptr<float>() + item * queries.rows * dim);
     }
   });
   return out;
