@@ -12,11 +12,25 @@ from typing import Any
 
 from peft.utils import PeftType
 from torch import nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from .cache import CSKVCache
 from .factors import CSKVFactors
 from .static_cache import CSKVStaticCache
+
+# what transformers calls the cache of a forward: "cache" from 5.24 on, where the old name is still understood
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+
+
+def cache_given(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a forward, under either name."""
+    given = kwargs.get("cache")
+    return kwargs.get("past_key_values") if given is None else given
 
 
 class CSKVGenerationMixin:
@@ -37,25 +51,25 @@ class CSKVGenerationMixin:
         if cache is not None and kwargs.get("past_key_values") is not None:
             raise ValueError("`cache` and `past_key_values` mean the same; give one of them.")
         _refuse_prefix_tuning(self)
-        chosen = cache if cache is not None else kwargs.get("past_key_values")
+        chosen = cache if cache is not None else kwargs.pop("past_key_values", None)
         if chosen is not None:
-            kwargs["past_key_values"] = _as_cache(chosen)
+            kwargs[CACHE_ARGUMENT] = _as_cache(chosen)
         return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> Any:
         if (
-            model_kwargs.get("past_key_values") is None
+            model_kwargs.get(CACHE_ARGUMENT) is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
             and has_active_adapter(self)
         ):
-            model_kwargs["past_key_values"] = CSKVCache()
+            model_kwargs[CACHE_ARGUMENT] = CSKVCache()
             if getattr(generation_config, "is_assistant", False):
-                model_kwargs["past_key_values"].activate_past_recording()
-        if isinstance(model_kwargs.get("past_key_values"), CSKVStaticCache):
-            _check_space(model_kwargs["past_key_values"], generation_config)
+                model_kwargs[CACHE_ARGUMENT].activate_past_recording()
+        if isinstance(model_kwargs.get(CACHE_ARGUMENT), CSKVStaticCache):
+            _check_space(model_kwargs[CACHE_ARGUMENT], generation_config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

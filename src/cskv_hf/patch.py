@@ -20,7 +20,7 @@ from .cache import CSKVCache
 from .config import sliding_window
 from .factors import CSKVFactors
 from .families import attention_layers, decoder_of, frequencies_of
-from .generation import give_generate, take_generate
+from .generation import cache_given, give_generate, take_generate
 from .rope import cos_sin
 from .static_cache import CSKVStaticCache
 
@@ -31,7 +31,7 @@ class BeginForward:
     """Pre-hook of the decoder: tells the cache which of the tokens to come are padding."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(kwargs)
         if isinstance(cache, CSKVStaticCache):
             cache.begin_forward(kwargs.get("attention_mask"))
         elif isinstance(cache, CSKVCache):
@@ -42,7 +42,7 @@ class FinishForward:
     """Hook behind the decoder: tells a cache of fixed size that every layer has the new tokens."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(kwargs)
         if isinstance(cache, CSKVStaticCache):
             cache.finish_forward()
 
@@ -55,7 +55,7 @@ class StageFactors:
         self.rotary, self.sliding_window = rotary, sliding_window
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(kwargs)
         if isinstance(cache, CSKVStaticCache):
             self._stage(cache, module, args, kwargs)
         elif isinstance(cache, CSKVCache):
