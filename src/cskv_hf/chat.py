@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from .config import ModelShape
 from .evaluate.answers import context_length
 from .evaluate.memory import held_nbytes
+from .generation import CACHE_ARGUMENT
 
 
 class Conversation:
@@ -55,7 +56,7 @@ class Conversation:
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                past_key_values=self.cache,
+                **{CACHE_ARGUMENT: self.cache},
                 streamer=streamer,
                 **arguments,
             )

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
+from ..generation import CACHE_ARGUMENT
 from .cases import Answer, Case
 
 
@@ -124,7 +125,7 @@ def generate_answers(
         output = model.generate(
             input_ids=input_ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             max_new_tokens=max(case.max_new_tokens for case in cases),
             do_sample=False,
             pad_token_id=pad,

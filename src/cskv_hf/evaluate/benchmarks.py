@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from ..generation import CACHE_ARGUMENT
 from .answers import answer_cases, own_generation_config
 from .cases import Case, summarize
 from .divergence import compare_with_full_cache
@@ -173,7 +174,7 @@ def long_generations(
         with own_generation_config(model):
             rows.append(
                 model.generate(
-                    input_ids=batch, attention_mask=torch.ones_like(batch), past_key_values=DynamicCache(),
+                    input_ids=batch, attention_mask=torch.ones_like(batch), **{CACHE_ARGUMENT: DynamicCache()},
                     max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=seed is not None,
                     top_k=0 if seed is not None else None, pad_token_id=model.generation_config.pad_token_id or 0,
                 )

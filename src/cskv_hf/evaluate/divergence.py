@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from ..cache import CSKVCache
+from ..generation import CACHE_ARGUMENT
 from .intervals import mean_interval
 from .perplexity import Perplexity
 
@@ -86,7 +87,10 @@ def compare_with_full_cache(
             piece = batch[:, start : min(start + stride, length - 1)]
             scored = slice(max(0, skip - start - 1), None)
             full, other = (
-                model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, scored].float().log_softmax(-1)
+                model(input_ids=piece, **{CACHE_ARGUMENT: cache}, use_cache=True)
+                .logits[:, scored]
+                .float()
+                .log_softmax(-1)
                 for cache in caches
             )
             targets = batch[:, start + 1 : start + 1 + piece.shape[1]][:, scored, None]

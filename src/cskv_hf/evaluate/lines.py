@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..generation import CACHE_ARGUMENT
 from .answers import own_generation_config
 from .intervals import wilson_interval
 
@@ -122,7 +123,7 @@ def line_retrieval(
 
         def read(prefix=prefix) -> Cache:
             cache = make_cache()
-            model(**prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(**prefix, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
             return cache
 
         cache = read()
@@ -136,7 +137,7 @@ def line_retrieval(
                     attention_mask=torch.cat(
                         [prefix["attention_mask"], question["attention_mask"].to(model.device)], dim=1
                     ),
-                    past_key_values=_copy(cache) or read(),
+                    **{CACHE_ARGUMENT: _copy(cache) or read()},
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     tokenizer=tokenizer,

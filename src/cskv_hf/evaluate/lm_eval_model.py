@@ -20,7 +20,7 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 from ..cache import CSKVCache
 from ..config import CSKVConfig
 from ..families import CHANGING_ROPE_TYPES
-from ..generation import has_active_adapter
+from ..generation import CACHE_ARGUMENT, has_active_adapter
 from ..hub import check_adapter_files, load, local_adapter
 from .baselines import WindowOnlyCache
 from .fingerprint import active_config
@@ -198,7 +198,7 @@ class CSKVLM(HFLM):
         mask = generation_kwargs.get("attention_mask")
         if self.cache_kind != "window" or mask is None or bool(mask.all()):
             return super()._model_generate(
-                context, max_length, stop, past_key_values=self.make_cache(), **generation_kwargs
+                context, max_length, stop, **{CACHE_ARGUMENT: self.make_cache()}, **generation_kwargs
             )
         outputs = []
         for row, real in zip(context, mask.bool()):

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..generation import CACHE_ARGUMENT
+
 
 @dataclass(frozen=True)
 class Row:
@@ -84,7 +86,7 @@ def score_rows(
         end = min(start + stride, longest)
         kept = min(end - first, end - start)  # last tokens of the step that are scored
         output = model(
-            input_ids=input_ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=max(kept, 1)
+            input_ids=input_ids[:, start:end], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=max(kept, 1)
         )
         if kept <= 0:
             continue

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..generation import CACHE_ARGUMENT
+
 
 def held_nbytes(cache: Cache, dtype: torch.dtype | None = None) -> int:
     """Bytes of the tensors of a cache.
@@ -49,5 +51,5 @@ def cache_nbytes(
 ) -> int:
     """Bytes that a new cache holds after the prompt `input_ids` (batch, length); `dtype` as in [`held_nbytes`]."""
     cache = make_cache()
-    model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=input_ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
     return held_nbytes(cache, dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..generation import CACHE_ARGUMENT
 from .intervals import mean_interval
 
 
@@ -64,7 +65,7 @@ def compressed_perplexity(
     cache, loss = make_cache(), torch.zeros(rows, dtype=torch.float64)
     for start in range(0, length - 1, stride):
         piece = input_ids[:, start : min(start + stride, length - 1)].to(model.device)
-        logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits.float()
+        logits = model(input_ids=piece, **{CACHE_ARGUMENT: cache}, use_cache=True).logits.float()
         targets = input_ids[:, start + 1 : start + 1 + piece.shape[1]].to(model.device)
         likelihood = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         scored = torch.arange(start + 1, start + 1 + piece.shape[1], device=piece.device) >= skip
