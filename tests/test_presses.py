@@ -15,6 +15,7 @@ from cskv_hf.config import ModelShape
 from cskv_hf.demo.run import evaluation_records, load_bundled
 from cskv_hf.evaluate import intervals, lines
 from cskv_hf.evaluate.format import text_tables
+from cskv_hf.generation import cache_given
 from cskv_hf.report.data import read_results
 
 SPEC = importlib.util.spec_from_file_location("presses", Path(__file__).parent.parent / "benchmarks" / "presses.py")
@@ -36,7 +37,7 @@ class Holes:
             hook.remove()
 
     def _drop(self, module, args, kwargs, output):
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = cache_given(kwargs).layers[module.layer_idx]
         kept = [i for i in range(layer.keys.shape[2]) if i not in self.holes]
         layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
 
