@@ -266,7 +266,7 @@ def test_an_older_processor():
 
 
 def test_what_is_left_to_torch():
-    """Long prompts, float64, gradients, a mask for each head."""
+    """Long prompts, float64 in any part, gradients."""
     query = torch.empty(1, 2, 1, 32)
     assert kernels.choose(query, query) == "cpu"
     assert kernels.choose(query, query.double()) is None

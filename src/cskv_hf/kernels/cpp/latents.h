@@ -251,7 +251,7 @@ class Reader {
   // Have one of so many parts of a block's codes brought into the core's cache.
   void prefetch(int64_t batch, int64_t index, int64_t part, int64_t parts) const {
     const at::Tensor& data = latents.data[segment_of(index)];
-    const int64_t size = data.element_size() * data.stride(1), line = 64;
+    const int64_t size = block_bytes(data), line = 64;
     const uint8_t* from = bytes_of(data, batch, index);
     const uint8_t* const end = from + (part + 1) * size / parts;
     for (from += part * size / parts; from < end; from += line) __builtin_prefetch(from, 0, 2);
@@ -307,9 +307,14 @@ class Reader {
     return segment;
   }
 
+  // From sizes: the stride of a dimension of one block may be anything.
+  static int64_t block_bytes(const at::Tensor& data) {
+    return data.element_size() * data.size(2) * (data.dim() == 4 ? data.size(3) : 1);
+  }
+
   static const uint8_t* bytes_of(const at::Tensor& data, int64_t batch, int64_t index) {
-    return static_cast<const uint8_t*>(data.const_data_ptr()) +
-           data.element_size() * (batch * data.stride(0) + index * data.stride(1));
+    return static_cast<const uint8_t*>(data.const_data_ptr()) + data.element_size() * batch * data.stride(0) +
+           index * block_bytes(data);
   }
 
   template <typename T>
