@@ -262,7 +262,7 @@ class StaticStep:
             self._turn[key] = torch.stack([cos, sin], dim=-1) if compiling else torch.complex(cos, sin)
         return self._turn[key]
 
-    def old_turn_in_tiles(self, device: torch.device, tile: int, dtype: torch.dtype) -> None:
+    def old_turn_in_tiles(self, device: torch.device, tile: int, dtype: torch.dtype, starts: int = 1) -> None:
         """Positions are not known to follow one another."""
         return None
 

@@ -158,22 +158,23 @@ class Step:
         return self._turn[key]
 
     def old_turn_in_tiles(
-        self, device: torch.device, tile: int, dtype: torch.dtype
+        self, device: torch.device, tile: int, dtype: torch.dtype, starts: int = 1
     ) -> tuple[tuple[torch.Tensor, ...], ...] | None:
         """[`old_turn`] as a product, where positions follow one another and all tokens share their frequencies: what
-        turns the first token of each tile, cos and sin (tiles, head_dim / 2), and what turns a tile's tokens from
-        there, (tile, head_dim / 2).
+        turns the first tokens of each tile, as many as `starts`, cos and sin (tiles * starts, head_dim / 2), and what
+        turns a tile's tokens from the first, (tile, head_dim / 2).
 
         Each rounded to `dtype` once. The tile is whole, also of a shorter past. None where it is no such product.
         """
-        key = (device, tile, dtype)
+        key = (device, tile, dtype, starts)
         if key not in self._turn:
             positions = self.old_positions.to(device)
             steps = torch.arange(self.num_old, device=device)
             product = self.slots is None and self.old_frequencies.inv_freq.ndim == 1
             if product and bool((positions == positions[:1, :1] + steps).all()):
                 once = self.old_frequencies._replace(attention_scaling=1.0)
-                parts = (positions[:1, ::tile], once), (torch.arange(tile, device=device)[None], self.old_frequencies)
+                firsts = (positions[:1, ::tile, None] + torch.arange(starts, device=device)).flatten(1)
+                parts = (firsts, once), (torch.arange(tile, device=device)[None], self.old_frequencies)
                 self._turn[key] = tuple(tuple(t[0] for t in cos_sin(*part, dtype)) for part in parts)
             else:
                 self._turn[key] = None
