@@ -65,8 +65,8 @@ def attend(
     work = _working_dtype(query.dtype, kv.key_latents.format, kv.value_latents.format)
     in_tiles = None
     if query.dtype != torch.float32:
-        on_hopper = serves_hopper(query, kv.key_latents.format, work, old_mask)
-        how = (hopper.TILE, work, hopper.STARTS) if on_hopper else (TILE, work)
+        hopper_s = on_hopper(query, kv.key_latents.format, factors.key_ranks, work, old_mask)
+        how = (hopper.TILE, work, hopper.STARTS) if hopper_s else (TILE, work)
         in_tiles = step.old_turn_in_tiles(query.device, *how)
     turn = step.old_cos_sin(query.device, kv.exact_keys.dtype) if in_tiles is None else in_tiles[1]
     starts = turn if in_tiles is None else in_tiles[0]
@@ -114,15 +114,15 @@ def _launch(
     work, words = _working_dtype(query.dtype, format, value_format), _in_words(format, value_format)
     all_rows, num_tiles = heads * rows, triton.cdiv(num_blocks * format.block_size, TILE)
     new = functools.partial(torch.empty, device=query.device)
-    on_hopper = in_tiles and serves_hopper(query, format, work, old_mask)
-    part = TILE if on_hopper else PART.value
+    hopper_s = in_tiles and on_hopper(query, format, key_ranks, work, old_mask)
+    part = TILE if hopper_s else PART.value  # of a tile, that a maximum is of
     weights = new(batch, all_rows, num_tiles, TILE, dtype=work)
     maxima = new(batch, all_rows, num_tiles, TILE // part, dtype=torch.float32)
     base_2 = scaling / math.log(2)
-    if on_hopper:
-        hopper.launch_scores(
-            query, key_data.contiguous(), key_ranges.contiguous(), format.layout, tuple(key_ranks), functools.partial(with_mean, key_B, key_mean), cos,
-            sin, tile_cos, tile_sin, base_2, weights, maxima,
+    if hopper_s:
+        hopper.launch(
+            query, key_data, key_ranges, format.layout, tuple(key_ranks),
+            functools.partial(with_mean, key_B, key_mean), (cos, sin, tile_cos, tile_sin), base_2, weights, maxima,
         )  # fmt: skip
     else:
         _launch_scores(
@@ -149,14 +149,15 @@ def _launch_scores(
 ):  # fmt: skip
     batch, heads, rows, head_dim = query.shape
     num_blocks, num_tiles, work, form = data.shape[1], weights.shape[2], weights.dtype, _form(format, words)
+    turn_stride = cos.stride(0) if cos.ndim == 3 and len(cos) > 1 else 0
     as_measured = words and in_tiles and work == torch.float16 and head_dim <= 128 and rows <= 8 and old_mask is None
     pieces, held, ahead = key_pieces(format, tuple(key_ranks), head_dim * work.itemsize, words, query.device)
     tiles_each = tiles_of_program(num_tiles, heads * batch, KEY_PROGRAMS)
     score_kernel[triton.cdiv(num_tiles, tiles_each), heads, batch](
         query, _codes(data, words), _as_pairs(ranges), pieces.table,
         with_mean(key_B, key_mean, pieces.order, work), cos, sin, tile_cos, tile_sin, *_mask_start(old_mask, query),
-        weights, maxima, base_2, rows, _num_queries(old_mask), num_blocks, format.rank, *_block_sizes(format), num_tiles,
-        tiles_each, cos.stride(0) if cos.ndim == 3 and len(cos) > 1 else 0, *_mask_strides(old_mask), THOUSANDS,
+        weights, maxima, base_2, rows, _num_queries(old_mask), num_blocks, format.rank, *_block_sizes(format),
+        num_tiles, tiles_each, turn_stride, *_mask_strides(old_mask), THOUSANDS,
         IN_TILES=in_tiles, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim,
         ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held,
         AHEAD=ahead, TILE=TILE, FORM=form, num_warps=WARPS, num_stages=1,
@@ -171,14 +172,17 @@ def _working_dtype(dtype: torch.dtype, *formats: LatentFormat) -> torch.dtype:
     return torch.float16 if packed and dtype != torch.float32 else dtype
 
 
-def serves_hopper(
-    query: torch.Tensor, format: LatentFormat, work: torch.dtype, old_mask: torch.Tensor | None
+def on_hopper(
+    query: torch.Tensor,
+    format: LatentFormat,
+    key_ranks: Sequence[int],
+    work: torch.dtype,
+    old_mask: torch.Tensor | None,
 ) -> bool:
-    """Whether the kernel of hopper.py can score these queries, if positions follow one another."""
+    """Whether the kernel of hopper.py scores these queries, if positions follow one another."""
     if hopper is None or not is_hopper(query.device) or old_mask is not None or work != torch.float16:
         return False
-    rows, head_dim = query.shape[2:]
-    return rows <= 8 and head_dim == 128 and isinstance(format, PackedFormat) and hopper.all_in_4_bits(format.layout)
+    return isinstance(format, PackedFormat) and hopper.serves(format.layout, tuple(key_ranks), *query.shape[2:])
 
 
 @functools.cache
@@ -215,7 +219,8 @@ def _sum_values(weights, maxima, data, ranges, format, heads, words, dtype):
     value_kernel[num_pieces, splits, batch * row_tiles](
         weights, maxima, _codes(data, words), _as_pairs(ranges), pieces.table, pieces.order, summed, split_maxima,
         all_rows, data.shape[1], format.rank, *_block_sizes(format), num_tiles, tiles_each, row_tiles, THOUSANDS,
-        ROWS=value_rows, PART=TILE // maxima.shape[3], TILE=TILE, CHUNK=VALUE_CHUNK, FORM=_form(format, words), num_warps=WARPS, num_stages=1,
+        ROWS=value_rows, PART=TILE // maxima.shape[3], TILE=TILE, CHUNK=VALUE_CHUNK, FORM=_form(format, words),
+        num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     merged = weights.new_empty(heads, batch * all_rows // heads, format.rank, dtype=dtype)
     old_maxima, old_sums = maxima.new_empty(2, heads, batch, all_rows // heads)
@@ -241,6 +246,9 @@ def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dty
     pieces, *_ = key_pieces(factors.key_format, factors.key_ranks, factors.head_dim * work.itemsize, words, device)
     value_pieces(factors.value_format, device)
     with_mean(factors.key_B, factors.key_mean, pieces.order, work)
+    if hopper is not None and is_hopper(device) and isinstance(factors.key_format, PackedFormat):
+        order = hopper.plan(factors.key_format.layout, tuple(factors.key_ranks), device).order
+        with_mean(factors.key_B, factors.key_mean, order, work)
     transposed(factors.value_B, dtype)
     for format in (factors.key_format, factors.value_format):
         if isinstance(format, PackedFormat):

@@ -1,4 +1,4 @@
-"""Launches the kernel of hopper_scores.py, and says what it serves."""
+"""Which layers the kernel of hopper_scores.py serves, and its launch."""
 
 from __future__ import annotations
 
@@ -10,78 +10,86 @@ import torch
 import triton
 
 from ..quantize import PackedLayout
-from .hopper_scores import PARTS, TOKENS, hopper_score_kernel
+from .hopper_scores import COLUMNS, PARTS, TOKENS, hopper_score_kernel
+from .triton_latents import THOUSANDS
 
+TILE, STARTS = TOKENS.value, PARTS.value  # tokens of a tile, and those whose turns it needs
+HEAD_DIMS = (64, 128)
 PROGRAMS = 2048  # at least, if there are tokens enough
 MOST_WAYS = 3  # for heads of different ranks, each compiled
-ONE_BY_ONE = 64  # channels, of more the parts of a tile are taken together
+FEW_CHANNELS = 64  # whose words fit into registers
+MOST_CHANNELS = 512  # whose share of `key_B` fits into shared memory
+FEW_REGISTERS = dict(maxnreg=128)  # so that four programs of a multiprocessor run at a time
 
 
 class Plan(NamedTuple):
     """How the kernel takes the channels of a layer.
 
     Attributes:
-        table: int32 (groups, 4): first channel of a group in `order`, its channels with the constant, and where its
-            first word and its first range lie in a block.
-        order: int64, the channels group by group, each followed by its constant, as in `Pieces`.
-        ways: sizes of the products that rebuild keys, powers of two, for few channels and for more.
-        aligned: whether four neighbours can be read at once.
+        groups: int32 (groups, 3): where a group begins in `order`, its channels without the constant, and the first.
+        order: int64, the channels group by group, each group followed by its constant, ``rank + group``.
+        ways: sizes of the products that rebuild keys, for groups of few channels and of more.
+        fours: whether four channels are read at once.
     """
 
-    table: torch.Tensor
+    groups: torch.Tensor
     order: torch.Tensor
     ways: tuple[tuple[int, ...], ...]
-    aligned: bool
+    fours: bool
 
 
-def all_in_4_bits(layout: PackedLayout) -> bool:
-    return set(layout.bits) == {4} and layout.block_size == layout.group_tokens == 32
+def serves(layout: PackedLayout, ranks: tuple[int, ...], rows: int, head_dim: int) -> bool:
+    """Whether the kernel takes these latents, all in 4 bits, and so many rows of queries of a KV head."""
+    in_4_bits = set(layout.bits) == {4} and layout.block_size == layout.group_tokens == 32
+    return in_4_bits and rows <= COLUMNS.value and head_dim in HEAD_DIMS and max(ranks) + 4 <= MOST_CHANNELS
 
 
 @functools.cache
 def plan(layout: PackedLayout, ranks: tuple[int, ...], device: torch.device) -> Plan:
-    """The channels of every group."""
-    table, order, first = [], [], 0
+    groups, order, constants, first = [], [], [], 0
+    fours = layout.rank % 4 == 0 and layout.group_channels % 4 == 0
     for group, rank in enumerate(ranks):
-        table.append((len(order), rank + 1, first, 0))
+        groups.append((len(order), rank, first))
         order += [*range(first, first + rank), layout.rank + group]
+        constants.append(-(-(first % 4 + rank) // 4) * 4 if fours else rank)
         first += rank
-    rooms = sorted({-(-(rank + 1) // 16) * 16 for rank in ranks})
-    while len(rooms) > MOST_WAYS or rooms[0] < rooms[-1] > ONE_BY_ONE:
-        rooms.pop(0)
-    aligned = all(rank % 4 == 0 for rank in ranks) and layout.group_channels % 4 == 0
-    table = torch.tensor(table, dtype=torch.int32, device=device)
-    return Plan(table, torch.tensor(order, device=device), tuple(map(_products, rooms)), aligned)
+    rooms = sorted({constant // 16 * 16 + 16 for constant in constants})
+    if rooms[-1] > FEW_CHANNELS:
+        rooms = rooms[-1:]
+    while len(rooms) > MOST_WAYS:
+        del rooms[-2]  # its heads take the largest way
+    table = torch.tensor(groups, dtype=torch.int32, device=device)
+    return Plan(table, torch.tensor(order, device=device), tuple(map(_products, rooms)), fours)
 
 
 def _products(room: int) -> tuple[int, ...]:
-    """Powers of two, 16 to 64, largest first."""
-    largest = 32 if room > ONE_BY_ONE else 64
-    sizes = [largest] * (room // largest)
-    return tuple(sizes + [size for size in (32, 16) if room % largest & size])
+    """Powers of two that make a multiple of 16, large ones first."""
+    largest = 64 if room <= FEW_CHANNELS else 32
+    return (largest,) * (room // largest) + tuple(size for size in (32, 16) if room % largest & size)
 
 
-def launch_scores(
-    query: torch.Tensor, data: torch.Tensor, ranges: torch.Tensor, layout: PackedLayout, ranks: tuple[int, ...],
-    key_B_of: Callable[[torch.Tensor, torch.dtype], torch.Tensor], cos: torch.Tensor, sin: torch.Tensor,
-    tile_cos: torch.Tensor, tile_sin: torch.Tensor, scaling: float, weights: torch.Tensor, maxima: torch.Tensor,
+def launch(
+    query: torch.Tensor, codes: torch.Tensor, ranges: torch.Tensor, layout: PackedLayout, ranks: tuple[int, ...],
+    factor_of: Callable[[torch.Tensor, torch.dtype], torch.Tensor], turns: tuple[torch.Tensor, ...], scaling: float,
+    weights: torch.Tensor, maxima: torch.Tensor,
 ) -> None:  # fmt: skip
+    """Writes weights and maxima, see `hopper_score_kernel`.
+
+    Args:
+        factor_of: ``key_B`` for the channels of an order, in a dtype.
+        turns: cos and sin of the places in a tile, cos and sin of its first `STARTS` tokens.
+    """
     batch, heads, rows, head_dim = query.shape
-    num_tiles, num_blocks = weights.shape[2], data.shape[1]
-    table, order, ways, aligned = plan(layout, ranks, query.device)
-    num_large = triton.cdiv(num_tiles, 4)
-    splits = max(1, min(num_large, PROGRAMS // (batch * heads)))
-    tiles_each = triton.cdiv(num_large, splits)
-    one_by_one = sum(ways[-1]) <= ONE_BY_ONE
-    hopper_score_kernel[triton.cdiv(num_large, tiles_each), heads, batch](
-        query, data.view(torch.int32), ranges.view(torch.int32), table, key_B_of(order, torch.float16), cos, sin,
-        tile_cos, tile_sin, weights, maxima, scaling, rows, num_blocks, layout.code_bytes, layout.num_ranges, num_tiles,
-        tiles_each, 0x64006400,
+    num_tiles, num_blocks = weights.shape[2], codes.shape[1]
+    groups, order, ways, fours = plan(layout, ranks, query.device)
+    large = triton.cdiv(num_tiles, TILE // 64)
+    tiles_each = triton.cdiv(large, max(1, min(large, PROGRAMS // (batch * heads))))
+    together = sum(ways[-1]) > FEW_CHANNELS
+    hopper_score_kernel[triton.cdiv(large, tiles_each), heads, batch](
+        query, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32), groups,
+        factor_of(order, torch.float16), *turns, weights, maxima, scaling, rows, num_blocks, layout.code_bytes // 4,
+        layout.num_ranges, num_tiles, tiles_each, THOUSANDS,
         HEADS_PER_GROUP=heads // len(ranks), HEAD_DIM=head_dim, ROWS=triton.next_power_of_2(rows), WAYS=ways,
-        GROUP_CHANNELS=layout.group_channels, ALIGNED=aligned, AT_ONCE=1 if one_by_one else 4, AHEAD=AHEAD and one_by_one,
-        num_warps=4, **(dict(maxnreg=MAXNREG) if one_by_one and MAXNREG else {}),
+        GROUP_CHANNELS=layout.group_channels, FOURS=fours, TOGETHER=together, STAGED=2 if together else 4,
+        num_warps=4, **({} if together else FEW_REGISTERS),
     )  # fmt: skip
-
-
-AHEAD, MAXNREG = False, 128
-TILE, STARTS = TOKENS.value, PARTS.value

@@ -1,11 +1,13 @@
 """Scores against keys in 4 bits on NVIDIA's Hopper GPUs: what `score_kernel` of triton_kernels.py writes, by a kernel
-that says where every number lies.
+that says which thread holds what.
 
-In that kernel, latents go through shared memory, which bounds it. Here a thread reads the very words that hold its own
-share of the product that rebuilds keys: a thread's share of 16 channels and 64 tokens are two tokens of four channels;
-a word has eight tokens of a channel. So 256 tokens are read at once, and taken in four parts: of all words the first
-byte, the second, and so on. Which token stands where is then a matter of naming: of a part, tokens are four apart, and
-the next part is one token on, so that turns of queries are all that differs.
+In that kernel latents reach the product that rebuilds keys through shared memory, and warps wait there for each other.
+Here a thread reads the very words that hold its own share of the product: of 64 tokens and 16 channels that is two
+tokens of four channels, and a word holds eight tokens of a channel. So 256 tokens are read at once and taken in four
+parts, the first bytes of all words, the second, and so on. Which token stands where is a matter of naming: within a
+part places are four apart, and the next part is one token on, so only the turn of the queries changes.
+
+Gluon, Triton's language for this, has no interpreter; tests/gluon_on_numpy.py runs these functions without layouts.
 """
 
 from __future__ import annotations
@@ -15,18 +17,154 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
 TOKENS = gl.constexpr(256)  # of a tile
-PARTS = gl.constexpr(4)  # of a tile, one byte of all words each
-COLUMNS = gl.constexpr(8)  # of a product with queries, at least
-NOTHING = gl.constexpr(-1e30)  # the maximum of no scores
+PARTS = gl.constexpr(4)  # of a tile, one byte of all its words each
+COLUMNS = gl.constexpr(8)  # of queries that a product takes, at least
+NOTHING = gl.constexpr(-1e30)  # the score of a token that is not there
+ONE = gl.constexpr(0x3C00)  # a range of minimum 1 and step 0
+
+# Numbers that change while a model generates, or that layers differ in: no kernel is compiled for each.
+CHANGING = ["num_blocks", "num_tiles", "tiles_each", "block_words", "block_ranges", "thousands"]
+
+
+@gluon.jit(do_not_specialize=CHANGING)
+def hopper_score_kernel(
+    query, words, ranges, groups, key_B, cos, sin, start_cos, start_sin, weights, maxima,
+    scaling, rows, num_blocks, block_words, block_ranges, num_tiles, tiles_each, thousands,
+    HEADS_PER_GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, WAYS: gl.constexpr,
+    GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr, TOGETHER: gl.constexpr, STAGED: gl.constexpr,
+):  # fmt: skip
+    """Exponentials (to base 2) of the scores of one KV head against some tiles of old tokens, relative to the maximum
+    of 64 tokens, and that maximum.
+
+    Args:
+        query: (batch, heads, rows, HEAD_DIM).
+        words: int32, codes of 4 bits in blocks of 32 tokens, as `pack` of quantize.py leaves them.
+        ranges: int32 (batch, num_blocks, block_ranges), minimum and step of `GROUP_CHANNELS` channels of a block.
+        groups: int32 (groups, 3): where a group begins in `key_B`, its channels without the constant that follows
+            them there, and its first channel.
+        key_B: (channels, HEADS_PER_GROUP * HEAD_DIM).
+        cos, sin: (TOKENS, HEAD_DIM / 2), what turns a token from the first of its tile.
+        start_cos, start_sin: (tiles * PARTS, HEAD_DIM / 2), what turns the first `PARTS` tokens of every tile.
+        weights: (batch, heads * rows, num_tiles, 64) float16, tokens in the order of [`token_in_tile`].
+        maxima: (batch, heads * rows, num_tiles) float32.
+        num_tiles: of 64 tokens; `tiles_each`: of 256, that a program takes.
+        ROWS: the power of two that holds `rows`, at most `COLUMNS`.
+        WAYS: sizes of the products that rebuild keys, for groups of few channels and of more.
+        FOURS: whether four channels are read at once: where ranges do, and rows of words, begin at multiples of four.
+        TOGETHER: whether the parts of a tile are rebuilt side by side, so that each word is read once for all, and not
+            one by one with all words in registers; for many channels.
+        STAGED: tiles that queries are turned for at once.
+    """
+    split, head, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
+    group = groups + head // HEADS_PER_GROUP * 3
+    first_row, channels, first_channel = gl.load(group), gl.load(group + 1), gl.load(group + 2)
+    # among the channels that are read: the place of the first, and that of the constant
+    lead, constant = first_channel * 0, channels
+    words += batch * num_blocks * block_words
+    if FOURS:
+        words = gl.multiple_of(words, 16)
+        lead = first_channel % 4
+        constant = (lead + channels + 3) // 4 * 4
+    group = first_row, channels, first_channel, lead, constant
+    stored = words, ranges + batch * num_blocks * block_ranges, num_blocks, block_words, block_ranges
+    row_0 = (batch * gl.num_programs(1) + head) * rows
+    queries = query + row_0 * HEAD_DIM, rows, scaling
+    key_B += head % HEADS_PER_GROUP * HEAD_DIM
+    turns = cos, sin, start_cos, start_sin
+    out = weights + row_0 * num_tiles * 64, maxima + row_0 * num_tiles
+    tiles = split * tiles_each, gl.minimum((split + 1) * tiles_each, (num_tiles + 3) // 4), num_tiles
+    for way in gl.static_range(len(WAYS)):
+        if len(WAYS) == 1 or (constant >= _room(WAYS, way - 1)) & (constant < _room(WAYS, way)):
+            _tiles(
+                tiles, stored, group, key_B, turns, queries, out, thousands,
+                HEADS_PER_GROUP * HEAD_DIM, HEAD_DIM, ROWS, WAYS, way, GROUP_CHANNELS, FOURS, TOGETHER, STAGED,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _tiles(
+    tiles, stored, group, key_B, turns, queries, out, thousands,
+    GROUP_DIM: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, WAYS: gl.constexpr, WAY: gl.constexpr,
+    GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr, TOGETHER: gl.constexpr, STAGED: gl.constexpr,
+):  # fmt: skip
+    """[`hopper_score_kernel`] with products that the compiler knows."""
+    HALF: gl.constexpr = HEAD_DIM // 2
+    SIZES: gl.constexpr = _sizes(WAYS, WAY)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    TURN: gl.constexpr = _turn_layout(HALF)
+    first_tile, end_tile, num_tiles = tiles
+    factors = ()
+    for i in gl.static_range(len(SIZES)):
+        factors = factors + (_factor(key_B, group, _start(SIZES, i), SIZES[i], GROUP_DIM, HEAD_DIM),)
+    c, s = _places(turns[0], turns[1], HALF, TURN)
+    if TOGETHER:  # in shared memory; sums of all parts fill the registers
+        kept = gl.allocate_shared_memory(
+            gl.float16, [128, HALF], gl.NVMMASharedLayout.get_default_for([128, HALF], gl.float16)
+        )
+        kept.store(_by_thread(c, s))
+    straight = _queries(queries, ROWS, HEAD_DIM)
+    turned = gl.allocate_shared_memory(
+        gl.float16, [STAGED, PARTS * COLUMNS, HEAD_DIM],
+        gl.NVMMASharedLayout.get_default_for([COLUMNS, HEAD_DIM], gl.float16),
+    )  # fmt: skip
+    for tile in range(first_tile, end_tile):
+        if (tile - first_tile) % STAGED == 0:  # the compiler has warps wait for one another, before and after
+            for i in gl.static_range(STAGED):
+                at = gl.minimum(tile + i, (num_tiles + 3) // 4 - 1)
+                turned.index(i).store(_turned_back(straight, turns[2], turns[3], at, HEAD_DIM))
+            fence_async_shared()
+        of_tile = turned.index((tile - first_tile) % STAGED)
+        scores = ()
+        if TOGETHER:
+            nothing = gl.zeros([64, HEAD_DIM], gl.float16, SUMS)
+            keys, before = (nothing, nothing, nothing, nothing), ()
+            following = _fetch(stored, group, tile, 0, SIZES[0], GROUP_CHANNELS, FOURS)
+            for i in gl.static_range(len(SIZES)):
+                now = following
+                if i + 1 < len(SIZES):
+                    following = _fetch(stored, group, tile, _start(SIZES, i + 1), SIZES[i + 1], GROUP_CHANNELS, FOURS)
+                latents, sums = (), ()
+                for part in gl.static_range(PARTS):
+                    latents = latents + (_latents(now, part, thousands, SUMS),)
+                if i > 0:  # until here the products before read their registers
+                    warpgroup_mma_wait(0, deps=before)
+                for part in gl.static_range(PARTS):
+                    # one that is not waited for must feed the next, or ptxas lines all products up
+                    sums = sums + (
+                        warpgroup_mma(
+                            latents[part], factors[i], keys[part], use_acc=i > 0, is_async=i + 1 < len(SIZES)
+                        ),
+                    )
+                keys, before = sums, latents
+            c, s = _from_threads(kept, TURN)
+            for part in gl.static_range(PARTS):
+                scores = scores + (_scores(keys[part], c, s, of_tile.slice(part * COLUMNS, COLUMNS), ROWS),)
+        else:
+            fetched = ()
+            for i in gl.static_range(len(SIZES)):
+                fetched = fetched + (_fetch(stored, group, tile, _start(SIZES, i), SIZES[i], GROUP_CHANNELS, FOURS),)
+            for part in gl.static_range(PARTS):
+                latents = ()
+                for i in gl.static_range(len(SIZES)):
+                    latents = latents + (_latents(fetched[i], part, thousands, SUMS),)
+                sums = gl.zeros([64, HEAD_DIM], gl.float16, SUMS)
+                for i in gl.static_range(len(SIZES)):
+                    sums = warpgroup_mma(latents[i], factors[i], sums, use_acc=i > 0)
+                scores = scores + (_scores(sums, c, s, of_tile.slice(part * COLUMNS, COLUMNS), ROWS),)
+        _exponentials(scores, tile, num_tiles, stored[2], queries[1], out, ROWS)
+
+
+# What a thread holds. Lanes 0 and 1 (the bits of its number in the warp) stand for neighbours in a row of a product,
+# lanes 2 to 4 and the warp for rows; a register is two numbers of 16 bits.
 
 
 @gluon.constexpr_function
 def _word_layout(size, together=1):
-    """(32 eights of tokens, channels or groups of them): as a product wants them from registers, four neighbours a
-    thread."""
+    """(32 eights of tokens, channels, or groups of `together`): four neighbours a thread."""
     bases = [[0, (1 << i) // together] for i in range(size.bit_length() - 1)]
     registers = [base for base in bases[:2] + bases[4:] if base[1]]
     lanes = [*bases[2:4], [1, 0], [2, 0], [4, 0]]
@@ -34,21 +172,25 @@ def _word_layout(size, together=1):
 
 
 @gluon.constexpr_function
-def _way(ways, index):
-    return ways[index]
+def _turn_layout(half):
+    """(64 tokens, half of head_dim): as each half of rebuilt keys comes out of a product."""
+    registers = [[0, 1], [8, 0]] + [[0, 1 << i] for i in range(3, half.bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, half])
 
 
 @gluon.constexpr_function
-def _room(ways, index):
-    """The channels that one of the ways takes."""
-    return sum(ways[index]) if index >= 0 else 0
+def _thread_layout(numbers):
+    """(threads, numbers of each)"""
+    registers, lanes = [[0, 1 << i] for i in range(numbers.bit_length() - 1)], [[1 << i, 0] for i in range(5)]
+    return gl.DistributedLinearLayout(registers, lanes, [[32, 0], [64, 0]], [], [128, numbers])
 
 
 @gluon.constexpr_function
 def _out_layout(rows):
-    """(rows, 64 tokens of a warp by warp, tokens): as scores come out of a product."""
+    """(rows of queries, 4 times 64 tokens, 64): as scores come out of a product, whose column bits 0, 1 and 2 are a
+    register and lanes 0 and 1; the last of these bits are the row, the others see the same several times."""
     bits = rows.bit_length() - 1
-    # column bits 0, 1, 2 are a register and lanes 0 and 1; the last `bits` of them are the row
     of_column = [[0, 0, 0]] * (3 - bits) + [[1 << i, 0, 0] for i in range(bits)]
     registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4]] + ([of_column[0]] if bits == 3 else [])
     lanes = [of_column[1], of_column[2], [0, 0, 8], [0, 0, 16], [0, 0, 32]]
@@ -56,254 +198,126 @@ def _out_layout(rows):
 
 
 @gluon.constexpr_function
-def _turn_layout(half):
-    """(64, half of head_dim): as each half of rebuilt keys comes out of a product."""
-    registers = [[0, 1], [8, 0]] + [[0, 1 << i] for i in range(3, half.bit_length() - 1)]
-    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, half])
+def _sizes(ways, way):
+    return ways[way]
 
 
-@gluon.jit(do_not_specialize=("num_blocks", "num_tiles", "tiles_each", "block_bytes", "block_ranges", "thousands"))
-def hopper_score_kernel(
-    query, data, ranges, pieces, key_B, cos, sin, tile_cos, tile_sin, weights, maxima,
-    scaling, rows, num_blocks, block_bytes, block_ranges, num_tiles, tiles_each, thousands,
-    HEADS_PER_GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, WAYS: gl.constexpr,
-    GROUP_CHANNELS: gl.constexpr, ALIGNED: gl.constexpr, AT_ONCE: gl.constexpr,
-    AHEAD: gl.constexpr,
-):  # fmt: skip
-    """Exponentials (to base 2) of the scores of one KV head, relative to the maximum of 64 tokens, and that maximum.
-
-    Args:
-        pieces: int32 (groups, 4): first channel of a group in `key_B`, its channels with the constant, where its first
-            word and its first range are in a block... (see `prepare`).
-        weights, maxima: as of `score_kernel` with one part for a tile of 64 tokens.
-    """
-    split, head, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
-    heads = gl.num_programs(1)
-    group, head_in_group = head // HEADS_PER_GROUP, head % HEADS_PER_GROUP
-    pieces += group * 4
-    piece = gl.load(pieces), gl.load(pieces + 1), gl.load(pieces + 2), gl.load(pieces + 3)
-    data += batch * num_blocks * (block_bytes // 4)
-    if ALIGNED:
-        data = gl.multiple_of(data, 16)
-    ranges += batch * num_blocks * block_ranges
-    base = (batch * heads + head) * rows
-    query += base * HEAD_DIM
-    key_B += head_in_group * HEAD_DIM
-    weights += base * num_tiles * 64
-    maxima += base * num_tiles
-    num_large = (num_tiles + 3) // 4
-    tiles = split * tiles_each, gl.minimum((split + 1) * tiles_each, num_large), num_tiles, num_blocks
-    sizes = block_bytes // 4, block_ranges, thousands
-    turns = cos, sin, tile_cos, tile_sin
-    out = weights, maxima
-    for i in gl.static_range(len(WAYS)):
-        if len(WAYS) == 1 or (piece[1] > _room(WAYS, i - 1)) & (piece[1] <= _room(WAYS, i)):
-            _tiles(
-                tiles, data, ranges, piece, key_B, turns, query, rows, scaling, out, sizes,
-                HEADS_PER_GROUP * HEAD_DIM, HEAD_DIM, ROWS, WAYS, i, GROUP_CHANNELS, ALIGNED, AT_ONCE, AHEAD,
-            )  # fmt: skip
-
-
-@gluon.jit
-def _tiles(
-    tiles, data, ranges, piece, key_B, turns, query, rows, scaling, out, sizes,
-    GROUP_DIM: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, WAYS: gl.constexpr, WAY: gl.constexpr,
-    GROUP_CHANNELS: gl.constexpr, ALIGNED: gl.constexpr, AT_ONCE: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
-    HALF: gl.constexpr = HEAD_DIM // 2
-    SIZES: gl.constexpr = _way(WAYS, WAY)
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    TURN: gl.constexpr = _turn_layout(HALF)
-    QUERY: gl.constexpr = gl.BlockedLayout([PARTS, 1, HALF // 16], [1, 2, 16], [1, 4, 1], [2, 1, 0])
-    first_tile, end_tile, num_tiles, num_blocks = tiles
-    cos, sin, tile_cos, tile_sin = turns
-    # what rebuilds keys, for good
-    factors = ()
-    for i in gl.static_range(len(SIZES)):
-        factors = factors + (_factor(key_B, piece, _start(SIZES, i), SIZES[i], GROUP_DIM, HEAD_DIM),)
-    turned_queries = gl.allocate_shared_memory(
-        gl.float16, [2, PARTS * COLUMNS, HEAD_DIM], gl.NVMMASharedLayout.get_default_for([COLUMNS, HEAD_DIM], gl.float16)
-    )
-    # cos and sin of the places of a part, from its first token on
-    row = gl.arange(0, 64, gl.SliceLayout(1, TURN))
-    eight, half = row // 16 * 8 + row % 8, row // 8 % 2
-    place = eight // 4 * 32 + half * 16 + eight % 4 * 4
-    at = place[:, None] * HALF + gl.arange(0, HALF, gl.SliceLayout(0, TURN))[None, :]
-    c, s = gl.load(cos + at), gl.load(sin + at)
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, QUERY)))
-    pair = gl.arange(0, HALF, gl.SliceLayout(0, gl.SliceLayout(1, QUERY)))
-    part_of = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(1, QUERY)))
-    pair_of = gl.arange(0, HALF, gl.SliceLayout(0, gl.SliceLayout(1, QUERY)))
-    of_row = gl.minimum(column // (COLUMNS // ROWS), rows - 1)
-    at = (of_row * HEAD_DIM)[None, :, None] + pair[None, None, :]
-    first = (gl.load(query + at).to(gl.float32) * scaling).to(gl.float16)
-    second = (gl.load(query + HALF + at).to(gl.float32) * scaling).to(gl.float16)
-    fetched = ()
-    if AHEAD:
-        fetched = _fetch_all(data, ranges, piece, first_tile, num_blocks, sizes, SIZES, GROUP_CHANNELS, ALIGNED)
-    for tile in range(first_tile, end_tile):
-        now = fetched
-        if AHEAD:
-            fetched = _fetch_all(data, ranges, piece, tile + 1, num_blocks, sizes, SIZES, GROUP_CHANNELS, ALIGNED)
-        elif AT_ONCE == 1:
-            now = _fetch_all(data, ranges, piece, tile, num_blocks, sizes, SIZES, GROUP_CHANNELS, ALIGNED)
-        # queries as each part wants them, in one of two places, since slow warps may still read the other
-        back = (tile * PARTS + part_of)[:, None] * HALF + pair_of[None, :]
-        back_c, back_s = gl.load(tile_cos + back)[:, None, :], gl.load(tile_sin + back)[:, None, :]
-        turned = gl.join(first * back_c + second * back_s, second * back_c - first * back_s)
-        turned = gl.reshape(gl.permute(turned, (0, 1, 3, 2)), (PARTS * COLUMNS, HEAD_DIM))
-        turned_queries.index(tile % 2).store(turned)
-        fence_async_shared()
-        gl.thread_barrier()
-        scores = ()
-        if AT_ONCE == 1:
-            for part in gl.static_range(PARTS):
-                latents = ()
-                for i in gl.static_range(len(SIZES)):
-                    latents = latents + (_latents(now[i], piece, _start(SIZES, i), part, sizes, SUMS),)
-                keys = gl.zeros([64, HEAD_DIM], gl.float16, SUMS)
-                for i in gl.static_range(len(SIZES)):
-                    keys = warpgroup_mma(latents[i], factors[i], keys, use_acc=i > 0)
-                queries = turned_queries.index(tile % 2).slice(part * COLUMNS, COLUMNS)
-                scores = scores + (_scores(keys, c, s, queries, ROWS),)
-        else:
-            keys = gl.zeros([64, HEAD_DIM], gl.float16, SUMS)
-            keys = keys, keys, keys, keys
-            following = _fetch(data, ranges, piece, tile, 0, SIZES[0], num_blocks, sizes, GROUP_CHANNELS, ALIGNED)
-            for i in gl.static_range(len(SIZES)):
-                words = following
-                if i + 1 < len(SIZES):
-                    following = _fetch(
-                        data, ranges, piece, tile, _start(SIZES, i + 1), SIZES[i + 1], num_blocks, sizes, GROUP_CHANNELS,
-                        ALIGNED,
-                    )  # fmt: skip
-                summed = ()
-                for part in gl.static_range(PARTS):
-                    latents = _latents(words, piece, _start(SIZES, i), part, sizes, SUMS)
-                    summed = summed + (warpgroup_mma(latents, factors[i], keys[part], use_acc=i > 0),)
-                keys = summed
-            for part in gl.static_range(PARTS):
-                queries = turned_queries.index(tile % 2).slice(part * COLUMNS, COLUMNS)
-                scores = scores + (_scores(keys[part], c, s, queries, ROWS),)
-        _exponentials(scores, tile, num_tiles, num_blocks, rows, out, ROWS)
+@gluon.constexpr_function
+def _room(ways, way):
+    """The channels that one of the ways takes."""
+    return sum(ways[way]) if way >= 0 else 0
 
 
 @gluon.constexpr_function
 def _start(sizes, index):
-    """The first channel of a part of the channels."""
+    """The first channel of a product."""
     return sum(sizes[:index])
 
 
 @gluon.jit
-def _fetch_all(
-    data, ranges, piece, tile, num_blocks, sizes, SIZES: gl.constexpr, GROUP_CHANNELS: gl.constexpr,
-    ALIGNED: gl.constexpr,
-):  # fmt: skip
-    fetched = ()
-    for i in gl.static_range(len(SIZES)):
-        fetched = fetched + (
-            _fetch(data, ranges, piece, tile, _start(SIZES, i), SIZES[i], num_blocks, sizes, GROUP_CHANNELS, ALIGNED),
-        )
-    return fetched
-
-
-@gluon.jit
 def _factor(
-    key_B, piece, START: gl.constexpr, SIZE: gl.constexpr, GROUP_DIM: gl.constexpr, HEAD_DIM: gl.constexpr
+    key_B, group, START: gl.constexpr, SIZE: gl.constexpr, GROUP_DIM: gl.constexpr, HEAD_DIM: gl.constexpr
 ):  # fmt: skip
     """(SIZE, HEAD_DIM) of what rebuilds a head's keys, in shared memory, channels in the order of [`_latents`]."""
-    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    first_row, channels, _, lead, constant = group
     column = gl.arange(0, SIZE, gl.SliceLayout(1, LOADED))
-    channel = START + column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
-    at = (piece[0] + channel)[:, None] * GROUP_DIM + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LOADED))[None, :]
-    factor = gl.load(key_B + at, mask=(channel < piece[1])[:, None], other=0)
+    place = START + column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
+    own = (place >= lead) & (place < lead + channels)
+    row = first_row + gl.where(own, place - lead, channels)
+    at = row[:, None] * GROUP_DIM + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LOADED))[None, :]
+    factor = gl.load(key_B + at, mask=(own | (place == constant))[:, None], other=0)
     SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIZE, HEAD_DIM], gl.float16)
     return gl.allocate_shared_memory(gl.float16, [SIZE, HEAD_DIM], SHARED, factor)
 
 
 @gluon.jit
 def _fetch(
-    data, ranges, piece, tile, START: gl.constexpr, SIZE: gl.constexpr, num_blocks, sizes,
-    GROUP_CHANNELS: gl.constexpr, ALIGNED: gl.constexpr,
+    stored, group, tile, START: gl.constexpr, SIZE: gl.constexpr, GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr
 ):  # fmt: skip
-    """Words and ranges (32 eights of tokens, SIZE channels) of a tile."""
+    """Words (32 eights of tokens, SIZE channels) of a tile, and their ranges, (32, SIZE / 4) if read by fours. Blocks
+    and channels that are not there are read from the last ones."""
     WORD: gl.constexpr = _word_layout(SIZE)
-    block_words, block_ranges, _ = sizes
+    RANGE: gl.constexpr = _word_layout(SIZE, 4 if FOURS else 1)
+    words, ranges, num_blocks, block_words, block_ranges = stored
+    _, channels, first_channel, lead, constant = group
+    last = first_channel + channels - 1
     eight = gl.arange(0, 32, gl.SliceLayout(1, WORD))
     block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
-    stored = piece[1] - 1  # the last is the constant
-    channel = START + gl.arange(0, SIZE, gl.SliceLayout(0, WORD))
-    if ALIGNED:  # by fours
-        channel = gl.minimum(channel // 4, (stored - 1) // 4) * 4 + channel % 4
+    row = block * block_words + eight % 4 * (block_words // 4)  # which has eight tokens of every channel
+    place = START + gl.arange(0, SIZE, gl.SliceLayout(0, WORD))
+    eight = gl.arange(0, 32, gl.SliceLayout(1, RANGE))
+    block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
+    if FOURS:  # of which some may be another head's
+        channel = first_channel - lead + place
+        at = row[:, None] + (gl.minimum(channel // 4, last // 4) * 4 + channel % 4)[None, :]
+        word = gl.load(words + gl.max_contiguous(gl.multiple_of(at, [1, 4]), [1, 4]))
+        place = START + gl.arange(0, SIZE // 4, gl.SliceLayout(0, RANGE)) * 4
     else:
-        channel = gl.minimum(channel, stored - 1)
-    # `word`: the first row's; rows of a tier are `width` apart
-    word, width = piece[2], block_words // 4
-    at = (block * block_words + eight % 4 * width)[:, None] + (word + channel)[None, :]
-    if ALIGNED:
-        words = gl.load(data + gl.max_contiguous(gl.multiple_of(at, [1, 4]), [1, 4]))
-        FOURS: gl.constexpr = _word_layout(SIZE, 4)
-        eight = gl.arange(0, 32, gl.SliceLayout(1, FOURS))
-        block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
-        channel = START + gl.arange(0, SIZE // 4, gl.SliceLayout(0, FOURS)) * 4
-        channel = gl.minimum(channel, stored - 1)
-    else:
-        words = gl.load(data + at)
-    at = (block * block_ranges)[:, None] + ((word + channel) // GROUP_CHANNELS + piece[3])[None, :]
-    return words, gl.load(ranges + at)
+        word = gl.load(words + (row[:, None] + gl.minimum(first_channel + place, last)[None, :]))
+    of_range = gl.minimum(first_channel - lead + place, last) // GROUP_CHANNELS
+    pair = gl.load(ranges + ((block * block_ranges)[:, None] + of_range[None, :]))
+    return word, gl.where((place == constant)[None, :], ONE, pair)
 
 
 @gluon.jit
-def _latents(fetched, piece, START: gl.constexpr, part: gl.constexpr, sizes, SUMS: gl.constexpr):
+def _latents(fetched, part: gl.constexpr, thousands, SUMS: gl.constexpr):
     """(64 tokens, channels) of one part, as a product wants them from registers."""
-    words, pair = fetched
-    SIZE: gl.constexpr = words.shape[1]
-    first, second = gl.split(gl.reshape(words, (32, SIZE // 2, 2)))
+    word, pair = fetched
+    SIZE: gl.constexpr = word.shape[1]
+    first, second = gl.split(gl.reshape(word, (32, SIZE // 2, 2)))
     if pair.shape[1] < SIZE:  # of four channels
-        channel = START + gl.arange(0, SIZE // 4, gl.SliceLayout(0, pair.type.layout)) * 4
-        pair = gl.where((channel == piece[1] - 1)[None, :], 0x3C00, pair)
-        minimum, step = _two_halves(pair, pair, 0x5410), _two_halves(pair, pair, 0x7632)
-        minimum = gl.convert_layout(gl.reshape(gl.join(minimum, minimum), (32, SIZE // 2)), first.type.layout, True)
-        step = gl.convert_layout(gl.reshape(gl.join(step, step), (32, SIZE // 2)), first.type.layout, True)
+        minimum, step = _low_halves(pair, pair), _high_halves(pair, pair)
+        minimum = gl.reshape(gl.join(minimum, minimum), (32, SIZE // 2))
+        step = gl.reshape(gl.join(step, step), (32, SIZE // 2))
+        minimum = gl.convert_layout(minimum, first.type.layout, True)
+        step = gl.convert_layout(step, first.type.layout, True)
     else:
-        channel = START + gl.arange(0, SIZE, gl.SliceLayout(0, words.type.layout))
-        pair = gl.where((channel == piece[1] - 1)[None, :], 0x3C00, pair)  # the constant: a minimum of 1, a step of 0
         minimum, step = gl.split(gl.reshape(pair, (32, SIZE // 2, 2)))
-        minimum, step = _two_halves(minimum, step, 0x5410), _two_halves(minimum, step, 0x7632)
-    both = _two_halves(first, second, 0x5410 if part < 2 else 0x7632)
-    early = _two_values(both >> (8 * (part % 2)), step, minimum, sizes[2])
-    late = _two_values(both >> (8 * (part % 2) + 4), step, minimum, sizes[2])
+        minimum, step = _low_halves(minimum, step), _high_halves(minimum, step)
+    if part < 2:
+        both = _low_halves(first, second)
+    else:
+        both = _high_halves(first, second)
+    early = _two_values(both >> (8 * (part % 2)), step, minimum, thousands)
+    late = _two_values(both >> (8 * (part % 2) + 4), step, minimum, thousands)
     x = gl.join(early, late)
     low = (x & 0xFFFF).to(gl.uint16).to(gl.float16, bitcast=True)
     high = (x >> 16).to(gl.uint16).to(gl.float16, bitcast=True)
-    # warp, eight, sixteen, bits 3, 2, 1 of the channel, half, bit 0
+    # warp, eight, sixteen, bits 3, 2, 1 of the channel, half of the block, bit 0
     x = gl.reshape(gl.join(low, high), (4, 8, SIZE // 16, 2, 2, 2, 2, 2))
     x = gl.reshape(gl.permute(x, (0, 6, 1, 2, 5, 3, 4, 7)), (64, SIZE))
-    return gl.convert_layout(x, gl.DotOperandLayout(0, SUMS, 2), assert_trivial=True)
+    return gl.convert_layout(x, gl.DotOperandLayout(0, SUMS, 2), True)
 
 
 @gluon.jit
-def _two_halves(a, b, which: gl.constexpr):
-    """The low, or the high halves of two words in one."""
-    if which == 0x5410:
-        return gl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-        )
+def _low_halves(a, b):
+    """The low 16 bits of both words in one."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _high_halves(a, b):
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
 def _two_values(codes, step, minimum, thousands):
-    """Two latents of the codes in the last bits of both halves."""
+    """Two latents of the codes in the last 4 bits of both halves: 1024 in float16 with a code in its last bits is 1024
+    more than the code.
+
+    Args:
+        thousands: 1024 in float16, twice; as a constant it would cost an instruction.
+    """
     return gl.inline_asm_elementwise(
         """{
             .reg .b32 code, minus;
             mov.b32 minus, 0xE400E400;  // -1024, twice
-            lop3.b32 code, $1, 0x000F000F, $4, 0xEA;
+            lop3.b32 code, $1, 0x000F000F, $4, 0xEA;  // and, then or
             add.f16x2 code, code, minus;
             fma.rn.f16x2 $0, code, $2, $3;
         }""",
@@ -316,17 +330,94 @@ def _two_values(codes, step, minimum, thousands):
 
 
 @gluon.jit
-def _turned(x, y, c, s, MINUS: gl.constexpr):
-    """x c - y s, or x c + y s, of pairs: as single numbers, ptxas takes sums of a product for read too early."""
+def _places(cos, sin, HALF: gl.constexpr, TURN: gl.constexpr):
+    """cos and sin (64, HALF) of the places of the first part, as [`_latents`] orders tokens."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, TURN))
+    eight, half = row // 16 * 8 + row % 8, row // 8 % 2
+    place = eight // 4 * 32 + half * 16 + eight % 4 * 4
+    at = place[:, None] * HALF + gl.arange(0, HALF, gl.SliceLayout(0, TURN))[None, :]
+    return gl.load(cos + at), gl.load(sin + at)
+
+
+@gluon.jit
+def _by_thread(c, s):
+    """cos and sin (64, HALF) of [`_places`] as (threads, numbers of each)."""
+    HALF: gl.constexpr = c.shape[1]
+    # warp, half of the block, eight, sixteens, lanes, bit 0, cos or sin
+    x = gl.reshape(gl.join(c, s), (4, 2, 8, HALF // 8, 4, 2, 2))
+    x = gl.reshape(gl.permute(x, (0, 2, 4, 6, 1, 3, 5)), (128, HALF))
+    return gl.convert_layout(x, _thread_layout(HALF), True)
+
+
+@gluon.jit
+def _from_threads(kept, TURN: gl.constexpr):
+    """What [`_by_thread`] was given."""
+    HALF: gl.constexpr = kept.shape[1]
+    x = gl.reshape(kept.load(_thread_layout(HALF)), (4, 8, 4, 2, 2, HALF // 8, 2))
+    c, s = gl.split(gl.reshape(gl.permute(x, (0, 4, 1, 5, 2, 6, 3)), (64, HALF, 2)))
+    return gl.convert_layout(c, TURN, True), gl.convert_layout(s, TURN, True)
+
+
+@gluon.jit
+def _queries(queries, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Both halves of the queries, scaled, (1, COLUMNS, HEAD_DIM / 2) each: few rows come several times, side by side,
+    and those that are not there are like the last."""
+    QUERY: gl.constexpr = gl.BlockedLayout([PARTS, 1, HEAD_DIM // 32], [1, 2, 16], [1, 4, 1], [2, 1, 0])
+    query, rows, scaling = queries
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, QUERY)))
+    pair = gl.arange(0, HEAD_DIM // 2, gl.SliceLayout(0, gl.SliceLayout(1, QUERY)))
+    row = gl.minimum(column // (COLUMNS // ROWS), rows - 1)
+    at = (row * HEAD_DIM)[None, :, None] + pair[None, None, :]
+    first = (gl.load(query + at).to(gl.float32) * scaling).to(gl.float16)
+    second = (gl.load(query + HEAD_DIM // 2 + at).to(gl.float32) * scaling).to(gl.float16)
+    return first, second
+
+
+@gluon.jit
+def _turned_back(straight, start_cos, start_sin, tile, HEAD_DIM: gl.constexpr):
+    """(PARTS * COLUMNS, HEAD_DIM): queries as the keys of each part want them, which are turned by their places only:
+    it is queries, who are few, that are turned to where the part begins."""
+    QUERY: gl.constexpr = gl.BlockedLayout([PARTS, 1, HEAD_DIM // 32], [1, 2, 16], [1, 4, 1], [2, 1, 0])
+    first, second = straight
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(1, QUERY)))
+    pair = gl.arange(0, HEAD_DIM // 2, gl.SliceLayout(0, gl.SliceLayout(1, QUERY)))
+    at = (tile * PARTS + part)[:, None] * (HEAD_DIM // 2) + pair[None, :]
+    c, s = gl.load(start_cos + at)[:, None, :], gl.load(start_sin + at)[:, None, :]
+    x = gl.join(first * c + second * s, second * c - first * s)
+    return gl.reshape(gl.permute(x, (0, 1, 3, 2)), (PARTS * COLUMNS, HEAD_DIM))
+
+
+@gluon.jit
+def _scores(keys, c, s, queries, ROWS: gl.constexpr):
+    """(64, ROWS) scores of a part: of rebuilt keys, and queries (COLUMNS, HEAD_DIM) in shared memory."""
+    HEAD_DIM: gl.constexpr = keys.shape[1]
+    TURN: gl.constexpr = c.type.layout
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    first, second = gl.split(gl.permute(gl.reshape(keys, (64, 2, HEAD_DIM // 2)), (0, 2, 1)))
+    first, second = gl.convert_layout(first, TURN, True), gl.convert_layout(second, TURN, True)
+    x = gl.permute(gl.join(_difference(first, c, second, s), _sum(second, c, first, s)), (0, 2, 1))
+    x = gl.convert_layout(gl.reshape(x, (64, HEAD_DIM)), gl.DotOperandLayout(0, SCORES, 2), True)
+    scores = gl.zeros([64, COLUMNS], gl.float32, SCORES)
+    scores = warpgroup_mma(x, queries.permute((1, 0)), scores, use_acc=False)
+    if ROWS < COLUMNS:  # each came several times
+        scores = gl.max(gl.reshape(scores, (64, ROWS, COLUMNS // ROWS)), axis=2)
+    return scores
+
+
+# Two numbers at a time: from single ones, ptxas believes that the sums of a product are read before it is done.
+
+
+@gluon.jit
+def _sum(x, c, y, s):
+    """x c + y s"""
     return gl.inline_asm_elementwise(
         """{
             .reg .b32 other;
-            mul.f16x2 other, $2, $4;
-            """ + ("neg.f16x2 other, other;" if MINUS else "") + """
-            fma.rn.f16x2 $0, $1, $3, other;
+            mul.f16x2 other, $3, $4;
+            fma.rn.f16x2 $0, $1, $2, other;
         }""",
         "=r,r,r,r,r",
-        [x, y, c, s],
+        [x, c, y, s],
         dtype=gl.float16,
         is_pure=True,
         pack=2,
@@ -334,39 +425,38 @@ def _turned(x, y, c, s, MINUS: gl.constexpr):
 
 
 @gluon.jit
-def _scores(keys, c, s, queries, ROWS: gl.constexpr):
-    """(64, ROWS) scores of a part, of rebuilt keys and queries (columns, head_dim) in shared memory."""
-    HEAD_DIM: gl.constexpr = keys.shape[1]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    TURN: gl.constexpr = c.type.layout
-    first, second = gl.split(gl.permute(gl.reshape(keys, (64, 2, HEAD_DIM // 2)), (0, 2, 1)))
-    first, second = gl.convert_layout(first, TURN, True), gl.convert_layout(second, TURN, True)
-    turned = gl.permute(gl.join(_turned(first, second, c, s, True), _turned(second, first, c, s, False)), (0, 2, 1))
-    turned = gl.convert_layout(gl.reshape(turned, (64, HEAD_DIM)), gl.DotOperandLayout(0, SCORES, 2), True)
-    scores = gl.zeros([64, COLUMNS], gl.float32, SCORES)
-    scores = warpgroup_mma(turned, queries.permute((1, 0)), scores, use_acc=False)
-    if ROWS < COLUMNS:  # each came several times
-        scores = gl.max(gl.reshape(scores, (64, ROWS, COLUMNS // ROWS)), axis=2)
-    return scores
+def _difference(x, c, y, s):
+    """x c - y s"""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 other;
+            mul.f16x2 other, $3, $4;
+            neg.f16x2 other, other;
+            fma.rn.f16x2 $0, $1, $2, other;
+        }""",
+        "=r,r,r,r,r",
+        [x, c, y, s],
+        dtype=gl.float16,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @gluon.jit
 def _exponentials(scores, tile, num_tiles, num_blocks, rows, out, ROWS: gl.constexpr):
-    weights, maxima = out
+    """Writes what [`hopper_score_kernel`] makes of the scores (64, ROWS) of all parts of a tile."""
     OUT: gl.constexpr = _out_layout(ROWS)
-    # rows of a part: warp, half, eight; then rows of queries, and the two bits of a part
-    x = gl.join(gl.join(scores[0], scores[1]), gl.join(scores[2], scores[3]))
-    x = gl.permute(gl.reshape(x, (4, 2, 8, ROWS, 2, 2)), (3, 0, 2, 1, 4, 5))
-    x = gl.convert_layout(gl.reshape(x, (ROWS, 4, 64)), OUT, True)
-    of_tile = tile * 4 + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, OUT)))[None, :]
-    token = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))
-    token = gl.expand_dims(gl.expand_dims(token, 0), 1)
-    if (tile + 1) * (TOKENS // 32) > num_blocks:  # the last
-        x = gl.where(gl.expand_dims(of_tile, 2) * 2 + token // 32 < num_blocks, x, NOTHING)
-    maximum = gl.max(x, axis=2)
-    x = gl.exp2(x - gl.expand_dims(maximum, 2)).to(gl.float16)
+    weights, maxima = out
+    # warp, half of the block, eight; rows; the two bits of a part
+    x = gl.reshape(gl.join(gl.join(scores[0], scores[1]), gl.join(scores[2], scores[3])), (4, 2, 8, ROWS, 2, 2))
+    x = gl.convert_layout(gl.reshape(gl.permute(x, (3, 0, 2, 1, 4, 5)), (ROWS, 4, 64)), OUT, True)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, OUT)))[:, None]
-    there = (row < rows) & (of_tile < num_tiles)
-    at = row * num_tiles + of_tile
+    of_64 = tile * 4 + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, OUT)))[None, :]
+    place = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))[None, None, :]
+    if (tile + 1) * (TOKENS // 32) > num_blocks:  # the last
+        x = gl.where(of_64[:, :, None] * 2 + place // 32 < num_blocks, x, NOTHING)
+    maximum = gl.max(x, axis=2)
+    x = gl.exp2(x - maximum[:, :, None]).to(gl.float16)
+    there, at = (row < rows) & (of_64 < num_tiles), row * num_tiles + of_64
     gl.store(maxima + at, maximum, mask=there)
-    gl.store(weights + (gl.expand_dims(at * 64, 2) + token), x, mask=gl.expand_dims(there, 2) & (token >= 0))
+    gl.store(weights + ((at * 64)[:, :, None] + place), x, mask=there[:, :, None] & (place >= 0))
