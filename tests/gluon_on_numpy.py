@@ -57,7 +57,7 @@ def _operator(function, swapped):
     return apply
 
 
-for _name in "add sub mul floordiv mod and_ or_ rshift lshift lt le gt ge eq".split():
+for _name in ["add", "sub", "mul", "floordiv", "mod", "and_", "or_", "rshift", "lshift", "lt", "le", "gt", "ge", "eq"]:
     _plain = _name.strip("_")
     setattr(Tensor, f"__{_plain}__", _operator(getattr(operator, _name), False))
     setattr(Tensor, f"__r{_plain}__", _operator(getattr(operator, _name), True))

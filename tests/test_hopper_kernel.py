@@ -1,5 +1,5 @@
-"""The kernel for Hopper GPUs against the torch path: with numpy on a CPU (see gluon_on_numpy.py), as compiled on such a
-GPU; and compiled for one where there is none."""
+"""The kernel for Hopper GPUs against the torch path: with numpy on a CPU (see gluon_on_numpy.py), as compiled on such
+a GPU; and compiled for one where there is none."""
 
 import os
 import subprocess
@@ -10,11 +10,10 @@ import torch
 from random_past import DEVICE, error_against_torch, layer, past
 
 import cskv_hf.attention as attention
-from cskv_hf import kernels
 
 pytest.importorskip("triton")
-import cskv_hf.kernels.gpu as gpu  # noqa: E402
-import cskv_hf.kernels.hopper as hopper  # noqa: E402
+import cskv_hf.kernels.gpu as gpu
+import cskv_hf.kernels.hopper as hopper
 
 ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not ON_HOPPER, reason="another GPU")
@@ -145,7 +144,8 @@ def compile_for_hopper(constants, warps, maxnreg):
 
 
 KERNEL, hopper.hopper_score_kernel = hopper.hopper_score_kernel, Recorder()
-for ranks, rows, head_dim in (((36, 13), 4, 128), ((14, 31), 8, 64), ((60,), 1, 128), ((240,), 4, 128), ((81,), 2, 64)):
+CASES = ((36, 13), 4, 128), ((14, 31), 8, 64), ((60,), 1, 128), ((240,), 4, 128), ((81,), 2, 64)
+for ranks, rows, head_dim in CASES:
     layout = PackedLayout((4,) * sum(ranks), 32, 32, 4)
     query, weights = torch.empty(1, 2, rows, head_dim), torch.empty(1, 1, 1, 64)
     codes, ranges = torch.empty(1, 1, 4, dtype=torch.int32), torch.empty(1, 1, 1, dtype=torch.int32)
