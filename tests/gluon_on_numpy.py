@@ -139,10 +139,11 @@ class Machine:
             float16=np.float16, float32=np.float32, int32=np.int32, int64=np.int64, uint16=np.uint16,
             constexpr=lambda x: x, static_range=range, program_id=lambda i: Tensor(np.int64(self.program[i])),
             num_programs=lambda i: self.grid[i], load=load, store=store, allocate_shared_memory=self.allocate,
-            arange=lambda start, end, layout: Tensor(np.arange(start, end)),
+            arange=lambda start, end, layout: Tensor(np.arange(start, end, dtype=np.int32)),
             zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, dtype)),
             where=lambda c, x, y: Tensor(_alike(np.where(raw(c), raw(x), raw(y)), x, y)),
-            minimum=lambda x, y: Tensor(np.minimum(raw(x), raw(y))), exp2=lambda x: Tensor(np.exp2(raw(x))),
+            minimum=lambda x, y: Tensor(np.minimum(raw(x), raw(y))),
+            maximum=lambda x, y: Tensor(np.maximum(raw(x), raw(y))), exp2=lambda x: Tensor(np.exp2(raw(x))),
             max=lambda x, axis: Tensor(raw(x).max(axis)), reshape=lambda x, shape: Tensor(raw(x).reshape(shape)),
             permute=lambda x, order: Tensor(raw(x).transpose(order)),
             join=lambda x, y: Tensor(np.stack(np.broadcast_arrays(raw(x), raw(y)), -1)),
@@ -174,11 +175,12 @@ def assembly(code, constraints, args, dtype, is_pure, pack):
         low, high = (x.view(np.uint32) >> shift & 0xFFFF for x in args)
         return Tensor((low | high << 16).view(np.int32))
     if "lop3" in code:
-        codes, step, minimum, thousands = args
-        assert thousands == 0x64006400
-        halves = [x.view(np.uint32)[..., None] >> np.uint32([0, 16]) & 0xFFFF for x in (codes, step, minimum)]
-        step, minimum = (half.astype(np.uint16).view(np.float16).astype(np.float32) for half in halves[1:])
-        values = ((halves[0] & 15) * step + minimum).astype(np.float16)
+        codes, step, minimum, thousands, *more = args
+        assert thousands == 0x64006400 and bool(more) == ("mad" in code)
+        halves = [x.view(np.uint32)[..., None] >> np.uint32([0, 16]) & 0xFFFF for x in (codes, step, minimum, *more)]
+        step, minimum = (half.astype(np.uint16).view(np.float16).astype(np.float32) for half in halves[1:3])
+        codes = (halves[0] & 15) + 16 * (halves[3] & 15 if more else 0)
+        values = (codes * step + minimum).astype(np.float16)
         return Tensor(np.ascontiguousarray(values).view(np.int32)[..., 0])
     x, c, y, s = (a.astype(np.float32) for a in args)
     other = (y * s).astype(np.float16).astype(np.float32)

@@ -17,13 +17,18 @@ import cskv_hf.kernels.hopper as hopper
 
 ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not ON_HOPPER, reason="another GPU")
+FEW = (4,) * 13, (4,) * 30
 DTYPES = [torch.float16] + [torch.bfloat16] * ON_HOPPER
-RANKS = {
-    "heads of few and more channels, by fours": (13, 30, 37, 16),
-    "one by one": (14, 31),
-    "heads of more ranks than there are ways": (3, 20, 35, 52),
-    "many channels": (76,),
-    "many channels one by one": (81,),
+BITS = {  # of the channels of each group
+    "heads of few and more channels, by fours": tuple((4,) * rank for rank in (13, 30, 37, 16)),
+    "one by one": ((4,) * 14, (4,) * 31),
+    "heads of more ranks than there are ways": tuple((4,) * rank for rank in (3, 20, 35, 52)),
+    "many channels": ((4,) * 76,),
+    "many channels one by one": ((4,) * 81,),
+    "all widths": ((8, 7, 6, 5, 4, 3, 2, 1), (7, 7, 5, 3, 3, 1, 1)),
+    "a head without some": ((6, 6, 6, 3), (3, 3, 2, 2, 2), (6, 2)),
+    "many channels of some widths": ((6,) * 20 + (4,) * 33 + (3,) * 18 + (2,) * 7,),
+    "of some widths, by fours": ((6,) * 4 + (2,) * 8, (6,) * 8 + (2,) * 4),
 }
 
 
@@ -41,10 +46,9 @@ def served(monkeypatch):
     return calls
 
 
-def factors_of(ranks, dtype, heads=None, head_dim=64, group=(32, 4)):
-    key_bits = tuple((4,) * rank for rank in ranks)
-    layout = "joint" if len(ranks) == 1 else "head"
-    return layer(layout, key_bits, (6, 4, 4, 3, 2), heads or max(2, len(ranks)), head_dim, dtype, group=list(group))
+def factors_of(key_bits, dtype, heads=None, head_dim=64):
+    layout, heads = "joint" if len(key_bits) == 1 else "head", heads or max(2, len(key_bits))
+    return layer(layout, key_bits, (6, 4, 4, 3, 2), heads, head_dim, dtype, group=[32, 4])
 
 
 def query_of(factors, batch, per_head, dtype, num_new=1):
@@ -53,10 +57,10 @@ def query_of(factors, batch, per_head, dtype, num_new=1):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
-def test_equal_to_the_torch_path(ranks, dtype, served):
+@pytest.mark.parametrize("key_bits", BITS.values(), ids=BITS)
+def test_equal_to_the_torch_path(key_bits, dtype, served):
     """To a few roundings of 16 bits, with a last tile that is not full, in two rows of the batch."""
-    factors = factors_of(ranks, dtype)
+    factors = factors_of(key_bits, dtype)
     kv = past(factors, 2, 256 + 96, dtype)
     assert relative(query_of(factors, 2, 2, dtype), kv) < (4e-3 if dtype == torch.float16 else 3e-2)
     assert len(served) == 1
@@ -68,7 +72,7 @@ relative = lambda query, kv: error_against_torch(attention._attend_on_gpu, query
 @pytest.mark.parametrize("per_head, num_new", [(1, 1), (3, 1), (8, 1), (2, 3)])
 def test_rows_of_queries(per_head, num_new, served):
     """One query head for a KV head and several, and several tokens, where the old ones are seen by all."""
-    factors = factors_of((13, 30), torch.float16, head_dim=128)
+    factors = factors_of(FEW, torch.float16, head_dim=128)
     kv = past(factors, 1, 64, torch.float16, num_new=num_new)
     assert relative(query_of(factors, 1, per_head, torch.float16, num_new), kv) < 4e-3
     assert len(served) == 1
@@ -77,7 +81,7 @@ def test_rows_of_queries(per_head, num_new, served):
 def test_programs_that_share_the_past(served, monkeypatch):
     """Some tiles each, more of them than queries are turned for at once, and a last program that has fewer."""
     monkeypatch.setattr(hopper, "PROGRAMS", 2)
-    factors = factors_of((13,), torch.float16, heads=1)
+    factors = factors_of(((4,) * 13,), torch.float16, heads=1)
     kv = past(factors, 1, 9 * 256 + 32, torch.float16)
     assert relative(query_of(factors, 1, 2, torch.float16), kv) < 4e-3
     (weights,) = {args[-2].shape for args in served}
@@ -85,35 +89,45 @@ def test_programs_that_share_the_past(served, monkeypatch):
 
 
 def test_what_it_leaves_to_others(served):
-    """Other bits, float32, masks, rows of more queries, positions with gaps: the kernel for all GPUs."""
+    """Other blocks, float32, masks, rows of more queries, positions with gaps: the kernel for all GPUs."""
     half = torch.float16
-    factors = factors_of((13, 30), half)
+    factors = factors_of(FEW, half)
     query, kv = query_of(factors, 1, 2, half), past(factors, 1, 64, half)
     seen = torch.ones(1, 1, 1, 64, dtype=torch.bool, device=DEVICE)
     assert error_against_torch(attention._attend_on_gpu, query, kv, None, seen) < 4e-3
     gaps = (torch.arange(64) * 3)[None]
     assert relative(query, past(factors, 1, 64, half, gaps)) < 4e-3
     assert relative(query_of(factors, 1, 9, half), kv) < 4e-3
-    mixed = layer("head", ((4,) * 9, (4, 4, 3)), (4,) * 5, 2, 64, half)
-    assert relative(query_of(mixed, 1, 2, half), past(mixed, 1, 64, half)) < 4e-3
-    wide = factors_of((13, 30), torch.float32)
+    small = layer("head", FEW, (4,) * 5, 2, 64, half, block_size=16)
+    assert relative(query_of(small, 1, 2, half), past(small, 1, 64, half)) < 4e-3
+    wide = factors_of(FEW, torch.float32)
     assert relative(query_of(wide, 1, 2, torch.float32), past(wide, 1, 64, torch.float32)) < 2e-6
     assert not served
 
 
-def test_channels_of_a_plan():
-    """Every head finds a way with room for its channels, where they lie, and the constant behind them."""
-    for ranks in (*RANKS.values(), (60,), (61,), (1, 1, 250)):
-        factors = factors_of(ranks, torch.float16)
-        layout, device = factors.key_format.layout, torch.device("cpu")
-        plan = hopper.plan(layout, ranks, device)
-        rooms = [sum(way) for way in plan.ways]
-        assert rooms == sorted(rooms) and len(rooms) <= hopper.MOST_WAYS
-        assert all(size in (16, 32, 64) for way in plan.ways for size in way)
-        for start, rank, first in plan.groups.tolist():
-            assert plan.order[start : start + rank].tolist() == [*range(first, first + rank)]
-            assert plan.order[start + rank] >= layout.rank
-            assert first % 4 * plan.fours + rank < rooms[-1]
+@pytest.mark.parametrize("key_bits", [*BITS.values(), ((4,) * 60,), ((4,) * 61,), ((3,), (2,), (4,) * 250)])
+def test_channels_of_a_plan(key_bits):
+    """Every channel of a group and its constant have a place in the products of a way, and the order they lie in."""
+    layout = factors_of(key_bits, torch.float16).key_format.layout
+    plan = hopper.plan(layout, tuple(map(len, key_bits)), torch.device("cpu"))
+    rooms = [sum(channels for _, _, channels, _ in way) for way in plan.ways]
+    assert rooms == sorted(rooms) and len(rooms) <= hopper.MOST_WAYS and rooms[-1] == plan.num_channels
+    for way in plan.ways:
+        for tier, start, channels, bits in way:
+            assert channels in (16, 32, 64) and bits == layout.tiers[tier].bits
+            assert start == sum(c for t, s, c, _ in way if t == tier and s < start)  # one behind the other
+    first = 0
+    for group, (bits, shares) in enumerate(zip(key_bits, plan.groups.tolist())):
+        own, constants = [], 0
+        for tier, share in zip(layout.tiers, (hopper.Share(*share) for share in shares)):
+            there = plan.order[share.first_row :][: share.channels].tolist()
+            assert there == list(tier.channels[share.index :][: share.channels])
+            if share.has_constant:
+                assert plan.order[share.first_row + share.channels] == layout.rank + group
+            assert share.room(plan.fours) <= sum(c for t, _, c, _ in plan.ways[-1] if layout.tiers[t] == tier)
+            own, constants = own + there, constants + share.has_constant
+        assert sorted(own) == [*range(first, first + len(bits))] and constants == 1
+        first += len(bits)
 
 
 COMPILE = """
@@ -144,9 +158,11 @@ def compile_for_hopper(constants, warps, maxnreg):
 
 
 KERNEL, hopper.hopper_score_kernel = hopper.hopper_score_kernel, Recorder()
-CASES = ((36, 13), 4, 128), ((14, 31), 8, 64), ((60,), 1, 128), ((240,), 4, 128), ((81,), 2, 64)
-for ranks, rows, head_dim in CASES:
-    layout = PackedLayout((4,) * sum(ranks), 32, 32, 4)
+MIXED = (6,) * 20 + (4,) * 30 + (3,) * 20 + (2,) * 10
+CASES = (((4,) * 49, (36, 13), 4, 128), ((4,) * 45, (14, 31), 8, 64), ((4,) * 60, (60,), 1, 128),
+         ((4,) * 240, (240,), 4, 128), (MIXED, (40, 40), 2, 64), ((8, 7, 5, 3, 1), (5,), 4, 128))
+for bits, ranks, rows, head_dim in CASES:
+    layout = PackedLayout(bits, 32, 32, 4)
     query, weights = torch.empty(1, 2, rows, head_dim), torch.empty(1, 1, 1, 64)
     codes, ranges = torch.empty(1, 1, 4, dtype=torch.int32), torch.empty(1, 1, 1, dtype=torch.int32)
     hopper.launch(query, codes, ranges, layout, ranks, lambda *_: None, (None,) * 4, 1.0, weights, None)
@@ -159,4 +175,4 @@ def test_compiles_where_there_is_none():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
-    assert out.stdout.split() == ["True", "True"] * 5, out.stdout
+    assert out.stdout.split() == ["True", "True"] * 6, out.stdout

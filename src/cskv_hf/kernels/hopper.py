@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,53 +21,108 @@ PROGRAMS = 2048  # at least, if there are tokens enough
 MOST_WAYS = 3  # for heads of different ranks, each compiled
 FEW_CHANNELS = 64  # whose words fit into registers
 MOST_CHANNELS = 512  # whose share of `key_B` fits into shared memory
-FEW_REGISTERS = dict(maxnreg=128)  # so that four programs of a multiprocessor run at a time
+
+
+class Share(NamedTuple):
+    """Of a group in a tier, in the order of its fields.
+
+    Attributes:
+        first_row: where its channels begin in the order of a [`Plan`].
+        channels: of its own, without the constant.
+        index: of its first channel in the tier.
+        has_constant: whether the constant follows them.
+        word, width, first_range: of the tier: its first word in a block, its channels, and its first range.
+    """
+
+    first_row: int
+    channels: int
+    index: int
+    has_constant: int
+    word: int
+    width: int
+    first_range: int
+    unused: int = 0
+
+    def room(self, fours: bool) -> int:
+        """Places that its channels and its constant take, if they begin where four channels are read at once."""
+        lead = self.index % 4 if fours else 0
+        end = lead + self.channels
+        return (-(-end // 4) * 4 if fours else end) + 1 if self.has_constant else end
 
 
 class Plan(NamedTuple):
     """How the kernel takes the channels of a layer.
 
     Attributes:
-        groups: int32 (groups, 3): where a group begins in `order`, its channels without the constant, and the first.
-        order: int64, the channels group by group, each group followed by its constant, ``rank + group``.
-        ways: sizes of the products that rebuild keys, for groups of few channels and of more.
+        groups: int32 (groups, tiers, 8), a [`Share`] each.
+        order: int64, the channels group by group and tier by tier, the constant of a group, ``rank + group``, behind
+            its channels of one tier.
+        ways: products that rebuild keys: their tier, their first place in it, their channels and bits.
         fours: whether four channels are read at once.
     """
 
     groups: torch.Tensor
     order: torch.Tensor
-    ways: tuple[tuple[int, ...], ...]
+    ways: tuple[tuple[tuple[int, int, int, int], ...], ...]
     fours: bool
+
+    @property
+    def num_channels(self) -> int:
+        return sum(channels for _, _, channels, _ in self.ways[-1])
 
 
 def serves(layout: PackedLayout, ranks: tuple[int, ...], rows: int, head_dim: int) -> bool:
-    """Whether the kernel takes these latents, all in 4 bits, and so many rows of queries of a KV head."""
-    in_4_bits = set(layout.bits) == {4} and layout.block_size == layout.group_tokens == 32
-    return in_4_bits and rows <= COLUMNS.value and head_dim in HEAD_DIMS and max(ranks) + 4 <= MOST_CHANNELS
+    """Whether the kernel takes these latents, and so many rows of queries of a KV head."""
+    if layout.block_size != 32 or layout.group_tokens != 32 or rows > COLUMNS.value or head_dim not in HEAD_DIMS:
+        return False
+    return plan(layout, ranks, torch.device("cpu")).num_channels <= MOST_CHANNELS
 
 
 @functools.cache
 def plan(layout: PackedLayout, ranks: tuple[int, ...], device: torch.device) -> Plan:
-    groups, order, constants, first = [], [], [], 0
-    fours = layout.rank % 4 == 0 and layout.group_channels % 4 == 0
-    for group, rank in enumerate(ranks):
-        groups.append((len(order), rank, first))
-        order += [*range(first, first + rank), layout.rank + group]
-        constants.append(-(-(first % 4 + rank) // 4) * 4 if fours else rank)
-        first += rank
-    rooms = sorted({constant // 16 * 16 + 16 for constant in constants})
-    if rooms[-1] > FEW_CHANNELS:
-        rooms = rooms[-1:]
-    while len(rooms) > MOST_WAYS:
-        del rooms[-2]  # its heads take the largest way
-    table = torch.tensor(groups, dtype=torch.int32, device=device)
-    return Plan(table, torch.tensor(order, device=device), tuple(map(_products, rooms)), fours)
+    starts = [tier.first_byte for tier in layout.tiers] + [layout.code_bytes]
+    fours = layout.group_channels % 4 == 0 and all(start % 16 == 0 for start in starts)
+    fours = fours and all(len(tier.channels) % 4 == 0 for tier in layout.tiers)
+    plans = [_plan(layout, ranks, fours, home) for home in range(len(layout.tiers))]
+    table, order, rooms = min(plans, key=lambda plan: sum(max(of_tier) for of_tier in plan[2]))
+    if len(rooms) == 1 and max(rooms[0]) <= FEW_CHANNELS:
+        ways = sorted(set(rooms[0]))
+        while len(ways) > MOST_WAYS:
+            del ways[-2]  # its heads take the largest way
+        ways = tuple(_products(0, room, layout.tiers[0].bits, True) for room in ways)
+    else:
+        most = [max(of_tier) for of_tier in rooms]
+        few = sum(most) <= FEW_CHANNELS
+        ways = (sum((_products(t, room, layout.tiers[t].bits, few) for t, room in enumerate(most)), ()),)
+    groups = torch.tensor(table, dtype=torch.int32, device=device)
+    return Plan(groups, torch.tensor(order, device=device), ways, fours)
 
 
-def _products(room: int) -> tuple[int, ...]:
-    """Powers of two that make a multiple of 16, large ones first."""
-    largest = 64 if room <= FEW_CHANNELS else 32
-    return (largest,) * (room // largest) + tuple(size for size in (32, 16) if room % largest & size)
+def _plan(layout: PackedLayout, ranks: tuple[int, ...], fours: bool, home: int) -> tuple[list, list, list]:
+    """Shares, order, and the places that groups take in each tier, if constants are in tier `home`."""
+    table, order, rooms = [], [], [[] for _ in layout.tiers]
+    ends = list(itertools.accumulate(ranks))
+    for group, (rank, end) in enumerate(zip(ranks, ends)):
+        shares = []
+        for t, tier in enumerate(layout.tiers):
+            index = bisect.bisect_left(tier.channels, end - rank)
+            channels = tier.channels[index : bisect.bisect_left(tier.channels, end)]
+            word, width = tier.first_byte // 4, len(tier.channels)
+            shares.append(Share(len(order), len(channels), index, int(t == home), word, width, tier.first_range))
+            order += [*channels, *([layout.rank + group] if t == home else [])]
+            rooms[t].append(-(-shares[-1].room(fours) // 16) * 16)
+        table.append(shares)
+    return table, order, rooms
+
+
+def _products(tier: int, room: int, bits: int, few: bool) -> tuple[tuple[int, int, int, int], ...]:
+    """Of powers of two of channels, large ones first."""
+    largest, start, products = 64 if few else 32, 0, []
+    while start < room:
+        size = min(largest, 1 << (room - start).bit_length() - 1)
+        products.append((tier, start, size, bits))
+        start += size
+    return tuple(products)
 
 
 def launch(
@@ -81,15 +138,22 @@ def launch(
     """
     batch, heads, rows, head_dim = query.shape
     num_tiles, num_blocks = weights.shape[2], codes.shape[1]
-    groups, order, ways, fours = plan(layout, ranks, query.device)
+    planned = plan(layout, ranks, query.device)
     large = triton.cdiv(num_tiles, TILE // 64)
     tiles_each = triton.cdiv(large, max(1, min(large, PROGRAMS // (batch * heads))))
-    together = sum(ways[-1]) > FEW_CHANNELS
+    together = planned.num_channels > FEW_CHANNELS
     hopper_score_kernel[triton.cdiv(large, tiles_each), heads, batch](
-        query, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32), groups,
-        factor_of(order, torch.float16), *turns, weights, maxima, scaling, rows, num_blocks, layout.code_bytes // 4,
-        layout.num_ranges, num_tiles, tiles_each, THOUSANDS,
-        HEADS_PER_GROUP=heads // len(ranks), HEAD_DIM=head_dim, ROWS=triton.next_power_of_2(rows), WAYS=ways,
-        GROUP_CHANNELS=layout.group_channels, FOURS=fours, TOGETHER=together, STAGED=2 if together else 4,
-        num_warps=4, **({} if together else FEW_REGISTERS),
+        query, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32), planned.groups,
+        factor_of(planned.order, torch.float16), *turns, weights, maxima, scaling, rows, num_blocks,
+        layout.code_bytes // 4, layout.num_ranges, num_tiles, tiles_each, THOUSANDS,
+        HEADS_PER_GROUP=heads // len(ranks), HEAD_DIM=head_dim, ROWS=triton.next_power_of_2(rows),
+        TIERS=len(layout.tiers), WAYS=planned.ways, GROUP_CHANNELS=layout.group_channels, FOURS=planned.fours,
+        TOGETHER=together, STAGED=2 if together else 4, num_warps=4, **registers(layout, planned.num_channels),
     )  # fmt: skip
+
+
+def registers(layout: PackedLayout, num_channels: int) -> dict[str, int]:
+    """How to compile so that several programs of a multiprocessor run at a time: four, where registers suffice."""
+    if num_channels > FEW_CHANNELS:
+        return {}
+    return dict(maxnreg=128 if num_channels <= 48 and max(layout.bits) <= 4 else 168)

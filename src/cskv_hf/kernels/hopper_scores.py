@@ -1,4 +1,4 @@
-"""Scores against keys in 4 bits on NVIDIA's Hopper GPUs: what `score_kernel` of triton_kernels.py writes, by a kernel
+"""Scores against packed keys on NVIDIA's Hopper GPUs: what `score_kernel` of triton_kernels.py writes, by a kernel
 that says which thread holds what.
 
 In that kernel latents reach the product that rebuilds keys through shared memory, and warps wait there for each other.
@@ -34,42 +34,39 @@ CHANGING = ["num_blocks", "num_tiles", "tiles_each", "block_words", "block_range
 def hopper_score_kernel(
     query, words, ranges, groups, key_B, cos, sin, start_cos, start_sin, weights, maxima,
     scaling, rows, num_blocks, block_words, block_ranges, num_tiles, tiles_each, thousands,
-    HEADS_PER_GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, WAYS: gl.constexpr,
-    GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr, TOGETHER: gl.constexpr, STAGED: gl.constexpr,
+    HEADS_PER_GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, TIERS: gl.constexpr,
+    WAYS: gl.constexpr, GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr, TOGETHER: gl.constexpr,
+    STAGED: gl.constexpr,
 ):  # fmt: skip
     """Exponentials (to base 2) of the scores of one KV head against some tiles of old tokens, relative to the maximum
     of 64 tokens, and that maximum.
 
     Args:
         query: (batch, heads, rows, HEAD_DIM).
-        words: int32, codes of 4 bits in blocks of 32 tokens, as `pack` of quantize.py leaves them.
+        words: int32, codes in blocks of 32 tokens, as `pack` of quantize.py leaves them.
         ranges: int32 (batch, num_blocks, block_ranges), minimum and step of `GROUP_CHANNELS` channels of a block.
-        groups: int32 (groups, 3): where a group begins in `key_B`, its channels without the constant that follows
-            them there, and its first channel.
+        groups: int32 (groups, TIERS, 8), a `Share` of hopper.py each.
         key_B: (channels, HEADS_PER_GROUP * HEAD_DIM).
         cos, sin: (TOKENS, HEAD_DIM / 2), what turns a token from the first of its tile.
         start_cos, start_sin: (tiles * PARTS, HEAD_DIM / 2), what turns the first `PARTS` tokens of every tile.
-        weights: (batch, heads * rows, num_tiles, 64) float16, tokens in the order of [`token_in_tile`].
+        weights: (batch, heads * rows, num_tiles, 64) float16, tokens in the order of `token_in_tile`.
         maxima: (batch, heads * rows, num_tiles) float32.
         num_tiles: of 64 tokens; `tiles_each`: of 256, that a program takes.
         ROWS: the power of two that holds `rows`, at most `COLUMNS`.
-        WAYS: sizes of the products that rebuild keys, for groups of few channels and of more.
+        WAYS: products that rebuild keys, a (tier, first place, channels, bits) each; several ways if some groups have
+            fewer channels in the only tier.
         FOURS: whether four channels are read at once: where ranges do, and rows of words, begin at multiples of four.
         TOGETHER: whether the parts of a tile are rebuilt side by side, so that each word is read once for all, and not
             one by one with all words in registers; for many channels.
         STAGED: tiles that queries are turned for at once.
     """
     split, head, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
-    group = groups + head // HEADS_PER_GROUP * 3
-    first_row, channels, first_channel = gl.load(group), gl.load(group + 1), gl.load(group + 2)
-    # among the channels that are read: the place of the first, and that of the constant
-    lead, constant = first_channel * 0, channels
     words += batch * num_blocks * block_words
     if FOURS:
         words = gl.multiple_of(words, 16)
-        lead = first_channel % 4
-        constant = (lead + channels + 3) // 4 * 4
-    group = first_row, channels, first_channel, lead, constant
+    shares = ()
+    for tier in gl.static_range(TIERS):
+        shares = shares + (_share(groups + (head // HEADS_PER_GROUP * TIERS + tier) * 8, FOURS),)
     stored = words, ranges + batch * num_blocks * block_ranges, num_blocks, block_words, block_ranges
     row_0 = (batch * gl.num_programs(1) + head) * rows
     queries = query + row_0 * HEAD_DIM, rows, scaling
@@ -78,28 +75,43 @@ def hopper_score_kernel(
     out = weights + row_0 * num_tiles * 64, maxima + row_0 * num_tiles
     tiles = split * tiles_each, gl.minimum((split + 1) * tiles_each, (num_tiles + 3) // 4), num_tiles
     for way in gl.static_range(len(WAYS)):
-        if len(WAYS) == 1 or (constant >= _room(WAYS, way - 1)) & (constant < _room(WAYS, way)):
+        if len(WAYS) == 1 or (shares[0][3] >= _room(WAYS, way - 1)) & (shares[0][3] < _room(WAYS, way)):
             _tiles(
-                tiles, stored, group, key_B, turns, queries, out, thousands,
+                tiles, stored, shares, key_B, turns, queries, out, thousands,
                 HEADS_PER_GROUP * HEAD_DIM, HEAD_DIM, ROWS, WAYS, way, GROUP_CHANNELS, FOURS, TOGETHER, STAGED,
             )  # fmt: skip
 
 
 @gluon.jit
+def _share(at, FOURS: gl.constexpr):
+    """What there is to know of a group's channels in a tier: where they begin in `key_B`, their number, the first of
+    them that is read, the places of the constant (or -1) and of their own first among those that are read, the first
+    word of the tier, its channels, and its first range."""
+    first_row, channels, first, has_constant = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
+    word, width, first_range = gl.load(at + 4), gl.load(at + 5), gl.load(at + 6)
+    lead, constant = first * 0, channels
+    if FOURS:
+        lead = first % 4
+        constant = (lead + channels + 3) // 4 * 4
+    constant = gl.where(has_constant != 0, constant, -1)
+    return first_row, channels, first - lead, constant, lead, word, width, first_range
+
+
+@gluon.jit
 def _tiles(
-    tiles, stored, group, key_B, turns, queries, out, thousands,
+    tiles, stored, shares, key_B, turns, queries, out, thousands,
     GROUP_DIM: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, WAYS: gl.constexpr, WAY: gl.constexpr,
     GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr, TOGETHER: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """[`hopper_score_kernel`] with products that the compiler knows."""
     HALF: gl.constexpr = HEAD_DIM // 2
-    SIZES: gl.constexpr = _sizes(WAYS, WAY)
+    NUM: gl.constexpr = _number(WAYS, WAY)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     TURN: gl.constexpr = _turn_layout(HALF)
     first_tile, end_tile, num_tiles = tiles
     factors = ()
-    for i in gl.static_range(len(SIZES)):
-        factors = factors + (_factor(key_B, group, _start(SIZES, i), SIZES[i], GROUP_DIM, HEAD_DIM),)
+    for i in gl.static_range(NUM):
+        factors = factors + (_factor(key_B, shares, _product(WAYS, WAY, i), GROUP_DIM, HEAD_DIM),)
     c, s = _places(turns[0], turns[1], HALF, TURN)
     if TOGETHER:  # in shared memory; sums of all parts fill the registers
         kept = gl.allocate_shared_memory(
@@ -122,37 +134,37 @@ def _tiles(
         if TOGETHER:
             nothing = gl.zeros([64, HEAD_DIM], gl.float16, SUMS)
             keys, before = (nothing, nothing, nothing, nothing), ()
-            following = _fetch(stored, group, tile, 0, SIZES[0], GROUP_CHANNELS, FOURS)
-            for i in gl.static_range(len(SIZES)):
-                now = following
-                if i + 1 < len(SIZES):
-                    following = _fetch(stored, group, tile, _start(SIZES, i + 1), SIZES[i + 1], GROUP_CHANNELS, FOURS)
+            following = _fetch(stored, shares, tile, _product(WAYS, WAY, 0), GROUP_CHANNELS, FOURS)
+            for i in gl.static_range(NUM):
+                fetched = _in_words(following, _product(WAYS, WAY, i)[3])
+                if i + 1 < NUM:
+                    following = _fetch(stored, shares, tile, _product(WAYS, WAY, i + 1), GROUP_CHANNELS, FOURS)
                 latents, sums = (), ()
                 for part in gl.static_range(PARTS):
-                    latents = latents + (_latents(now, part, thousands, SUMS),)
+                    latents = latents + (_latents(fetched, part, thousands, SUMS),)
                 if i > 0:  # until here the products before read their registers
                     warpgroup_mma_wait(0, deps=before)
                 for part in gl.static_range(PARTS):
                     # one that is not waited for must feed the next, or ptxas lines all products up
                     sums = sums + (
-                        warpgroup_mma(
-                            latents[part], factors[i], keys[part], use_acc=i > 0, is_async=i + 1 < len(SIZES)
-                        ),
+                        warpgroup_mma(latents[part], factors[i], keys[part], use_acc=i > 0, is_async=i + 1 < NUM),
                     )
                 keys, before = sums, latents
             c, s = _from_threads(kept, TURN)
             for part in gl.static_range(PARTS):
                 scores = scores + (_scores(keys[part], c, s, of_tile.slice(part * COLUMNS, COLUMNS), ROWS),)
         else:
-            fetched = ()
-            for i in gl.static_range(len(SIZES)):
-                fetched = fetched + (_fetch(stored, group, tile, _start(SIZES, i), SIZES[i], GROUP_CHANNELS, FOURS),)
+            raw, fetched = (), ()
+            for i in gl.static_range(NUM):
+                raw = raw + (_fetch(stored, shares, tile, _product(WAYS, WAY, i), GROUP_CHANNELS, FOURS),)
+            for i in gl.static_range(NUM):
+                fetched = fetched + (_in_words(raw[i], _product(WAYS, WAY, i)[3]),)
             for part in gl.static_range(PARTS):
                 latents = ()
-                for i in gl.static_range(len(SIZES)):
+                for i in gl.static_range(NUM):
                     latents = latents + (_latents(fetched[i], part, thousands, SUMS),)
                 sums = gl.zeros([64, HEAD_DIM], gl.float16, SUMS)
-                for i in gl.static_range(len(SIZES)):
+                for i in gl.static_range(NUM):
                     sums = warpgroup_mma(latents[i], factors[i], sums, use_acc=i > 0)
                 scores = scores + (_scores(sums, c, s, of_tile.slice(part * COLUMNS, COLUMNS), ROWS),)
         _exponentials(scores, tile, num_tiles, stored[2], queries[1], out, ROWS)
@@ -198,74 +210,117 @@ def _out_layout(rows):
 
 
 @gluon.constexpr_function
-def _sizes(ways, way):
-    return ways[way]
+def _number(ways, way):
+    return len(ways[way])
+
+
+@gluon.constexpr_function
+def _product(ways, way, index):
+    return ways[way][index]
 
 
 @gluon.constexpr_function
 def _room(ways, way):
     """The channels that one of the ways takes."""
-    return sum(ways[way]) if way >= 0 else 0
-
-
-@gluon.constexpr_function
-def _start(sizes, index):
-    """The first channel of a product."""
-    return sum(sizes[:index])
+    return sum(channels for _, _, channels, _ in ways[way]) if way >= 0 else 0
 
 
 @gluon.jit
-def _factor(
-    key_B, group, START: gl.constexpr, SIZE: gl.constexpr, GROUP_DIM: gl.constexpr, HEAD_DIM: gl.constexpr
-):  # fmt: skip
-    """(SIZE, HEAD_DIM) of what rebuilds a head's keys, in shared memory, channels in the order of [`_latents`]."""
+def _factor(key_B, shares, PRODUCT: gl.constexpr, GROUP_DIM: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """(channels, HEAD_DIM) of what rebuilds a head's keys, in shared memory, channels in the order of [`_latents`]."""
+    START: gl.constexpr = PRODUCT[1]
+    SIZE: gl.constexpr = PRODUCT[2]
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    first_row, channels, _, lead, constant = group
+    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIZE, HEAD_DIM], gl.float16)
+    first_row, channels, _, constant, lead, _, _, _ = shares[PRODUCT[0]]
     column = gl.arange(0, SIZE, gl.SliceLayout(1, LOADED))
     place = START + column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
     own = (place >= lead) & (place < lead + channels)
     row = first_row + gl.where(own, place - lead, channels)
     at = row[:, None] * GROUP_DIM + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LOADED))[None, :]
     factor = gl.load(key_B + at, mask=(own | (place == constant))[:, None], other=0)
-    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIZE, HEAD_DIM], gl.float16)
     return gl.allocate_shared_memory(gl.float16, [SIZE, HEAD_DIM], SHARED, factor)
 
 
 @gluon.jit
-def _fetch(
-    stored, group, tile, START: gl.constexpr, SIZE: gl.constexpr, GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr
-):  # fmt: skip
-    """Words (32 eights of tokens, SIZE channels) of a tile, and their ranges, (32, SIZE / 4) if read by fours. Blocks
-    and channels that are not there are read from the last ones."""
+def _fetch(stored, shares, tile, PRODUCT: gl.constexpr, GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr):
+    """Words of every bit plane of a product's channels (32 eights of tokens, channels), and their ranges, (32,
+    channels / 4) if read by fours. Blocks and channels that are not there are read from the last ones."""
+    START: gl.constexpr = PRODUCT[1]
+    SIZE: gl.constexpr = PRODUCT[2]
+    BITS: gl.constexpr = PRODUCT[3]
     WORD: gl.constexpr = _word_layout(SIZE)
-    RANGE: gl.constexpr = _word_layout(SIZE, 4 if FOURS else 1)
+    TOGETHER: gl.constexpr = 4 if FOURS else 1  # channels that a range is read for
+    RANGE: gl.constexpr = _word_layout(SIZE, TOGETHER)
     words, ranges, num_blocks, block_words, block_ranges = stored
-    _, channels, first_channel, lead, constant = group
-    last = first_channel + channels - 1
+    _, channels, first, constant, lead, tier_word, width, first_range = shares[PRODUCT[0]]
+    last = gl.maximum(lead + channels - 1, 0)
     eight = gl.arange(0, 32, gl.SliceLayout(1, WORD))
     block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
-    row = block * block_words + eight % 4 * (block_words // 4)  # which has eight tokens of every channel
     place = START + gl.arange(0, SIZE, gl.SliceLayout(0, WORD))
+    if FOURS:  # of which some may be another head's
+        place = gl.minimum(place // 4, last // 4) * 4 + place % 4
+    else:
+        place = gl.minimum(place, last)
+    at = (block * block_words)[:, None] + (tier_word + first + place)[None, :]
+    planes = ()
+    if BITS == 8:
+        planes = (
+            _plane(words, at, (eight % 4 * width)[:, None], FOURS),
+            _plane(words, at, ((eight % 4 + 4) * width)[:, None], FOURS),
+        )
+    if BITS & 4:
+        planes = planes + (_plane(words, at, (eight % 4 * width)[:, None], FOURS),)
+    if BITS & 2:
+        planes = planes + (_plane(words, at, (((BITS & 4) + eight % 2) * width)[:, None], FOURS),)
+    if BITS & 1:
+        planes = planes + (_plane(words, at, ((BITS & 6) * width + eight * 0)[:, None], FOURS),)
     eight = gl.arange(0, 32, gl.SliceLayout(1, RANGE))
     block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
-    if FOURS:  # of which some may be another head's
-        channel = first_channel - lead + place
-        at = row[:, None] + (gl.minimum(channel // 4, last // 4) * 4 + channel % 4)[None, :]
-        word = gl.load(words + gl.max_contiguous(gl.multiple_of(at, [1, 4]), [1, 4]))
-        place = START + gl.arange(0, SIZE // 4, gl.SliceLayout(0, RANGE)) * 4
-    else:
-        word = gl.load(words + (row[:, None] + gl.minimum(first_channel + place, last)[None, :]))
-    of_range = gl.minimum(first_channel - lead + place, last) // GROUP_CHANNELS
+    place = START + gl.arange(0, SIZE // TOGETHER, gl.SliceLayout(0, RANGE)) * TOGETHER
+    of_range = first_range + (first + gl.minimum(place, last)) // GROUP_CHANNELS
     pair = gl.load(ranges + ((block * block_ranges)[:, None] + of_range[None, :]))
-    return word, gl.where((place == constant)[None, :], ONE, pair)
+    return planes, gl.where((place == constant)[None, :], ONE, pair)
+
+
+@gluon.jit
+def _plane(words, at, row, FOURS: gl.constexpr):
+    """Words of a bit plane."""
+    at = at + row
+    if FOURS:
+        at = gl.max_contiguous(gl.multiple_of(at, [1, 4]), [1, 4])
+    return gl.load(words + at)
+
+
+@gluon.jit
+def _in_words(fetched, BITS: gl.constexpr):
+    """What [`_fetch`] gave, as words of 4-bit codes: the last 4 bits of all codes, and the others, if there are."""
+    planes, pair = fetched
+    q = (gl.arange(0, 32, gl.SliceLayout(1, planes[0].type.layout)) % 4)[:, None]
+    if BITS == 8:
+        low, high = planes[0], planes[1]
+        codes = (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4, (low >> 4 & 0x0F0F0F0F) | (high & -0x0F0F0F10)
+    else:
+        codes = ()
+        if BITS & 4:
+            codes = (planes[0],)
+        if BITS & 3:
+            if BITS & 2:
+                rest = planes[BITS // 4] >> 2 * (q // 2) & 0x33333333
+                if BITS & 1:
+                    rest = rest | (planes[BITS // 4 + 1] >> q & 0x11111111) << 2
+            else:
+                rest = planes[BITS // 4] >> q & 0x11111111
+            codes = codes + (rest,)
+    return codes, pair
 
 
 @gluon.jit
 def _latents(fetched, part: gl.constexpr, thousands, SUMS: gl.constexpr):
     """(64 tokens, channels) of one part, as a product wants them from registers."""
-    word, pair = fetched
-    SIZE: gl.constexpr = word.shape[1]
-    first, second = gl.split(gl.reshape(word, (32, SIZE // 2, 2)))
+    codes, pair = fetched
+    SIZE: gl.constexpr = codes[0].shape[1]
+    first, second = gl.split(gl.reshape(codes[0], (32, SIZE // 2, 2)))
     if pair.shape[1] < SIZE:  # of four channels
         minimum, step = _low_halves(pair, pair), _high_halves(pair, pair)
         minimum = gl.reshape(gl.join(minimum, minimum), (32, SIZE // 2))
@@ -275,12 +330,15 @@ def _latents(fetched, part: gl.constexpr, thousands, SUMS: gl.constexpr):
     else:
         minimum, step = gl.split(gl.reshape(pair, (32, SIZE // 2, 2)))
         minimum, step = _low_halves(minimum, step), _high_halves(minimum, step)
-    if part < 2:
-        both = _low_halves(first, second)
+    early, late = _of_part(first, second, part)
+    if len(codes) == 1:
+        early = _two_values(early, step, minimum, thousands)
+        late = _two_values(late, step, minimum, thousands)
     else:
-        both = _high_halves(first, second)
-    early = _two_values(both >> (8 * (part % 2)), step, minimum, thousands)
-    late = _two_values(both >> (8 * (part % 2) + 4), step, minimum, thousands)
+        first, second = gl.split(gl.reshape(codes[1], (32, SIZE // 2, 2)))
+        more_early, more_late = _of_part(first, second, part)
+        early = _two_wide_values(early, more_early, step, minimum, thousands)
+        late = _two_wide_values(late, more_late, step, minimum, thousands)
     x = gl.join(early, late)
     low = (x & 0xFFFF).to(gl.uint16).to(gl.float16, bitcast=True)
     high = (x >> 16).to(gl.uint16).to(gl.float16, bitcast=True)
@@ -288,6 +346,17 @@ def _latents(fetched, part: gl.constexpr, thousands, SUMS: gl.constexpr):
     x = gl.reshape(gl.join(low, high), (4, 8, SIZE // 16, 2, 2, 2, 2, 2))
     x = gl.reshape(gl.permute(x, (0, 6, 1, 2, 5, 3, 4, 7)), (64, SIZE))
     return gl.convert_layout(x, gl.DotOperandLayout(0, SUMS, 2), True)
+
+
+@gluon.jit
+def _of_part(first, second, part: gl.constexpr):
+    """Of words of two channels one byte: in the last 4 bits of both halves, the codes of a token, and those of the
+    token half a block on."""
+    if part < 2:
+        both = _low_halves(first, second)
+    else:
+        both = _high_halves(first, second)
+    return both >> (8 * (part % 2)), both >> (8 * (part % 2) + 4)
 
 
 @gluon.jit
@@ -323,6 +392,27 @@ def _two_values(codes, step, minimum, thousands):
         }""",
         "=r,r,r,r,r",
         [codes, step, minimum, thousands],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _two_wide_values(codes, more, step, minimum, thousands):
+    """[`_two_values`] of codes that have more bits."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .b32 code, minus, more;
+            mov.b32 minus, 0xE400E400;
+            lop3.b32 code, $1, 0x000F000F, $4, 0xEA;
+            and.b32 more, $5, 0x000F000F;
+            mad.lo.u32 code, more, 16, code;
+            add.f16x2 code, code, minus;
+            fma.rn.f16x2 $0, code, $2, $3;
+        }""",
+        "=r,r,r,r,r,r",
+        [codes, step, minimum, thousands, more],
         dtype=gl.int32,
         is_pure=True,
         pack=1,
