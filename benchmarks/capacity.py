@@ -1,9 +1,10 @@
 """Longest context and largest batch that fit into memory, CSKV against DynamicCache: python benchmarks/capacity.py
 
 Layers of Llama-3.1-8B's sizes in bfloat16 and nothing else: a model's weights and activations are not counted. Every
-try fills a cache in a process of its own and measures the peak of decoding from it as benchmarks/memory.py does; a
-formula only says which tries are hopeless. On a GPU a try also fails if memory ends while the cache is filled. On a
-CPU the budget has to be there: it is only what the peak is compared with. A CPU takes minutes per try and GB.
+try fills a cache and measures the peak of decoding from it as benchmarks/memory.py does; a formula only says which
+tries are hopeless. On a GPU a try also fails if memory ends while the cache is filled. On a CPU every try is a process
+of its own, and the budget has to be there: it is only what the peak is compared with. A CPU takes minutes per try and
+GB.
 """
 
 from __future__ import annotations
@@ -57,16 +58,18 @@ def bytes_per_token(name: str, sizes: Sizes) -> float:
 
 
 def peak_bytes(name: str, layers: int, length: int, batch: int, device: str) -> int | None:
-    """Measured in a new process; None if the GPU's memory ended."""
+    """Measured in a new process, or on a GPU, whose allocator counts, here; None if the GPU's memory ended."""
+    if device != "cpu":
+        return peak_here(name, layers, length, batch, device)
     command = [sys.executable, __file__, "--only", name, "--layers", str(layers), "--device", device]
     command += ["--length", str(length), "--batch", str(batch)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
-def peak_here(args: argparse.Namespace) -> int | None:
+def peak_here(name: str, layers: int, length: int, batch: int, device: str) -> int | None:
     try:
-        return measure_here(args.only, args.layers, args.length, args.device, args.batch)[1]
+        return measure_here(name, layers, length, device, batch)[1]
     except torch.OutOfMemoryError:
         return None
 
@@ -99,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     if args.only:
-        print(json.dumps(peak_here(args)))
+        print(json.dumps(peak_here(args.only, args.layers, args.length, args.batch, args.device)))
         return
     budget = 1e9 * (args.budget or 4)
     if args.budget is None and args.device != "cpu":

@@ -44,16 +44,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of compressing; `bits` None lets every channel have what it is worth, 16 is the paper's storage."""
+    """One way of compressing; `bits` None lets every channel have what it is worth, 16 is the paper's storage;
+    `multiple` is the config's `rank_multiple`."""
 
     compression: float
     key_layout: str = "head"
     bits: int | None = None
+    multiple: int = 1
 
     @property
     def name(self) -> str:
         bits = "packed" if self.bits is None else f"{self.bits} bit"
-        return f"{self.compression:.0%} {self.key_layout} {bits}"
+        return f"{self.compression:.0%} {self.key_layout} {bits}" + (f" x{self.multiple}" if self.multiple > 1 else "")
 
 
 def planned(setting: Setting, sizes: Sizes, num_layers: int = 1) -> CSKVConfig:
@@ -63,6 +65,7 @@ def planned(setting: Setting, sizes: Sizes, num_layers: int = 1) -> CSKVConfig:
         key_layout=setting.key_layout,
         bits=setting.bits,
         allocation="uniform" if setting.bits == 16 else None,
+        rank_multiple=setting.multiple,
     )
     shape = ModelShape("llama", num_layers, sizes.num_key_value_heads, sizes.head_dim)
     groups = num_key_groups(setting.key_layout, sizes.num_key_value_heads)

@@ -38,11 +38,14 @@ from cskv_hf.latents import Latents
 SETTINGS = (
     Setting(0.95, "head", 4),
     Setting(0.95, "head"),
+    Setting(0.95, "head", multiple=4),
     Setting(0.8, "head", 16),
     Setting(0.8, "head"),
+    Setting(0.8, "head", multiple=4),
     Setting(0.8, "joint", 16),
     Setting(0.95, "joint", 4),
     Setting(0.95, "joint"),
+    Setting(0.95, "joint", multiple=4),
 )
 KERNELS = ("score_kernel", "value_kernel", "merge_kernel", "finish_kernel")
 

@@ -89,7 +89,8 @@ def test_programs_that_share_the_past(served, monkeypatch):
 
 
 def test_what_it_leaves_to_others(served):
-    """Other blocks, float32, masks, rows of more queries, positions with gaps: the kernel for all GPUs."""
+    """Other blocks, float32, masks, rows of more queries, many channels that cannot be read by fours, positions with
+    gaps: the kernel for all GPUs."""
     half = torch.float16
     factors = factors_of(FEW, half)
     query, kv = query_of(factors, 1, 2, half), past(factors, 1, 64, half)
@@ -100,6 +101,8 @@ def test_what_it_leaves_to_others(served):
     assert relative(query_of(factors, 1, 9, half), kv) < 4e-3
     small = layer("head", FEW, (4,) * 5, 2, 64, half, block_size=16)
     assert relative(query_of(small, 1, 2, half), past(small, 1, 64, half)) < 4e-3
+    many = factors_of(((4,) * 129,), half)
+    assert relative(query_of(many, 1, 2, half), past(many, 1, 64, half)) < 4e-3
     wide = factors_of(FEW, torch.float32)
     assert relative(query_of(wide, 1, 2, torch.float32), past(wide, 1, 64, torch.float32)) < 2e-6
     assert not served

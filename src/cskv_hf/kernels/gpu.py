@@ -65,8 +65,8 @@ def attend(
     work = _working_dtype(query.dtype, kv.key_latents.format, kv.value_latents.format)
     in_tiles = None
     if query.dtype != torch.float32:
-        hopper_s = on_hopper(query, kv.key_latents.format, factors.key_ranks, work, old_mask)
-        how = (hopper.TILE, work, hopper.STARTS) if hopper_s else (TILE, work)
+        on_hopper = served_on_hopper(query, kv.key_latents.format, factors.key_ranks, work, old_mask)
+        how = (hopper.TILE, work, hopper.STARTS) if on_hopper else (TILE, work)
         in_tiles = step.old_turn_in_tiles(query.device, *how)
     turn = step.old_cos_sin(query.device, kv.exact_keys.dtype) if in_tiles is None else in_tiles[1]
     starts = turn if in_tiles is None else in_tiles[0]
@@ -114,12 +114,12 @@ def _launch(
     work, words = _working_dtype(query.dtype, format, value_format), _in_words(format, value_format)
     all_rows, num_tiles = heads * rows, triton.cdiv(num_blocks * format.block_size, TILE)
     new = functools.partial(torch.empty, device=query.device)
-    hopper_s = in_tiles and on_hopper(query, format, key_ranks, work, old_mask)
-    part = TILE if hopper_s else PART.value  # of a tile, that a maximum is of
+    on_hopper = in_tiles and len(cos) > TILE  # whose tiles are larger
+    part = TILE if on_hopper else PART.value  # of a tile, that a maximum is of
     weights = new(batch, all_rows, num_tiles, TILE, dtype=work)
     maxima = new(batch, all_rows, num_tiles, TILE // part, dtype=torch.float32)
     base_2 = scaling / math.log(2)
-    if hopper_s:
+    if on_hopper:
         hopper.launch(
             query, key_data, key_ranges, format.layout, tuple(key_ranks),
             functools.partial(with_mean, key_B, key_mean), (cos, sin, tile_cos, tile_sin), base_2, weights, maxima,
@@ -172,7 +172,7 @@ def _working_dtype(dtype: torch.dtype, *formats: LatentFormat) -> torch.dtype:
     return torch.float16 if packed and dtype != torch.float32 else dtype
 
 
-def on_hopper(
+def served_on_hopper(
     query: torch.Tensor,
     format: LatentFormat,
     key_ranks: Sequence[int],
@@ -180,7 +180,9 @@ def on_hopper(
     old_mask: torch.Tensor | None,
 ) -> bool:
     """Whether the kernel of hopper.py scores these queries, if positions follow one another."""
-    if hopper is None or not is_hopper(query.device) or old_mask is not None or work != torch.float16:
+    if torch.compiler.is_compiling() or hopper is None or not is_hopper(query.device):
+        return False
+    if old_mask is not None or work != torch.float16:
         return False
     return isinstance(format, PackedFormat) and hopper.serves(format.layout, tuple(key_ranks), *query.shape[2:])
 

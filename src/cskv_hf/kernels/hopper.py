@@ -21,6 +21,7 @@ PROGRAMS = 2048  # at least, if there are tokens enough
 MOST_WAYS = 3  # for heads of different ranks, each compiled
 FEW_CHANNELS = 64  # whose words fit into registers
 MOST_CHANNELS = 512  # whose share of `key_B` fits into shared memory
+MOST_ONE_BY_ONE = 128  # of which each is read by itself; of more, score_kernel is quicker on an H100
 
 
 class Share(NamedTuple):
@@ -75,7 +76,8 @@ def serves(layout: PackedLayout, ranks: tuple[int, ...], rows: int, head_dim: in
     """Whether the kernel takes these latents, and so many rows of queries of a KV head."""
     if layout.block_size != 32 or layout.group_tokens != 32 or rows > COLUMNS.value or head_dim not in HEAD_DIMS:
         return False
-    return plan(layout, ranks, torch.device("cpu")).num_channels <= MOST_CHANNELS
+    planned = plan(layout, ranks, torch.device("cpu"))
+    return planned.num_channels <= (MOST_CHANNELS if planned.fours else MOST_ONE_BY_ONE)
 
 
 @functools.cache
@@ -148,12 +150,13 @@ def launch(
         layout.code_bytes // 4, layout.num_ranges, num_tiles, tiles_each, THOUSANDS,
         HEADS_PER_GROUP=heads // len(ranks), HEAD_DIM=head_dim, ROWS=triton.next_power_of_2(rows),
         TIERS=len(layout.tiers), WAYS=planned.ways, GROUP_CHANNELS=layout.group_channels, FOURS=planned.fours,
-        TOGETHER=together, STAGED=2 if together else 4, num_warps=4, **registers(layout, planned.num_channels),
+        TOGETHER=together, STAGED=2 if together else 4, num_warps=4, **registers(layout, planned),
     )  # fmt: skip
 
 
-def registers(layout: PackedLayout, num_channels: int) -> dict[str, int]:
+def registers(layout: PackedLayout, planned: Plan) -> dict[str, int]:
     """How to compile so that several programs of a multiprocessor run at a time: four, where registers suffice."""
-    if num_channels > FEW_CHANNELS:
+    if planned.num_channels > FEW_CHANNELS:
         return {}
-    return dict(maxnreg=128 if num_channels <= 48 and max(layout.bits) <= 4 else 168)
+    few = max(layout.bits) <= 4 and (planned.fours or planned.num_channels <= 48)
+    return dict(maxnreg=128 if few else 168)
