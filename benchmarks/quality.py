@@ -243,7 +243,7 @@ def main() -> None:
         bench.header("Other ways to spend the same bytes")
         for compression in (0.8, 0.95):
             label = f"{100 * compression:.0f} %"
-            for multiple in (1, 8, 16):
+            for multiple in (1, 4, 8, 16):
                 settings = dict(compression=compression, rank_multiple=multiple)
                 bench.run("storage", f"{label} channels in multiples of {multiple}", **settings)
             for tokens in (32, 64, 128):  # the same block, so that as many tokens are exact

@@ -134,11 +134,15 @@ def test_a_cache_of_fixed_size(monkeypatch):
 
 @torch.no_grad()
 def test_in_a_compiled_step(monkeypatch):
-    """A compiler calls the kernels as operations: one graph for all steps, which gives what the kernels give."""
+    """A compiler calls the kernels as operations, for attention and for packing: one graph for all steps, which gives
+    what the kernels give."""
+    from cskv_hf.kernels.triton_quantize import quantize_as_operation
+
     sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
     model = lossy(make_model(dtype=torch.float32, **sizes), bits=None, allocation=None, block_size=8).to(DEVICE)
     monkeypatch.setattr(kernels, "choose", lambda *_: "gpu")
-    ids, outputs, graphs = prompt(2, 61).to(DEVICE), [], []
+    monkeypatch.setattr(kernels, "quantizer", lambda *_: quantize_as_operation)
+    ids, outputs, graphs = prompt(2, 70).to(DEVICE), [], []  # long enough for a block to be packed in the graph
     compiled = torch.compile(model.forward, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
     for step in (model.forward, compiled):
         cache = CSKVStaticCache(90)
@@ -147,7 +151,7 @@ def test_in_a_compiled_step(monkeypatch):
     torch.testing.assert_close(*outputs, atol=2e-5, rtol=2e-5)
     (graph,) = graphs
     called = [str(node.target) for node in graph.graph.nodes]
-    assert "cskv_hf.gpu_attend.default" in called
+    assert "cskv_hf.gpu_attend.default" in called and called.count("cskv_hf.gpu_quantize.default") == 2
 
 
 COMPILE = """

@@ -1,6 +1,7 @@
 """The kernel for Hopper GPUs against the torch path: with numpy on a CPU (see gluon_on_numpy.py), as compiled on such
 a GPU; and compiled for one where there is none."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -106,6 +107,19 @@ def test_what_it_leaves_to_others(served):
     wide = factors_of(FEW, torch.float32)
     assert relative(query_of(wide, 1, 2, torch.float32), past(wide, 1, 64, torch.float32)) < 2e-6
     assert not served
+
+
+def test_a_triton_that_nobody_has_tried(served, monkeypatch, caplog):
+    """Is said once, and the kernel for all GPUs serves."""
+    monkeypatch.setattr(hopper, "NEWEST_TRITON", (3, 0))
+    hopper.compiles_here.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    factors = factors_of(FEW, torch.float16)
+    query, kv = query_of(factors, 1, 2, torch.float16), past(factors, 1, 64, torch.float16)
+    assert relative(query, kv) < 4e-3 and relative(query, kv) < 4e-3 and not served
+    hopper.compiles_here.cache_clear()
+    (record,) = (record for record in caplog.records if "Hopper" in record.message)
+    assert "up to 3.0" in record.message
 
 
 @pytest.mark.parametrize("key_bits", [*BITS.values(), ((4,) * 60,), ((4,) * 61,), ((3,), (2,), (4,) * 250)])

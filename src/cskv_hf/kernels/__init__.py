@@ -47,13 +47,11 @@ def choose(query: torch.Tensor, *others: torch.Tensor) -> Literal["gpu", "cpu"] 
 
 def quantizer(latents: torch.Tensor, layout: PackedLayout) -> Callable | None:
     """The kernels' own `quantize` for these latents, or None: if there are no kernels, if somebody asks for gradients,
-    or if a compiler traces it, which makes short work of torch's operations itself."""
-    if latents.dtype != torch.float32 or torch.compiler.is_compiling():
-        return None
-    if torch.is_grad_enabled() and latents.requires_grad:
+    or, on a CPU, if a compiler traces it, which makes short work of torch's operations itself."""
+    if latents.dtype != torch.float32 or (torch.is_grad_enabled() and latents.requires_grad):
         return None
     if latents.device.type == "cpu":
-        return _quantizer_on_cpu() if _on_cpu() else None
+        return _quantizer_on_cpu() if not torch.compiler.is_compiling() and _on_cpu() else None
     if latents.is_cuda and HAS_TRITON and _triton_version() >= OLDEST_TRITON:
         return _quantizer_on_gpu(layout)
     return None
@@ -66,9 +64,11 @@ def _quantizer_on_cpu() -> Callable:
 
 
 def _quantizer_on_gpu(layout: PackedLayout) -> Callable | None:
-    from .triton_quantize import quantize, serves
+    from .triton_quantize import quantize, quantize_as_operation, serves
 
-    return quantize if serves(layout) else None
+    if not serves(layout):
+        return None
+    return quantize_as_operation if torch.compiler.is_compiling() else quantize
 
 
 def _on_cpu() -> bool:

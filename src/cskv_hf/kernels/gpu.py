@@ -28,9 +28,9 @@ from .triton_kernels import PART, finish_kernel, merge_kernel, score_kernel, val
 from .triton_latents import PLANES, THOUSANDS
 from .triton_quantize import tables_of
 
-try:  # Triton's own language for layouts is still an experiment of theirs
+try:  # Gluon is still an experiment of Triton's
     from . import hopper
-except ImportError:
+except (ImportError, AttributeError):
     hopper = None
 
 INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
@@ -182,9 +182,9 @@ def served_on_hopper(
     """Whether the kernel of hopper.py scores these queries, if positions follow one another."""
     if torch.compiler.is_compiling() or hopper is None or not is_hopper(query.device):
         return False
-    if old_mask is not None or work != torch.float16:
+    if old_mask is not None or work != torch.float16 or not isinstance(format, PackedFormat):
         return False
-    return isinstance(format, PackedFormat) and hopper.serves(format.layout, tuple(key_ranks), *query.shape[2:])
+    return hopper.compiles_here() and hopper.serves(format.layout, tuple(key_ranks), *query.shape[2:])
 
 
 @functools.cache

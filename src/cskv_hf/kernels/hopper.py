@@ -10,11 +10,16 @@ from typing import NamedTuple
 
 import torch
 import triton
+from packaging.version import Version
+from transformers.utils import logging
 
 from ..quantize import PackedLayout
 from .hopper_scores import COLUMNS, PARTS, TOKENS, hopper_score_kernel
 from .triton_latents import THOUSANDS
 
+logger = logging.get_logger(__name__)
+
+NEWEST_TRITON = (3, 9)  # whose Gluon the kernel is known to compile with; the oldest is that of all kernels
 TILE, STARTS = TOKENS.value, PARTS.value  # tokens of a tile, and those whose turns it needs
 HEAD_DIMS = (64, 128)
 PROGRAMS = 2048  # at least, if there are tokens enough
@@ -70,6 +75,19 @@ class Plan(NamedTuple):
     @property
     def num_channels(self) -> int:
         return sum(channels for _, _, channels, _ in self.ways[-1])
+
+
+@functools.cache
+def compiles_here() -> bool:
+    """Whether Triton's Gluon, which may change with every version, is one that the kernel was compiled with."""
+    known = Version(triton.__version__).release[:2] <= NEWEST_TRITON
+    if not known:
+        newest = ".".join(map(str, NEWEST_TRITON))
+        logger.warning(
+            f"Attention over a compressed cache runs without CSKV's kernel for Hopper GPUs, and slower: it is known to"
+            f" compile with Triton up to {newest}, this is {triton.__version__}."
+        )
+    return known
 
 
 def serves(layout: PackedLayout, ranks: tuple[int, ...], rows: int, head_dim: int) -> bool:

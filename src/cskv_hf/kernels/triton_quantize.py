@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,32 @@ def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor,
             BLOCK=layout.block_size, TOGETHER=rows_together(layout.block_size), UNITS=UNITS,
         )  # fmt: skip
     return packed, ranges
+
+
+def quantize_as_operation(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`quantize`] for a compiler, which calls it and does not look into it: a graph of hundreds of nodes less."""
+    sizes = layout.block_size, layout.group_tokens, layout.group_channels
+    return gpu_quantize(latents, layout.bits, *sizes)
+
+
+@torch.library.custom_op("cskv_hf::gpu_quantize", mutates_args=())
+def gpu_quantize(
+    latents: torch.Tensor, bits: Sequence[int], block_size: int, group_tokens: int, group_channels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize(latents, _layout(tuple(bits), block_size, group_tokens, group_channels))
+
+
+@gpu_quantize.register_fake
+def _(latents, bits, *sizes):
+    layout = PackedLayout(tuple(bits), *sizes)
+    shape = latents.shape[0], latents.shape[1] // layout.block_size
+    codes = latents.new_empty(*shape, layout.code_bytes, dtype=torch.uint8)
+    return codes, latents.new_empty(*shape, layout.num_ranges, 2, dtype=torch.float16)
+
+
+@functools.cache
+def _layout(*fields) -> PackedLayout:
+    return PackedLayout(*fields)
 
 
 def _channels(layout: PackedLayout) -> int:
