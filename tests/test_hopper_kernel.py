@@ -27,7 +27,7 @@ BITS = {  # of the channels of each group
     "many channels": ((4,) * 76,),
     "many channels one by one": ((4,) * 81,),
     "all widths": ((8, 7, 6, 5, 4, 3, 2, 1), (7, 7, 5, 3, 3, 1, 1)),
-    "a head without some": ((6, 6, 6, 3), (3, 3, 2, 2, 2), (6, 2)),
+    "heads without some": ((6, 6, 6, 3), (3, 3, 2, 2, 2), (6, 3)),
     "many channels of some widths": ((6,) * 20 + (4,) * 33 + (3,) * 18 + (2,) * 7,),
     "of some widths, by fours": ((6,) * 4 + (2,) * 8, (6,) * 8 + (2,) * 4),
 }

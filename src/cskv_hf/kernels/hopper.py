@@ -35,7 +35,7 @@ class Share(NamedTuple):
     Attributes:
         first_row: where its channels begin in the order of a [`Plan`].
         channels: of its own, without the constant.
-        index: of its first channel in the tier.
+        index: of its first channel in the tier; 0 if it has none there.
         has_constant: whether the constant follows them.
         word, width, first_range: of the tier: its first word in a block, its channels, and its first range.
     """
@@ -127,6 +127,7 @@ def _plan(layout: PackedLayout, ranks: tuple[int, ...], fours: bool, home: int) 
         for t, tier in enumerate(layout.tiers):
             index = bisect.bisect_left(tier.channels, end - rank)
             channels = tier.channels[index : bisect.bisect_left(tier.channels, end)]
+            index = index if channels else 0  # there is something to read
             word, width = tier.first_byte // 4, len(tier.channels)
             shares.append(Share(len(order), len(channels), index, int(t == home), word, width, tier.first_range))
             order += [*channels, *([layout.rank + group] if t == home else [])]
