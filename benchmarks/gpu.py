@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "kernels": "benchmarks/gpu_kernels.py --out {out}",
+    "tests of Hopper": "-m pytest tests/test_hopper_kernel.py",
     "tests of packing": "-m pytest tests/test_gpu_kernels.py -k quantises",
     "prefill": "benchmarks/prefill.py --length 8192 --out {out}",
     "memory": "benchmarks/memory.py --out {out}",

@@ -13,6 +13,10 @@ read token by token, which is exactly causal also where layers keep different nu
 
 A press keeps as many tokens of a record as CSKV's bytes for the same record and compression can pay for. The file of
 results is one that `cskv report` reads beside those of `cskv eval`.
+
+How long a token takes over what presses leave of a prompt needs no cases:
+
+    python benchmarks/presses.py speed --out kvpress-speed.json
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import math
 import os
 import platform
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -49,6 +54,8 @@ PRESSES = {
     "TOVA": "TOVAPress",
     "PyramidKV": "PyramidKVPress",
 }
+SPEED_PRESSES, SPEED_COMPRESSIONS = ("SnapKV", "ExpectedAttention"), (0.8, 0.95)
+SPEED_TOKENS = 16  # timed at once
 THINK = "ThinK"  # zeroes channels of the keys and keeps the tensors as they are: "resulting in no memory gain"
 THINK_SHARE = 0.5  # of the channels of the keys
 SEES_QUESTION = ("SnapKV",)  # scores tokens by what the end of the context attends to: better with the question there
@@ -143,6 +150,44 @@ def contestants(kept: dict[str, dict[str, int]]) -> Iterator[tuple[dict[str, Any
             yield labels_of(f"{name}, question known", compression), evicting(name, str(compression)), True
     label = f"{THINK}, {100 * THINK_SHARE:g} % of the key channels"
     yield labels_of(label, None, label), zeroing, False
+
+
+@torch.no_grad()
+def speed(args: argparse.Namespace) -> None:
+    """Seconds of a token that follows a long prompt of random ones, over the full cache and over what presses leave
+    of it, in turns: as benchmarks/generate.py, but forward by forward, for the positions that presses need."""
+    import kvpress
+
+    torch.manual_seed(0)
+    model, _ = load(args.model)
+    prompt, positions = torch.randint(3, model.config.vocab_size, (1, args.length)), {}
+    names = [("full cache", None)] + [(name, c) for c in SPEED_COMPRESSIONS for name in SPEED_PRESSES]
+    caches, times = {}, {}
+    for name, compression in names:
+        label = labels_of(name, compression, name if compression is None else None)["label"]
+
+        def make(length: int, asked: int = 0, name: str = name, compression: float | None = compression):
+            return getattr(kvpress, PRESSES[name])(compression_ratio=compression)
+
+        caches[label] = prefill(model, prompt, None if compression is None else make)
+        positions[label], times[label] = args.length, []
+    for turn in range(args.rounds + 1):
+        for label, cache in caches.items():
+            started = time.perf_counter()
+            for _ in range(SPEED_TOKENS):
+                step(model, cache, prompt[:, 0], positions[label])
+                positions[label] += 1
+            if turn > 0:  # the first warms up
+                times[label].append((time.perf_counter() - started) / SPEED_TOKENS)
+    seconds = {label: statistics.median(t) for label, t in times.items()}
+    print(f"{args.length} tokens\n{'cache':<28}{'held':>8}{'ms per token':>14}{'x full':>9}")
+    for label, t in seconds.items():
+        held = caches[label].layers[0].keys.shape[2] - (args.rounds + 1) * SPEED_TOKENS
+        print(f"{label:<28}{held:>8}{1000 * t:>14.2f}{t / seconds['full cache']:>9.2f}")
+    if args.out:
+        earlier = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.exists() else []
+        about = {"environment": environment(), "length": args.length, "model": describe(model, args.model.name)}
+        replace_file(args.out, json.dumps({**about, "runs": [*earlier, seconds]}, indent=1))
 
 
 def ratio_that_keeps(tokens: int, length: int) -> float:
@@ -439,15 +484,23 @@ def main() -> None:
     answer.add_argument("cases", type=Path, metavar="FILE.json")
     answer.add_argument("--model", type=Path, default=BUNDLED, help="directory; the bundled model by default")
     answer.add_argument("--out", type=Path, required=True, help="write the numbers as JSON")
+    clock = commands.add_parser("speed", help="time tokens over what presses leave; in an environment with kvpress")
+    clock.add_argument("--model", type=Path, default=BUNDLED, help="directory; the bundled model by default")
+    clock.add_argument("--length", type=int, default=3968, help="tokens of the prompt")
+    clock.add_argument("--rounds", type=int, default=7)
+    clock.add_argument("--out", type=Path, help="write the numbers as JSON; adds a run to a file that is there")
     for command in (cases, answer):
         command.add_argument("--records", type=int, default=RECORDS, help="of each length, with 8 questions each")
+    for command in (cases, answer, clock):
         command.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.command == "cases":
         write_cases(args.cases, args.records)
-    else:
+    elif args.command == "run":
         run(args)
+    else:
+        speed(args)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,15 @@ def test_quantises_bit_for_bit(block_size, times, group_channels):
     check_quantizer(quantize, block_size, times, group_channels, DEVICE)
 
 
+@pytest.mark.parametrize("compiling", [True, False])
+def test_a_compiler_gets_packing_as_an_operation(compiling, monkeypatch):
+    from cskv_hf.kernels import triton_quantize
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    chosen = triton_quantize.quantize_as_operation if compiling else triton_quantize.quantize
+    assert kernels._quantizer_on_gpu(PackedLayout((4, 3), 32, 32, 4)) is chosen
+
+
 def test_the_sum_is_split_over_the_past(monkeypatch):
     """However many programs share the tokens."""
     import cskv_hf.kernels.gpu as gpu
@@ -215,13 +224,15 @@ for rank in (30, 100, 300):
 compile_scores(MIXED, 64, in_words, CODES | HALF, IN_TILES=False, MASK=1, ROWS=16, ALL_ROWS=False)  # of other models
 compile_scores(FEW, 256, in_words, CODES | HALF, MASK=2)
 compile_scores(MANY, 256, in_words, CODES | WIDE, torch.float32, IN_TILES=False)
-how = dict(ROWS=32, CHUNK=gpu.VALUE_CHUNK, TILE=gpu.TILE)
+how = dict(ROWS=32, PART=16, CHUNK=gpu.VALUE_CHUNK, TILE=gpu.TILE)
 for bits, stored, kinds in (
     (FEW, in_words, CODES | HALF), (MIXED, in_words, CODES | HALF), (MIXED, as_bytes, BYTES | HALF),
     (MIXED, in_words, CODES | WIDE),
 ):
     compile_for_all(kernels.value_kernel, how | stored(PackedFormat(PackedLayout(bits, 32, 32, 4))), **kinds)
 compile_for_all(kernels.value_kernel, how | as_bytes(PlainFormat(100)), **PLAIN | BF16)
+compile_for_all(kernels.value_kernel, how | in_words(PackedFormat(PackedLayout(FEW, 32, 32, 4))) | dict(PART=64),
+                **CODES | HALF)
 compile_for_all(kernels.merge_kernel, dict(SPLITS=128, CHUNK=64))
 compile_for_all(kernels.finish_kernel, dict(MASK=2, HEAD_DIM=128, ROWS=16, TILE=64, CHUNK=64), 8)
 compile_for_all(kernels.finish_kernel, dict(MASK=1, HEAD_DIM=256, ROWS=16, TILE=16, CHUNK=16), 8, **WIDE)
@@ -236,7 +247,7 @@ def test_compiles_for_gpus_that_are_not_here():
     out = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     compiled = [line.split() for line in out.stdout.splitlines()]
-    assert len(compiled) == 2 * (12 + 5 + 3) and all(line[3:] == ["True"] * 3 for line in compiled), out.stdout
+    assert len(compiled) == 2 * (12 + 6 + 3) and all(line[3:] == ["True"] * 3 for line in compiled), out.stdout
 
 
 COMPILE_QUANTIZER = """

@@ -112,8 +112,8 @@ class CSKVConfig(PeftConfig):
         key_group, value_group: ``[tokens, channels]`` of packed latents that share a minimum and a step, by default
             ``[block_size, 4]``; ``[block_size, 1]`` is the paper's layout of keys, ``[1, rank]`` that of values.
         rank_multiple: With `allocation="auto"`: channels get their bits in multiples of this many, neighbours within
-            a key group, so that ranks and tiers fill the tiles of a kernel (16). What that costs depends on the head
-            dimension; see docs/concepts.md.
+            a key group, so that a GPU's kernel reads them together (4) or has its tiles filled (16). What that costs
+            depends on the head dimension; see docs/concepts.md.
         key_ranks, value_ranks, key_bits, value_bits, sensitivity, model_shape, fit_report: Written by [`fit`]: the
             ranks and bits found, per layer (and key group), how much the output cares for each layer, the model they
             belong to, and what was measured. Leave empty.

@@ -114,7 +114,7 @@ def _launch(
     work, words = _working_dtype(query.dtype, format, value_format), _in_words(format, value_format)
     all_rows, num_tiles = heads * rows, triton.cdiv(num_blocks * format.block_size, TILE)
     new = functools.partial(torch.empty, device=query.device)
-    on_hopper = in_tiles and len(cos) > TILE  # whose tiles are larger
+    on_hopper = in_tiles and hopper is not None and len(cos) == hopper.TILE  # as `attend` chose
     part = TILE if on_hopper else PART.value  # of a tile, that a maximum is of
     weights = new(batch, all_rows, num_tiles, TILE, dtype=work)
     maxima = new(batch, all_rows, num_tiles, TILE // part, dtype=torch.float32)
@@ -184,7 +184,7 @@ def served_on_hopper(
         return False
     if old_mask is not None or work != torch.float16 or not isinstance(format, PackedFormat):
         return False
-    return hopper.compiles_here() and hopper.serves(format.layout, tuple(key_ranks), *query.shape[2:])
+    return hopper.serves(format.layout, tuple(key_ranks), *query.shape[2:]) and hopper.compiles_here()
 
 
 @functools.cache
@@ -248,9 +248,6 @@ def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dty
     pieces, *_ = key_pieces(factors.key_format, factors.key_ranks, factors.head_dim * work.itemsize, words, device)
     value_pieces(factors.value_format, device)
     with_mean(factors.key_B, factors.key_mean, pieces.order, work)
-    if hopper is not None and is_hopper(device) and isinstance(factors.key_format, PackedFormat):
-        order = hopper.plan(factors.key_format.layout, tuple(factors.key_ranks), device).order
-        with_mean(factors.key_B, factors.key_mean, order, work)
     transposed(factors.value_B, dtype)
     for format in (factors.key_format, factors.value_format):
         if isinstance(format, PackedFormat):

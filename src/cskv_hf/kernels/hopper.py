@@ -22,11 +22,11 @@ logger = logging.get_logger(__name__)
 NEWEST_TRITON = (3, 9)  # whose Gluon the kernel is known to compile with; the oldest is that of all kernels
 TILE, STARTS = TOKENS.value, PARTS.value  # tokens of a tile, and those whose turns it needs
 HEAD_DIMS = (64, 128)
-PROGRAMS = 2048  # at least, if there are tokens enough
+PROGRAMS = 2048  # about, if there are tokens enough
 MOST_WAYS = 3  # for heads of different ranks, each compiled
 FEW_CHANNELS = 64  # whose words fit into registers
-MOST_CHANNELS = 512  # whose share of `key_B` fits into shared memory
-MOST_ONE_BY_ONE = 128  # of which each is read by itself; of more, score_kernel is quicker on an H100
+MOST_CHANNELS = 512  # of 4 bits and by fours: their share of `key_B` fits into shared memory
+MOST_OTHERS = 128  # of more, score_kernel was quicker on an H100
 
 
 class Share(NamedTuple):
@@ -50,7 +50,7 @@ class Share(NamedTuple):
     unused: int = 0
 
     def room(self, fours: bool) -> int:
-        """Places that its channels and its constant take, if they begin where four channels are read at once."""
+        """Places that its channels and its constant take, as `_share` of hopper_scores.py lays them out."""
         lead = self.index % 4 if fours else 0
         end = lead + self.channels
         return (-(-end // 4) * 4 if fours else end) + 1 if self.has_constant else end
@@ -95,7 +95,7 @@ def serves(layout: PackedLayout, ranks: tuple[int, ...], rows: int, head_dim: in
     if layout.block_size != 32 or layout.group_tokens != 32 or rows > COLUMNS.value or head_dim not in HEAD_DIMS:
         return False
     planned = plan(layout, ranks, torch.device("cpu"))
-    return planned.num_channels <= (MOST_CHANNELS if planned.fours else MOST_ONE_BY_ONE)
+    return planned.num_channels <= (MOST_CHANNELS if planned.fours and set(layout.bits) == {4} else MOST_OTHERS)
 
 
 @functools.cache
@@ -161,7 +161,7 @@ def launch(
     num_tiles, num_blocks = weights.shape[2], codes.shape[1]
     planned = plan(layout, ranks, query.device)
     large = triton.cdiv(num_tiles, TILE // 64)
-    tiles_each = triton.cdiv(large, max(1, min(large, PROGRAMS // (batch * heads))))
+    tiles_each = triton.cdiv(large, min(large, triton.cdiv(PROGRAMS, batch * heads)))
     together = planned.num_channels > FEW_CHANNELS
     hopper_score_kernel[triton.cdiv(large, tiles_each), heads, batch](
         query, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32), planned.groups,

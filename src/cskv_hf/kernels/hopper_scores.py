@@ -175,12 +175,12 @@ def _tiles(
 
 
 @gluon.constexpr_function
-def _word_layout(size, together=1):
-    """(32 eights of tokens, channels, or groups of `together`): four neighbours a thread."""
-    bases = [[0, (1 << i) // together] for i in range(size.bit_length() - 1)]
+def _word_layout(size, each=1):
+    """(32 eights of tokens, every `each`-th channel): four neighbours a thread."""
+    bases = [[0, (1 << i) // each] for i in range(size.bit_length() - 1)]
     registers = [base for base in bases[:2] + bases[4:] if base[1]]
     lanes = [*bases[2:4], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, size // together])
+    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, size // each])
 
 
 @gluon.constexpr_function
@@ -250,8 +250,8 @@ def _fetch(stored, shares, tile, PRODUCT: gl.constexpr, GROUP_CHANNELS: gl.const
     SIZE: gl.constexpr = PRODUCT[2]
     BITS: gl.constexpr = PRODUCT[3]
     WORD: gl.constexpr = _word_layout(SIZE)
-    TOGETHER: gl.constexpr = 4 if FOURS else 1  # channels that a range is read for
-    RANGE: gl.constexpr = _word_layout(SIZE, TOGETHER)
+    PER_RANGE: gl.constexpr = 4 if FOURS else 1  # channels that a range is read for
+    RANGE: gl.constexpr = _word_layout(SIZE, PER_RANGE)
     words, ranges, num_blocks, block_words, block_ranges = stored
     _, channels, first, constant, lead, tier_word, width, first_range = shares[PRODUCT[0]]
     last = gl.maximum(lead + channels - 1, 0)
@@ -277,7 +277,7 @@ def _fetch(stored, shares, tile, PRODUCT: gl.constexpr, GROUP_CHANNELS: gl.const
         planes = planes + (_plane(words, at, ((BITS & 6) * width + eight * 0)[:, None], FOURS),)
     eight = gl.arange(0, 32, gl.SliceLayout(1, RANGE))
     block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
-    place = START + gl.arange(0, SIZE // TOGETHER, gl.SliceLayout(0, RANGE)) * TOGETHER
+    place = START + gl.arange(0, SIZE // PER_RANGE, gl.SliceLayout(0, RANGE)) * PER_RANGE
     of_range = first_range + (first + gl.minimum(place, last)) // GROUP_CHANNELS
     pair = gl.load(ranges + ((block * block_ranges)[:, None] + of_range[None, :]))
     return planes, gl.where((place == constant)[None, :], ONE, pair)
