@@ -274,6 +274,10 @@ def test_tables_of_the_speed_page_are_the_results(documented):
         for name in runs[0]:
             cell = spread_of([run[name] / run["DynamicCache"] for run in runs])
             documented("speed-generate", name, column, "1" if name == "DynamicCache" else cell)
+    runs = of_results("kvpress-speed")["runs"]
+    for name in runs[0]:
+        cell = spread_of([run[name] / run["full cache"] for run in runs])
+        documented("speed-kvpress", name, "a token", "1" if name == "full cache" else cell)
     for file, what in (("cost", ""), ("cost-torch", ", torch")):
         ratios = {}
         for row in (row for run in of_results(file)["runs"] for row in run["rows"]):
