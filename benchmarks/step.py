@@ -2,7 +2,8 @@
 
 A Llama of 8B's layers, fewer of them, with random weights, fitted to random tokens; the first context is random too.
 Of compiled caches (`mode="reduce-overhead"`: CUDA graphs on a GPU) it shows what the graph saves, and on a GPU how
-much of a step its kernels are busy: a step that waits for launches is busy for a part of it only.
+much of a step its kernels are busy: a step that waits for launches is busy for a part of it only. Compiling takes
+minutes; `--backend cudagraphs` records the same operations as they are.
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ def make_model(layers: int, tiny: bool, device: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
-def steps_of(model, cache: Cache, prompt: torch.Tensor, compiled: bool) -> Callable[[], None]:
-    """Reads the prompt into the cache; returns what takes `STEPS` steps from there."""
+def steps_of(model, cache: Cache, prompt: torch.Tensor, backend: str | None) -> Callable[[], None]:
+    """Reads the prompt into the cache; returns what takes `STEPS` steps from there, compiled if there is a backend."""
     model(prompt, past_key_values=cache, logits_to_keep=1)
-    forward = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead") if compiled else model.forward
+    forward = model.forward
+    if backend is not None:
+        how = {"mode": "reduce-overhead"} if backend == "inductor" else {"backend": backend}
+        forward = torch.compile(forward, fullgraph=True, **how)
     position = torch.full((len(prompt), 1), prompt.shape[1], device=prompt.device)
 
     def run() -> None:
@@ -73,6 +77,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compression", type=float, nargs="+", default=[0.8, 0.95], help="with the default packing")
+    parser.add_argument("--backend", default="inductor", choices=["inductor", "cudagraphs"], help="of torch.compile")
     parser.add_argument("--tiny", action="store_true", help="a sixteenth of the sizes, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
@@ -81,15 +86,15 @@ def main() -> None:
     prompt = torch.randint(3, 4096, (args.batch, args.length), device=args.device)
     room = args.length + 4 * STEPS * (args.rounds + 2)
     contestants = {
-        "DynamicCache": steps_of(full, DynamicCache(), prompt, False),
-        "StaticCache, compiled": steps_of(full, StaticCache(full.config, max_cache_len=room), prompt, True),
+        "DynamicCache": steps_of(full, DynamicCache(), prompt, None),
+        "StaticCache, compiled": steps_of(full, StaticCache(full.config, max_cache_len=room), prompt, args.backend),
     }
     for compression in args.compression:
         model = make_model(args.layers, args.tiny, args.device)
         model = cskv_hf.fit(model, [prompt[0, :1024]], CSKVConfig(compression=compression), progress=False)
         name = f"{compression:.0%} packed"
-        contestants[name] = steps_of(model, CSKVCache(), prompt, False)
-        contestants[f"{name}, compiled"] = steps_of(model, CSKVStaticCache(room), prompt, True)
+        contestants[name] = steps_of(model, CSKVCache(), prompt, None)
+        contestants[f"{name}, compiled"] = steps_of(model, CSKVStaticCache(room), prompt, args.backend)
     seconds = {name: t / STEPS for name, t in median_seconds(contestants, args.rounds).items()}
     busy = {name: busy_seconds(run) for name, run in contestants.items()}
     print(f"{args.layers} layers, {args.length} tokens x {args.batch}")
