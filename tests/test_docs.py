@@ -297,9 +297,9 @@ def test_tables_of_the_speed_page_are_the_results(documented):
             documented("speed-gpu", name, column, f"{1000 * by_kernel[kernel]:.3f}" if by_kernel else "")
         of_bytes, of_products = row["bytes"] / gpu["copy_bandwidth"], row.get("operations", 0) / gpu["matrix_rate"]
         roof = f"{100 * max(of_bytes, of_products) / row['seconds']:.0f} %" if by_kernel else ""
-        documented("speed-gpu", name, "of the roofline", roof)
+        documented("speed-gpu", name, "roofline", roof)
         size = gpu["plans"][name]["bytes_per_token"] if by_kernel else 4 * 8 * 128
-        documented("speed-gpu", name, "bytes a token", f"{size:.0f}")
+        documented("speed-gpu", name, "bytes", f"{size:.0f}")
     (steps,) = of_results("decode-gpu")["runs"]
     ready = {row["batch"]: row["seconds"] for row in steps if row["cache"] == "SDPA, ready cache"}
     for row in steps:
