@@ -34,6 +34,15 @@ def cskv(*arguments):
     return result.exit_code, re.sub(r"[\s│╭╮╰╯─]+", " ", result.output), result.output
 
 
+def test_demo_without_matplotlib_is_refused_before_it_measures(monkeypatch, tmp_path):
+    import cskv_hf.demo.run as demo
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(demo, "load_bundled", lambda: pytest.fail("measured"))
+    code, text, _ = cskv("demo", "--out", tmp_path / "out")
+    assert code == 2 and "pip install 'cskv-hf[plot]'" in text and not (tmp_path / "out").exists()
+
+
 def test_fit_inspect_load(folder):
     code, text, _ = cskv(
         "fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", "--length", 100

@@ -31,7 +31,10 @@ def demo(
     """Fit the bundled model, generate with full and compressed cache, measure both."""
     from .demo.run import run_demo
 
-    run_demo(out, records, typer.echo)
+    try:
+        run_demo(out, records, typer.echo)
+    except ImportError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()

@@ -79,16 +79,22 @@ def save_results(out: Path, rows: Sequence[Row]) -> None:
     plot(out / "demo.png", rows)
 
 
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Retrieval and perplexity by initialisation, at every compression; the full cache and window + sinks as lines.
+def check_plots() -> None:
+    """Before anything is measured.
 
     Raises:
         ImportError: without matplotlib, saying how to get it.
     """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError("The plot needs matplotlib: `pip install 'cskv-hf[plot]'`.") from error
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """Retrieval and perplexity by initialisation, at every compression; the full cache and window + sinks as lines."""
+    from matplotlib.figure import Figure
+
     full, window, measured = rows[0], rows[1], rows[2:]
     places, labels, place = [], [], 0.0
     for last, row in zip([None, *measured], measured):

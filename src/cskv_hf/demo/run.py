@@ -26,7 +26,7 @@ from ..fitting import fit
 from ..statistics import collect_statistics
 from . import MODEL_PATH
 from .corpus import reference_topics
-from .present import NUM_LINES, Row, format_table, save_results
+from .present import NUM_LINES, Row, check_plots, format_table, save_results
 
 TEXT_LENGTH = 1024
 COMPRESSIONS = (0.5, 0.8)
@@ -154,7 +154,11 @@ def run_demo(out: Path, num_records: int = 30, say: Callable[[str], None] = prin
     Args:
         num_records: of 100 lines and 8 questions each; 30 make an interval of about ±0.03.
         say: receives the text.
+
+    Raises:
+        ImportError: without matplotlib.
     """
+    check_plots()
     model, tokenizer = load_bundled()
     text, records = evaluation_text(tokenizer), evaluation_records(num_records)
     say(
