@@ -58,6 +58,10 @@ def query_of(factors, batch, per_head, dtype, num_new=1):
     return torch.randn(shape).to(DEVICE, dtype)
 
 
+def relative(query, kv):
+    return error_against_torch(attention._attend_on_gpu, query, kv, None, None)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("key_bits", BITS.values(), ids=BITS)
 def test_equal_to_the_torch_path(key_bits, dtype, served):
@@ -66,9 +70,6 @@ def test_equal_to_the_torch_path(key_bits, dtype, served):
     kv = past(factors, 2, 256 + 96, dtype)
     assert relative(query_of(factors, 2, 2, dtype), kv) < (4e-3 if dtype == torch.float16 else 3e-2)
     assert len(served) == 1
-
-
-relative = lambda query, kv: error_against_torch(attention._attend_on_gpu, query, kv, None, None)  # noqa: E731
 
 
 @pytest.mark.parametrize("per_head, num_new", [(1, 1), (3, 1), (8, 1), (2, 3)])

@@ -1,11 +1,12 @@
 """Scores against packed keys on NVIDIA's Hopper GPUs: what `score_kernel` of triton_kernels.py writes, by a kernel
 that says which thread holds what.
 
-In that kernel latents reach the product that rebuilds keys through shared memory, and warps wait there for each other.
-Here a thread reads the very words that hold its own share of the product: of 64 tokens and 16 channels that is two
-tokens of four channels, and a word holds eight tokens of a channel. So 256 tokens are read at once and taken in four
-parts, the first bytes of all words, the second, and so on. Which token stands where is a matter of naming: within a
-part places are four apart, and the next part is one token on, so only the turn of the queries changes.
+In that kernel latents reach the product that rebuilds keys through shared memory, which limits it on such a GPU. Here
+a thread reads the very words that hold its own share of the product: of 64 tokens and 16 channels that is two tokens
+of four channels, and a word of 4-bit codes holds eight tokens of a channel. So 256 tokens are read at once and taken
+in four parts, the first bytes of all words, the second, and so on; codes of other widths become such words first.
+Which token stands where is a matter of naming: within a part places are four apart, and the next part is one token on,
+so only the turn of the queries changes.
 
 Gluon, Triton's language for this, has no interpreter; tests/gluon_on_numpy.py runs these functions without layouts.
 """
@@ -485,7 +486,7 @@ def _scores(keys, c, s, queries, ROWS: gl.constexpr):
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     first, second = gl.split(gl.permute(gl.reshape(keys, (64, 2, HEAD_DIM // 2)), (0, 2, 1)))
     first, second = gl.convert_layout(first, TURN, True), gl.convert_layout(second, TURN, True)
-    x = gl.permute(gl.join(_difference(first, c, second, s), _sum(second, c, first, s)), (0, 2, 1))
+    x = gl.permute(gl.join(_turned(first, c, second, s, True), _turned(second, c, first, s, False)), (0, 2, 1))
     x = gl.convert_layout(gl.reshape(x, (64, HEAD_DIM)), gl.DotOperandLayout(0, SCORES, 2), True)
     scores = gl.zeros([64, COLUMNS], gl.float32, SCORES)
     scores = warpgroup_mma(x, queries.permute((1, 0)), scores, use_acc=False)
@@ -494,34 +495,17 @@ def _scores(keys, c, s, queries, ROWS: gl.constexpr):
     return scores
 
 
-# Two numbers at a time: from single ones, ptxas believes that the sums of a product are read before it is done.
-
-
 @gluon.jit
-def _sum(x, c, y, s):
-    """x c + y s"""
+def _turned(x, c, y, s, MINUS: gl.constexpr):
+    """x c - y s, or x c + y s. Two numbers at a time: from single ones, ptxas believes that the sums of a product are
+    read before it is done."""
     return gl.inline_asm_elementwise(
         """{
             .reg .b32 other;
             mul.f16x2 other, $3, $4;
-            fma.rn.f16x2 $0, $1, $2, other;
-        }""",
-        "=r,r,r,r,r",
-        [x, c, y, s],
-        dtype=gl.float16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def _difference(x, c, y, s):
-    """x c - y s"""
-    return gl.inline_asm_elementwise(
-        """{
-            .reg .b32 other;
-            mul.f16x2 other, $3, $4;
-            neg.f16x2 other, other;
+            """
+        + ("neg.f16x2 other, other;" if MINUS else "")
+        + """
             fma.rn.f16x2 $0, $1, $2, other;
         }""",
         "=r,r,r,r,r",
