@@ -1,5 +1,6 @@
 """lm-evaluation-harness through a compressed cache, on tasks and models that the tests write; nothing downloaded."""
 
+import functools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import cskv_hf
+import cskv_hf.evaluate.lm_eval as runs
 from cskv_hf import CSKVCache
 from cskv_hf.evaluate.fingerprint import fingerprint
 from cskv_hf.evaluate.lm_eval import format_results, plain_results, run_lm_eval
@@ -65,6 +67,12 @@ metadata: {{version: 1.0}}
 
 def words(rng, count):
     return " ".join(f"w{rng.randrange(3, 89)}" for _ in range(count))
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """The harness reads 13,000 files of its own tasks anew for every run, which takes seconds."""
+    monkeypatch.setattr(runs, "TaskManager", functools.partial(runs.TaskManager, include_defaults=False))
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +211,7 @@ def test_changing_rope_is_not_padded(tokenizer, folder):
     close(together, alone)
 
 
-def test_run(tokenizer, folder, tmp_path):
+def test_run(tokenizer, folder, tmp_path, request):
     """A whole run from a saved adapter; values are those of the requests, scored by hand."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     make_model(dtype=torch.float32).save_pretrained(base)
@@ -232,6 +240,7 @@ def test_run(tokenizer, folder, tmp_path):
     expected = float(torch.tensor(-texts / count, dtype=torch.float64).exp())
     assert ours["results"][3]["value"] == pytest.approx(expected, rel=1e-5)
 
+    request.getfixturevalue("own_tasks_only")
     by_peft = run_lm_eval(base, tasks.split(","), peft=adapter, **settings)
     assert by_peft["results"] == ours["results"]
     full = run_lm_eval(base, "tiny_t*", cache="full", **settings)
@@ -261,7 +270,7 @@ def test_adapter_with_its_own_tokenizer_from_the_hub(tokenizer, folder, tmp_path
     close(lm.loglikelihood(requests(folder)), expected, tolerance=1e-4)
 
 
-def test_an_interrupted_run_goes_on(tokenizer, folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(tokenizer, folder, tmp_path, monkeypatch, own_tasks_only):
     """Responses that a run had before it stopped are not asked for again, and the results are the same."""
     from cskv_hf.evaluate import lm_eval_model
 
@@ -303,7 +312,7 @@ def test_fingerprint():
     assert len({first, *(fingerprint(m, 100) for m in changed), fingerprint(make_model(), 100)}) == 5
 
 
-def test_errors_come_first(tokenizer, folder, tmp_path):
+def test_errors_come_first(tokenizer, folder, tmp_path, own_tasks_only):
     model, plain = lossy(make_model()), make_model()
     for tasks, message in (
         ("tiny_choise", "knows no task 'tiny_choise'; did you mean tiny_choice.* `include_path`"),

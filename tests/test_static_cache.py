@@ -8,9 +8,12 @@ from conftest import lossless, lossy, make_model, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import feed
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from cskv_hf import CSKVCache, CSKVStaticCache
+from cskv_hf import CSKVCache, CSKVStaticCache, kernels
+from cskv_hf.latents import Latents
 from cskv_hf.quantize import PackedLayout, dequantize, quantize
 from cskv_hf.rope import RotaryFrequencies
 from cskv_hf.static_tokens import StaticStep, StaticTable
@@ -211,6 +214,41 @@ def test_a_cuda_graph_may_write_to_every_tensor(plain):
     tensors = [*cache.tokens.tensors, *(t for layer in cache.layers for t in layer.tensors)]
     assert len(tensors) == 4 + 4 * len(cache.layers)
     assert all(getattr(t, "_dynamo_static_input_type", None) for t in tensors)
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("served", [None, "gpu"])
+@torch.no_grad()
+def test_a_cuda_graph_can_be_recorded(served, kind, monkeypatch):
+    """PyTorch's own checks pass, on the device that has no memory: every number of a step is on it, so that nothing is
+    copied from the host, and no operation is one that a CUDA graph cannot hold. With the kernels and without."""
+    torch._dynamo.reset()
+    model, ids, cache = lossy(make_model(), **SETTINGS[kind]), prompt(2, 41), CSKVStaticCache(64)
+    model(ids[:, :40], past_key_values=cache)
+    if served:
+        triton_quantize = pytest.importorskip("cskv_hf.kernels.triton_quantize")
+        monkeypatch.setattr(kernels, "quantizer", lambda *_: triton_quantize.quantize_as_operation)
+    monkeypatch.setattr(kernels, "choose", lambda *_: served)
+    model.to("meta")
+    for held in (cache.tokens, *cache.layers):
+        for name, value in vars(held).items():
+            if isinstance(value, (torch.Tensor, torch.device)):
+                setattr(held, name, value.to("meta") if isinstance(value, torch.Tensor) else torch.device("meta"))
+            elif isinstance(value, Latents):
+                value.segments = tuple(tuple(t.to("meta") for t in segment) for segment in value.segments)
+    graphs = []
+    compiled = torch.compile(model.forward, fullgraph=True, backend=aot_autograd(fw_compiler=keep_in(graphs)))
+    logits = compiled(ids[:, 40:].to("meta"), past_key_values=cache).logits
+    assert logits.shape == (2, 1, model.config.vocab_size) and logits.is_meta
+    (graph,) = graphs
+    of = {node.meta["val"].device for node in graph.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
+    assert of == {torch.device("meta")}
+    assert get_first_incompatible_cudagraph_node(graph) is None
+    called = [node.target for node in graph.graph.nodes]
+    of_layer = (1 if served else 0, 2 if served and kind == "packed" else 0)
+    names = "gpu_attend", "gpu_quantize"
+    operations = [getattr(torch.ops.cskv_hf, name).default for name in names] if served else [None, None]
+    assert tuple(called.count(operation) for operation in operations) == tuple(len(cache.layers) * n for n in of_layer)
 
 
 def test_generate_compiles_decoding(plain):
