@@ -1,11 +1,12 @@
 """Runs functions written in Gluon, which has no interpreter, with numpy: their numbers and places in memory, without
 layouts, which a compiler checks.
 
-It knows what kernels/hopper_scores.py uses. Two rules of the hardware are kept: a product that is not waited for may
-only feed the next one, and a product may read shared memory only once what was written there is fenced.
+It knows what kernels/hopper_scores.py and hopper_latents.py use. Two rules of the hardware are kept: a product that is
+not waited for may only feed the next one, and a product may read shared memory only once what was written there is
+fenced.
 """
 
-import importlib.util
+import importlib
 import itertools
 import operator
 import sys
@@ -188,23 +189,19 @@ def assembly(code, constraints, args, dtype, is_pure, pack):
 
 
 class Kernel:
-    """The kernel `name` of a file, launched as Triton's are, on torch tensors of a CPU."""
+    """A kernel of a module that is in a folder, launched as Triton's are, on torch tensors of a CPU."""
 
-    def __init__(self, path, name):
-        self.machine = Machine()
-        modules = self.machine.modules()
-        before = {name: sys.modules.get(name) for name in modules}
-        sys.modules.update(modules)
+    def __init__(self, folder, module, name):
+        self.machine, before = Machine(), dict(sys.modules)
+        package = types.ModuleType("on_numpy")
+        package.__path__ = [str(folder)]
+        sys.modules.update(self.machine.modules(), on_numpy=package)
         try:
-            spec = importlib.util.spec_from_file_location(f"{name}_on_numpy", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            self.function = getattr(importlib.import_module(f"on_numpy.{module}"), name)
         finally:
-            for key, module_before in before.items():
-                sys.modules.pop(key)
-                if module_before is not None:
-                    sys.modules[key] = module_before
-        self.function = getattr(module, name)
+            for key in set(sys.modules) - set(before):
+                del sys.modules[key]
+            sys.modules.update(before)
 
     def __getitem__(self, grid):
         def launch(*args, num_warps, maxnreg=None, **constants):

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def served(monkeypatch):
         from gluon_on_numpy import Kernel
 
         monkeypatch.setattr(gpu, "is_hopper", lambda _: True)
-        path = hopper.__file__.replace("hopper.py", "hopper_scores.py")
-        monkeypatch.setattr(hopper, "hopper_score_kernel", Kernel(path, "hopper_score_kernel"))
+        kernel = Kernel(Path(hopper.__file__).parent, "hopper_scores", "hopper_score_kernel")
+        monkeypatch.setattr(hopper, "hopper_score_kernel", kernel)
     return calls
 
 

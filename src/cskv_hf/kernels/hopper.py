@@ -14,7 +14,8 @@ from packaging.version import Version
 from transformers.utils import logging
 
 from ..quantize import PackedLayout
-from .hopper_scores import COLUMNS, PARTS, TOKENS, hopper_score_kernel
+from .hopper_latents import PARTS, TOKENS
+from .hopper_scores import COLUMNS, hopper_score_kernel
 from .triton_latents import THOUSANDS
 
 logger = logging.get_logger(__name__)
@@ -50,7 +51,7 @@ class Share(NamedTuple):
     unused: int = 0
 
     def room(self, fours: bool) -> int:
-        """Places that its channels and its constant take, as `_share` of hopper_scores.py lays them out."""
+        """Places that its channels and its constant take, as `share_at` of hopper_latents.py lays them out."""
         lead = self.index % 4 if fours else 0
         end = lead + self.channels
         return (-(-end // 4) * 4 if fours else end) + 1 if self.has_constant else end

@@ -2,11 +2,8 @@
 that says which thread holds what.
 
 In that kernel latents reach the product that rebuilds keys through shared memory, which limits it on such a GPU. Here
-a thread reads the very words that hold its own share of the product: of 64 tokens and 16 channels that is two tokens
-of four channels, and a word of 4-bit codes holds eight tokens of a channel. So 256 tokens are read at once and taken
-in four parts, the first bytes of all words, the second, and so on; codes of other widths become such words first.
-Which token stands where is a matter of naming: within a part places are four apart, and the next part is one token on,
-so only the turn of the queries changes.
+a thread reads its own share of the product from memory, see hopper_latents.py: a tile of 256 tokens comes in four
+parts, of tokens that are four apart, and of a part to the next only the turn of the queries changes.
 
 Gluon, Triton's language for this, has no interpreter; tests/gluon_on_numpy.py runs these functions without layouts.
 """
@@ -21,11 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-TOKENS = gl.constexpr(256)  # of a tile
-PARTS = gl.constexpr(4)  # of a tile, one byte of all its words each
+from .hopper_latents import PARTS, TOKENS, fetch, in_words, latents_of, share_at
+
 COLUMNS = gl.constexpr(8)  # of queries that a product takes, at least
 NOTHING = gl.constexpr(-1e30)  # the score of a token that is not there
-ONE = gl.constexpr(0x3C00)  # a range of minimum 1 and step 0
 
 # Numbers that change while a model generates, or that layers differ in: no kernel is compiled for each.
 CHANGING = ["num_blocks", "num_tiles", "tiles_each", "block_words", "block_ranges", "thousands"]
@@ -67,7 +63,7 @@ def hopper_score_kernel(
         words = gl.multiple_of(words, 16)
     shares = ()
     for tier in gl.static_range(TIERS):
-        shares = shares + (_share(groups + (head // HEADS_PER_GROUP * TIERS + tier) * 8, FOURS),)
+        shares = shares + (share_at(groups + (head // HEADS_PER_GROUP * TIERS + tier) * 8, FOURS),)
     stored = words, ranges + batch * num_blocks * block_ranges, num_blocks, block_words, block_ranges
     row_0 = (batch * gl.num_programs(1) + head) * rows
     queries = query + row_0 * HEAD_DIM, rows, scaling
@@ -81,21 +77,6 @@ def hopper_score_kernel(
                 tiles, stored, shares, key_B, turns, queries, out, thousands,
                 HEADS_PER_GROUP * HEAD_DIM, HEAD_DIM, ROWS, WAYS, way, GROUP_CHANNELS, FOURS, TOGETHER, STAGED,
             )  # fmt: skip
-
-
-@gluon.jit
-def _share(at, FOURS: gl.constexpr):
-    """What there is to know of a group's channels in a tier: where they begin in `key_B`, their number, the first of
-    them that is read, the places of the constant (or -1) and of their own first among those that are read, the first
-    word of the tier, its channels, and its first range."""
-    first_row, channels, first, has_constant = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
-    word, width, first_range = gl.load(at + 4), gl.load(at + 5), gl.load(at + 6)
-    lead, constant = first * 0, channels
-    if FOURS:
-        lead = first % 4
-        constant = (lead + channels + 3) // 4 * 4
-    constant = gl.where(has_constant != 0, constant, -1)
-    return first_row, channels, first - lead, constant, lead, word, width, first_range
 
 
 @gluon.jit
@@ -135,14 +116,14 @@ def _tiles(
         if TOGETHER:
             nothing = gl.zeros([64, HEAD_DIM], gl.float16, SUMS)
             keys, before = (nothing, nothing, nothing, nothing), ()
-            following = _fetch(stored, shares, tile, _product(WAYS, WAY, 0), GROUP_CHANNELS, FOURS)
+            following = fetch(stored, shares, tile, _product(WAYS, WAY, 0), GROUP_CHANNELS, FOURS)
             for i in gl.static_range(NUM):
-                fetched = _in_words(following, _product(WAYS, WAY, i)[3])
+                fetched = in_words(following, _product(WAYS, WAY, i)[3])
                 if i + 1 < NUM:
-                    following = _fetch(stored, shares, tile, _product(WAYS, WAY, i + 1), GROUP_CHANNELS, FOURS)
+                    following = fetch(stored, shares, tile, _product(WAYS, WAY, i + 1), GROUP_CHANNELS, FOURS)
                 latents, sums = (), ()
                 for part in gl.static_range(PARTS):
-                    latents = latents + (_latents(fetched, part, thousands, SUMS),)
+                    latents = latents + (latents_of(fetched, part, thousands, SUMS),)
                 if i > 0:  # until here the products before read their registers
                     warpgroup_mma_wait(0, deps=before)
                 for part in gl.static_range(PARTS):
@@ -157,13 +138,13 @@ def _tiles(
         else:
             raw, fetched = (), ()
             for i in gl.static_range(NUM):
-                raw = raw + (_fetch(stored, shares, tile, _product(WAYS, WAY, i), GROUP_CHANNELS, FOURS),)
+                raw = raw + (fetch(stored, shares, tile, _product(WAYS, WAY, i), GROUP_CHANNELS, FOURS),)
             for i in gl.static_range(NUM):
-                fetched = fetched + (_in_words(raw[i], _product(WAYS, WAY, i)[3]),)
+                fetched = fetched + (in_words(raw[i], _product(WAYS, WAY, i)[3]),)
             for part in gl.static_range(PARTS):
                 latents = ()
                 for i in gl.static_range(NUM):
-                    latents = latents + (_latents(fetched[i], part, thousands, SUMS),)
+                    latents = latents + (latents_of(fetched[i], part, thousands, SUMS),)
                 sums = gl.zeros([64, HEAD_DIM], gl.float16, SUMS)
                 for i in gl.static_range(NUM):
                     sums = warpgroup_mma(latents[i], factors[i], sums, use_acc=i > 0)
@@ -173,15 +154,6 @@ def _tiles(
 
 # What a thread holds. Lanes 0 and 1 (the bits of its number in the warp) stand for neighbours in a row of a product,
 # lanes 2 to 4 and the warp for rows; a register is two numbers of 16 bits.
-
-
-@gluon.constexpr_function
-def _word_layout(size, each=1):
-    """(32 eights of tokens, every `each`-th channel): four neighbours a thread."""
-    bases = [[0, (1 << i) // each] for i in range(size.bit_length() - 1)]
-    registers = [base for base in bases[:2] + bases[4:] if base[1]]
-    lanes = [*bases[2:4], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, size // each])
 
 
 @gluon.constexpr_function
@@ -228,7 +200,7 @@ def _room(ways, way):
 
 @gluon.jit
 def _factor(key_B, shares, PRODUCT: gl.constexpr, GROUP_DIM: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """(channels, HEAD_DIM) of what rebuilds a head's keys, in shared memory, channels in the order of [`_latents`]."""
+    """(channels, HEAD_DIM) of what rebuilds a head's keys, in shared memory, as [`latents_of`] orders channels."""
     START: gl.constexpr = PRODUCT[1]
     SIZE: gl.constexpr = PRODUCT[2]
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
@@ -244,185 +216,8 @@ def _factor(key_B, shares, PRODUCT: gl.constexpr, GROUP_DIM: gl.constexpr, HEAD_
 
 
 @gluon.jit
-def _fetch(stored, shares, tile, PRODUCT: gl.constexpr, GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr):
-    """Words of every bit plane of a product's channels (32 eights of tokens, channels), and their ranges, (32,
-    channels / 4) if read by fours. Blocks and channels that are not there are read from the last ones."""
-    START: gl.constexpr = PRODUCT[1]
-    SIZE: gl.constexpr = PRODUCT[2]
-    BITS: gl.constexpr = PRODUCT[3]
-    WORD: gl.constexpr = _word_layout(SIZE)
-    PER_RANGE: gl.constexpr = 4 if FOURS else 1  # channels that a range is read for
-    RANGE: gl.constexpr = _word_layout(SIZE, PER_RANGE)
-    words, ranges, num_blocks, block_words, block_ranges = stored
-    _, channels, first, constant, lead, tier_word, width, first_range = shares[PRODUCT[0]]
-    last = gl.maximum(lead + channels - 1, 0)
-    eight = gl.arange(0, 32, gl.SliceLayout(1, WORD))
-    block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
-    place = START + gl.arange(0, SIZE, gl.SliceLayout(0, WORD))
-    if FOURS:  # of which some may be another head's
-        place = gl.minimum(place // 4, last // 4) * 4 + place % 4
-    else:
-        place = gl.minimum(place, last)
-    at = (block * block_words)[:, None] + (tier_word + first + place)[None, :]
-    planes = ()
-    if BITS == 8:
-        planes = (
-            _plane(words, at, (eight % 4 * width)[:, None], FOURS),
-            _plane(words, at, ((eight % 4 + 4) * width)[:, None], FOURS),
-        )
-    if BITS & 4:
-        planes = planes + (_plane(words, at, (eight % 4 * width)[:, None], FOURS),)
-    if BITS & 2:
-        planes = planes + (_plane(words, at, (((BITS & 4) + eight % 2) * width)[:, None], FOURS),)
-    if BITS & 1:
-        planes = planes + (_plane(words, at, ((BITS & 6) * width + eight * 0)[:, None], FOURS),)
-    eight = gl.arange(0, 32, gl.SliceLayout(1, RANGE))
-    block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
-    place = START + gl.arange(0, SIZE // PER_RANGE, gl.SliceLayout(0, RANGE)) * PER_RANGE
-    of_range = first_range + (first + gl.minimum(place, last)) // GROUP_CHANNELS
-    pair = gl.load(ranges + ((block * block_ranges)[:, None] + of_range[None, :]))
-    return planes, gl.where((place == constant)[None, :], ONE, pair)
-
-
-@gluon.jit
-def _plane(words, at, row, FOURS: gl.constexpr):
-    """Words of a bit plane."""
-    at = at + row
-    if FOURS:
-        at = gl.max_contiguous(gl.multiple_of(at, [1, 4]), [1, 4])
-    return gl.load(words + at)
-
-
-@gluon.jit
-def _in_words(fetched, BITS: gl.constexpr):
-    """What [`_fetch`] gave, as words of 4-bit codes: the last 4 bits of all codes, and the others, if there are."""
-    planes, pair = fetched
-    q = (gl.arange(0, 32, gl.SliceLayout(1, planes[0].type.layout)) % 4)[:, None]
-    if BITS == 8:
-        low, high = planes[0], planes[1]
-        codes = (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4, (low >> 4 & 0x0F0F0F0F) | (high & -0x0F0F0F10)
-    else:
-        codes = ()
-        if BITS & 4:
-            codes = (planes[0],)
-        if BITS & 3:
-            if BITS & 2:
-                rest = planes[BITS // 4] >> 2 * (q // 2) & 0x33333333
-                if BITS & 1:
-                    rest = rest | (planes[BITS // 4 + 1] >> q & 0x11111111) << 2
-            else:
-                rest = planes[BITS // 4] >> q & 0x11111111
-            codes = codes + (rest,)
-    return codes, pair
-
-
-@gluon.jit
-def _latents(fetched, part: gl.constexpr, thousands, SUMS: gl.constexpr):
-    """(64 tokens, channels) of one part, as a product wants them from registers."""
-    codes, pair = fetched
-    SIZE: gl.constexpr = codes[0].shape[1]
-    first, second = gl.split(gl.reshape(codes[0], (32, SIZE // 2, 2)))
-    if pair.shape[1] < SIZE:  # of four channels
-        minimum, step = _low_halves(pair, pair), _high_halves(pair, pair)
-        minimum = gl.reshape(gl.join(minimum, minimum), (32, SIZE // 2))
-        step = gl.reshape(gl.join(step, step), (32, SIZE // 2))
-        minimum = gl.convert_layout(minimum, first.type.layout, True)
-        step = gl.convert_layout(step, first.type.layout, True)
-    else:
-        minimum, step = gl.split(gl.reshape(pair, (32, SIZE // 2, 2)))
-        minimum, step = _low_halves(minimum, step), _high_halves(minimum, step)
-    early, late = _of_part(first, second, part)
-    if len(codes) == 1:
-        early = _two_values(early, step, minimum, thousands)
-        late = _two_values(late, step, minimum, thousands)
-    else:
-        first, second = gl.split(gl.reshape(codes[1], (32, SIZE // 2, 2)))
-        more_early, more_late = _of_part(first, second, part)
-        early = _two_wide_values(early, more_early, step, minimum, thousands)
-        late = _two_wide_values(late, more_late, step, minimum, thousands)
-    x = gl.join(early, late)
-    low = (x & 0xFFFF).to(gl.uint16).to(gl.float16, bitcast=True)
-    high = (x >> 16).to(gl.uint16).to(gl.float16, bitcast=True)
-    # warp, eight, sixteen, bits 3, 2, 1 of the channel, half of the block, bit 0
-    x = gl.reshape(gl.join(low, high), (4, 8, SIZE // 16, 2, 2, 2, 2, 2))
-    x = gl.reshape(gl.permute(x, (0, 6, 1, 2, 5, 3, 4, 7)), (64, SIZE))
-    return gl.convert_layout(x, gl.DotOperandLayout(0, SUMS, 2), True)
-
-
-@gluon.jit
-def _of_part(first, second, part: gl.constexpr):
-    """Of words of two channels one byte: in the last 4 bits of both halves, the codes of a token, and those of the
-    token half a block on."""
-    if part < 2:
-        both = _low_halves(first, second)
-    else:
-        both = _high_halves(first, second)
-    return both >> (8 * (part % 2)), both >> (8 * (part % 2) + 4)
-
-
-@gluon.jit
-def _low_halves(a, b):
-    """The low 16 bits of both words in one."""
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _high_halves(a, b):
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _two_values(codes, step, minimum, thousands):
-    """Two latents of the codes in the last 4 bits of both halves: 1024 in float16 with a code in its last bits is 1024
-    more than the code.
-
-    Args:
-        thousands: 1024 in float16, twice; as a constant it would cost an instruction.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-            .reg .b32 code, minus;
-            mov.b32 minus, 0xE400E400;  // -1024, twice
-            lop3.b32 code, $1, 0x000F000F, $4, 0xEA;  // and, then or
-            add.f16x2 code, code, minus;
-            fma.rn.f16x2 $0, code, $2, $3;
-        }""",
-        "=r,r,r,r,r",
-        [codes, step, minimum, thousands],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _two_wide_values(codes, more, step, minimum, thousands):
-    """[`_two_values`] of codes that have more bits."""
-    return gl.inline_asm_elementwise(
-        """{
-            .reg .b32 code, minus, more;
-            mov.b32 minus, 0xE400E400;
-            lop3.b32 code, $1, 0x000F000F, $4, 0xEA;
-            and.b32 more, $5, 0x000F000F;
-            mad.lo.u32 code, more, 16, code;
-            add.f16x2 code, code, minus;
-            fma.rn.f16x2 $0, code, $2, $3;
-        }""",
-        "=r,r,r,r,r,r",
-        [codes, step, minimum, thousands, more],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _places(cos, sin, HALF: gl.constexpr, TURN: gl.constexpr):
-    """cos and sin (64, HALF) of the places of the first part, as [`_latents`] orders tokens."""
+    """cos and sin (64, HALF) of the places of the first part, as [`latents_of`] orders tokens."""
     row = gl.arange(0, 64, gl.SliceLayout(1, TURN))
     eight, half = row // 16 * 8 + row % 8, row // 8 % 2
     place = eight // 4 * 32 + half * 16 + eight % 4 * 4
