@@ -204,7 +204,7 @@ class Kernel:
             sys.modules.update(before)
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps, maxnreg=None, **constants):
+        def launch(*args, num_warps, enable_fp_fusion, maxnreg=None, **constants):
             self.machine.grid = grid
             args = [Pointer(x.view(-1).numpy()) if isinstance(x, torch.Tensor) else x for x in args]
             for self.machine.program in itertools.product(*map(range, grid)):

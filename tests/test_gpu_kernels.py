@@ -186,7 +186,8 @@ def compile_for_all(function, constants, warps=gpu.WARPS, on_hopper=None, **kind
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
     for capability in (80, 90):  # A100, H100
-        options = dict(num_warps=warps, num_stages=1) | (on_hopper if on_hopper and capability == 90 else {})
+        options = dict(num_warps=warps, num_stages=1, **gpu.FUSED)
+        options |= on_hopper if on_hopper and capability == 90 else {}
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
         tensor_cores = "mma" in ptx or kinds["query"] == "*fp32" or function is kernels.merge_kernel
@@ -262,8 +263,9 @@ def compile_for_all(function, constants, **kinds):
     signature = {n: "constexpr" if n in constants else (KINDS | kinds).get(n, "i32") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
     for capability in (80, 90):
-        ptx = compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-        print(".local" not in ptx, "div.full" not in ptx)  # in registers, and divided exactly
+        options = dict(enable_fp_fusion=False)
+        ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+        print(".local" not in ptx, "div.full" not in ptx and "fma" not in ptx)  # in registers; rounded as torch does
 
 for block, tokens, padded, of_group, channels in ((32, 32, 32, 4, 64), (24, 3, 4, 1, 64), (32, 16, 16, 128, 128)):
     sizes = dict(BLOCK=block, GROUP_TOKENS=tokens, TOKENS=padded, GROUP_CHANNELS=of_group, CHANNELS=channels)

@@ -168,14 +168,15 @@ KINDS |= {"maxima": "*fp32", "scaling": "fp32"}
 
 class Recorder:
     def __getitem__(self, grid):
-        return lambda *args, num_warps, maxnreg=None, **constants: compile_for_hopper(constants, num_warps, maxnreg)
+        return lambda *args, num_warps, enable_fp_fusion, maxnreg=None, **constants: compile_for_hopper(
+            constants, dict(num_warps=num_warps, enable_fp_fusion=enable_fp_fusion), maxnreg)
 
 
-def compile_for_hopper(constants, warps, maxnreg):
+def compile_for_hopper(constants, options, maxnreg):
     names = KERNEL.arg_names
     signature = {n: "constexpr" if n in constants else KINDS.get(n, "i32") for n in names}
     source = GluonASTSource(KERNEL, signature, {(names.index(n),): v for n, v in constants.items()})
-    options = dict(num_warps=warps) | ({"maxnreg": maxnreg} if maxnreg else {})
+    options |= {"maxnreg": maxnreg} if maxnreg else {}
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print("wgmma" in compiled.asm["ptx"], compiled.metadata.shared <= 227 * 1024)
 

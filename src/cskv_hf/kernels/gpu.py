@@ -42,6 +42,7 @@ KEY_PROGRAMS, VALUE_PROGRAMS = 2048, 512  # at least, if there are tokens enough
 FEW_TILES = 8  # of a program, which then has more to prepare than to do
 MAX_SPLITS = 128
 WARPS = 4
+FUSED = dict(enable_fp_fusion=True)  # product and sum in one instruction; Triton 3.10 wants to be asked for it
 
 
 def attend(
@@ -138,7 +139,7 @@ def _launch(
         transposed(value_B, query.dtype), value_mean, old_maxima, old_sums, out, base_2, rows,
         _num_queries(exact_mask), batch, exact_keys.shape[2], value_rank, *_mask_strides(exact_mask),
         MASK=_mask_kind(exact_mask), HEAD_DIM=head_dim, ROWS=row_tile, TILE=64 if wide <= 256 else 2**14 // wide,
-        CHUNK=64 if wide <= 256 else 2**14 // wide, num_warps=2 * WARPS, num_stages=1,
+        CHUNK=64 if wide <= 256 else 2**14 // wide, num_warps=2 * WARPS, num_stages=1, **FUSED,
     )  # fmt: skip
     return out
 
@@ -160,7 +161,7 @@ def _launch_scores(
         num_tiles, tiles_each, turn_stride, *_mask_strides(old_mask), THOUSANDS,
         IN_TILES=in_tiles, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim,
         ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held,
-        AHEAD=ahead, TILE=TILE, FORM=form, num_warps=WARPS, num_stages=1,
+        AHEAD=ahead, TILE=TILE, FORM=form, num_warps=WARPS, num_stages=1, **FUSED,
         **(few_registers(pieces, form[PLANES.value], query.device) if as_measured else {}),
     )  # fmt: skip
 
@@ -222,13 +223,13 @@ def _sum_values(weights, maxima, data, ranges, format, heads, words, dtype):
         weights, maxima, _codes(data, words), _as_pairs(ranges), pieces.table, pieces.order, summed, split_maxima,
         all_rows, data.shape[1], format.rank, *_block_sizes(format), num_tiles, tiles_each, row_tiles, THOUSANDS,
         ROWS=value_rows, PART=TILE // maxima.shape[3], TILE=TILE, CHUNK=VALUE_CHUNK, FORM=_form(format, words),
-        num_warps=WARPS, num_stages=1,
+        num_warps=WARPS, num_stages=1, **FUSED,
     )  # fmt: skip
     merged = weights.new_empty(heads, batch * all_rows // heads, format.rank, dtype=dtype)
     old_maxima, old_sums = maxima.new_empty(2, heads, batch, all_rows // heads)
     merge_kernel[triton.cdiv(format.rank, 64), all_rows, batch](
         summed, split_maxima, merged, old_maxima, old_sums, splits, batch, all_rows, format.rank,
-        all_rows // heads, SPLITS=triton.next_power_of_2(splits), CHUNK=64,
+        all_rows // heads, SPLITS=triton.next_power_of_2(splits), CHUNK=64, **FUSED,
     )  # fmt: skip
     return merged, old_maxima, old_sums
 

@@ -170,7 +170,8 @@ def launch(
         layout.code_bytes // 4, layout.num_ranges, num_tiles, tiles_each, THOUSANDS,
         HEADS_PER_GROUP=heads // len(ranks), HEAD_DIM=head_dim, ROWS=triton.next_power_of_2(rows),
         TIERS=len(layout.tiers), WAYS=planned.ways, GROUP_CHANNELS=layout.group_channels, FOURS=planned.fours,
-        TOGETHER=together, STAGED=2 if together else 4, num_warps=4, **registers(layout, planned),
+        TOGETHER=together, STAGED=2 if together else 4, num_warps=4, enable_fp_fusion=True,
+        **registers(layout, planned),
     )  # fmt: skip
 
 

@@ -71,11 +71,13 @@ def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor,
             latents.contiguous(), tables.groups, tables.order, codes, ranges, len(tables.groups), layout.rank,
             layout.num_ranges, BLOCK=layout.block_size, GROUP_TOKENS=layout.group_tokens,
             TOKENS=triton.next_power_of_2(layout.group_tokens), GROUP_CHANNELS=channels, CHANNELS=together,
+            enable_fp_fusion=False,
         )  # fmt: skip
         pack_kernel[batch * blocks, triton.cdiv(tables.most_units, UNITS), len(tables.planes)](
             codes, tables.planes, packed.view(torch.int32) if words else packed, layout.rank,
             layout.code_bytes // rows_together(layout.block_size),
             BLOCK=layout.block_size, TOGETHER=rows_together(layout.block_size), UNITS=UNITS,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return packed, ranges
 
