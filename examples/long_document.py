@@ -1,7 +1,8 @@
 """Read a long document once, ask about it many times: python examples/long_document.py
 
 The document is put through the model once; every question continues from a copy of its compressed cache. The bundled
-model was trained on records of lines, so it is asked for lines; for another model give --document and --question.
+model was trained on records of lines, so it is asked for lines, and calibrated on others; for another model give
+--document and --question, and calibrate on text like your document (`calibration_texts` of common.py).
 """
 
 import copy
@@ -9,7 +10,7 @@ import random
 from pathlib import Path
 
 import torch
-from common import arguments, load_model
+from common import arguments, fit, load_model
 
 import cskv_hf
 from cskv_hf import CSKVCache
@@ -23,12 +24,12 @@ def main() -> None:
     parser.add_argument("--question", action="append", help="may be given several times")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
-    config = cskv_hf.CSKVConfig(compression=args.compression)
-    model = cskv_hf.fit(model, demo.calibration_data(tokenizer), config)
-
     if args.document:
+        model = fit(model, tokenizer, args.compression)
         document, questions = args.document.read_text(), args.question or ["\nWhat is this about?\n"]
     else:
+        config = cskv_hf.CSKVConfig(compression=args.compression)
+        model = cskv_hf.fit(model, demo.calibration_data(tokenizer), config)
         record = line_record(100, 5, random.Random(0))
         document, questions = record.text, [record.question(i) for i in range(5)]
     ids = tokenizer(document, return_tensors="pt").input_ids.to(model.device)

@@ -1,5 +1,6 @@
 """The documentation against the code: links lead somewhere, quoted messages exist, public names are as written."""
 
+import ast
 import html
 import json
 import pkgutil
@@ -203,11 +204,19 @@ def test_numbers_in_sentences_are_the_results():
     assert f"{paper['ratio']:.4f} ±{margin:.4f} of the full cache's" in limits
     assert f"ours at {ours['ratio']:.4f} at 80 % and {few['ratio']:.4f} at 95 %" in limits
     assert f"is {paper['kl']:.4f}, {ours['kl']:.4f} and {few['kl']:.4f}:" in limits
+    few = rows_of("methods")["babyllama"]
+    times = [few[p]["kl"] / few[o]["kl"] for p, o in [("80 % paper: asvd + training", "80 % ours, no training")]]
+    times.append(paper["kl"] / ours["kl"])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"is {times[0]:.0f} times smaller on 64 rows and {times[1]:.0f} times on 512" in readme
+    kl = [rows[f"95 % paper: asvd, {q} quantiser, {t}"]["kl"] for t in ("PTQ", "QAT") for q in ("its", "our")]
+    clamped = "(KL {:.3f} against {:.3f}) and the worse with it ({:.3f} against {:.3f};".format(*kl)
+    assert clamped in limits
     half = more["50 % ours, no training"]["kl"], more["50 % ours + training"]["kl"]
     assert f"the KL from {half[0]:.6f} to {half[1]:.3f}" in limits
     steps = rows_of("steps 0.9")["bundled"]
     uniform = [steps[name]["accuracy"] for name in ("asvd, uniform, 16 bits", "mse", "attention", "about the mean")]
-    assert {f"{accuracy:.3f}" for accuracy in uniform} == {"0.042"} and "retrieves a line: 0.042" in limits
+    assert {f"{accuracy:.3f}" for accuracy in uniform} == {"0.042"} and "window alone does: 0.042" in limits
     for line in re.findall(r"(0\.\d\d) times `DynamicCache`|at 80 % (1\.\d\d) times|at 95 % (0\.\d\d) times", faq):
         assert f"| {''.join(line)} (" in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 
@@ -237,7 +246,8 @@ def test_numbers_of_the_readme_are_those_of_the_results():
         results = json.loads((ROOT / "benchmarks" / "results" / f"quality-{model}.json").read_text())["rows"]
         columns.append({row["name"]: row["ratio"] for row in results if row["table"] == "methods"})
     names = ["80 % paper: asvd + training", "80 % ours, no training", "90 % paper: asvd + training"]
-    names += ["90 % ours, no training", "95 % paper: asvd, its quantiser, QAT", "95 % ours, no training"]
+    names += ["90 % ours, no training", "95 % paper: asvd, its quantiser, QAT", "95 % paper: asvd, our quantiser, QAT"]
+    names += ["95 % ours, no training"]
     table = re.findall(r"^\| \d+ % removed.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert len(table) == len(names)
     for line, name in zip(table, names):
@@ -409,3 +419,21 @@ def test_the_results_page_holds_the_tables_of_the_results():
     assert (
         page.partition("## kvpress")[0].count("\n| full cache |") == len(script["COLUMNS"]) and "| - | - |" not in page
     )
+
+
+def test_the_layout_in_design_is_the_order_of_imports():
+    """Every file of the package is in the list, and imports those above it; the exceptions are those named there."""
+    source, page = ROOT / "src" / "cskv_hf", (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    layout = page.partition("## Layout")[2].partition("A file imports")[0]
+    lines = re.findall(r"^    ((?:[a-z_]+(?:\.py|/)(?:, )?)+)", layout, re.M)
+    units = [unit.strip("/").removesuffix(".py") for line in lines for unit in line.split(", ")]
+    there = [p.stem for p in source.glob("[!_]*.py")] + [p.parent.name for p in source.glob("*/__init__.py")]
+    assert sorted(units) == sorted(there)
+    below = set()
+    for path in source.rglob("*.py"):
+        parts = path.relative_to(source).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == len(parts) and parts[0] in units:
+                named = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+                below |= {(parts[0], n) for n in named if n in units and units.index(n) > units.index(parts[0])}
+    assert below == {("latents", "kernels"), ("factors", "sharding"), ("cache", "cache_file"), ("demo", "evaluate")}

@@ -191,7 +191,8 @@ def test_adapter_onto_an_offloaded_base(saved, tmp_path, documented):
 
 def test_torch_compile(saved, documented):
     """A compiled forward gives the same tokens (graph breaks at the cache; a compiled step is another matter)."""
-    documented(TABLE, "`torch.compile(model)`", "with CSKV active", "yes, with graph breaks")
+    answer = "yes; with graph breaks, but for a `CSKVStaticCache`"
+    documented(TABLE, "`torch.compile(model)`", "with CSKV active", answer)
     model = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter")
     model.forward = torch.compile(model.forward, backend="eager")
     assert torch.equal(generated(model), saved[1])
