@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from conftest import lossless, lossy, make_model, prompt
+from random_past import layer, past
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from cskv_hf import CSKVCache, latents
+from cskv_hf import CSKVCache, CSKVStaticCache, attention, kernels, latents
 
 
 @torch.no_grad()
@@ -294,8 +295,153 @@ def test_interrupted_forward_is_noticed():
     with pytest.raises(KeyboardInterrupt):
         model(ids[:, 20:21], past_key_values=cache, use_cache=True)
     handle.remove()
-    with pytest.raises(RuntimeError, match=r"an earlier forward was interrupted.*cache\.reset"):
+    with pytest.raises(RuntimeError, match=r"was interrupted between two layers.*cache\.reset"):
         model(ids[:, 20:21], past_key_values=cache, use_cache=True)
+
+
+def stop_at(module):
+    """The next call of a module is interrupted, and only that."""
+
+    def stop(*_):
+        handle.remove()
+        raise KeyboardInterrupt
+
+    handle = module.register_forward_pre_hook(stop)
+
+
+@pytest.mark.parametrize("held", [0, 40])
+def test_a_forward_that_stopped_before_any_layer_had_it_is_undone(held):
+    """Out of memory in the first projection, say: the next forward may be another, of fewer tokens or other padding,
+    and gives what it gives on a cache that saw nothing of the first."""
+    model, ids, caches = lossy(make_model()), prompt(3, held + 30), (CSKVCache(), CSKVCache())
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    if held:
+        for cache in caches:
+            model(ids[:, :held], attention_mask=mask[:, :held], past_key_values=cache)
+    stop_at(model.get_base_model().model.layers[0].self_attn.q_proj)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, held:], attention_mask=mask.flip(1)[:, -len(ids[0]) :], past_key_values=caches[0])
+    assert caches[0].get_seq_length() == held
+    ours, theirs = (
+        model(ids[:, held : held + 21], attention_mask=mask[:, : held + 21], past_key_values=cache).logits
+        for cache in caches
+    )
+    real = mask[:, held : held + 21].bool()
+    assert torch.equal(ours[real], theirs[real]) and caches[0].nbytes == caches[1].nbytes
+    stop_at(model.get_base_model().model.layers[0].self_attn.q_proj)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, -1:], past_key_values=caches[0])
+    assert caches[0].report() == caches[1].report()
+
+
+@pytest.mark.parametrize("use", ["crop", "save", "batch_repeat_interleave", "batch_select_indices", "report"])
+def test_a_cache_whose_layers_differ_is_not_used(use, tmp_path):
+    """Not cropped to where it looks whole, and not saved."""
+    model, ids, cache = lossy(make_model()), prompt(1, 70), CSKVCache()
+    feed(model, ids, cache, [60])
+    stop_at(model.get_base_model().model.layers[1].self_attn.q_proj)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, 60:], past_key_values=cache)
+    arguments = {"crop": [-10], "save": [tmp_path / "cache"], "report": []}.get(use, [torch.tensor([0])])
+    with pytest.raises(RuntimeError, match="was interrupted between two layers"):
+        getattr(cache, use)(*arguments)
+    cache.reset()
+    feed(model, ids, cache, [60])
+
+
+def test_what_belongs_to_a_forward_goes_with_it():
+    """cos and sin of a long past are not kept, copied or pickled."""
+    model, cache = lossy(make_model()), CSKVCache()
+    feed(model, prompt(1, 201), cache, [200, 1])
+    held = sum(len(pickle.dumps(t)) for layer in cache.layers for parts in layer.tensors().values() for t in parts)
+    assert len(pickle.dumps(cache)) < 1.3 * held
+
+
+def test_a_cache_is_of_the_factors_as_they_were():
+    """Training changes an adapter in place, and what it held before is not decoded by what it is now."""
+    model, ids, cache = lossy(make_model()), prompt(1, 70), CSKVCache()
+    feed(model, ids, cache, [60])
+    copied, factors = copy.deepcopy(cache), model.get_base_model().model.layers[1].self_attn.cskv
+    with torch.no_grad():
+        factors.cskv_value_B["default"].weight[0, 0] += 1e-3
+    for held in (cache, copied):
+        with pytest.raises(ValueError, match=r"before this one was trained further \(layer 1\)"):
+            model(ids[:, 60:61], past_key_values=held)
+
+
+def test_padding_leaves_the_prompt_to_the_models_own_attention():
+    """As long as every token is there in order, whatever is padding: the same numbers as with a full cache, bit by
+    bit, in the first forward and in those after it that compress nothing."""
+    model, ids = lossy(make_model(), window=40), prompt(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    full, cache = DynamicCache(), CSKVCache()
+    for start, stop in ((0, 30), (30, 34), (34, 35)):
+        ours, theirs = (
+            model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=c).logits for c in (cache, full)
+        )
+        assert torch.equal(ours, theirs)
+    feed(model, ids, CSKVCache(), [60], mask)
+
+
+@pytest.mark.parametrize("make_cache", [CSKVCache, lambda: CSKVStaticCache(80)])
+@pytest.mark.parametrize("settings", [{}, dict(bits=None, allocation=None, block_size=8)], ids=["plain", "packed"])
+def test_autocast(make_cache, settings):
+    """Everything of the cache keeps its own dtypes; the model computes in bfloat16 around it."""
+    model, ids = lossy(make_model(dtype=torch.float32), **settings), prompt(2, 66)
+    logits = []
+    for enabled in (False, True):
+        cache = make_cache()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            parts = [model(part, past_key_values=cache).logits.float() for part in ids.split([60, 1, 5], dim=1)]
+        logits.append(torch.cat(parts, dim=1))
+    assert (logits[0] - logits[1]).abs().max() < 0.1 * logits[0].abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_a_long_past_in_16_bits(dtype, monkeypatch):
+    """As on a GPU without the kernels: products in the model's dtype, sums in float32."""
+    monkeypatch.setattr(attention, "compute_dtype", lambda tensor: tensor.dtype)
+    monkeypatch.setattr(kernels, "choose", lambda *_: None)
+    monkeypatch.setattr(attention, "CPU_TILE", 2**12)  # many tiles
+    factors = layer("head", (40, 40), 40, 2, 80, dtype)
+    kv, query = past(factors, 1, 20_000, dtype), torch.randn(1, 4, 1, 80).to(dtype) * 1e-3
+    ours = attention.compressed_attention(query, kv, 0.1)
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "choose", lambda *_: None)
+    theirs = attention.compressed_attention(query, kv, 0.1)
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_rows_by_a_mask():
+    model, ids = lossy(make_model()), prompt(3, 70)
+    caches = [CSKVCache(), CSKVCache()]
+    for cache, rows in zip(caches, (torch.tensor([True, False, True]), torch.tensor([0, 2]))):
+        feed(model, ids, cache, [60])
+        cache.batch_select_indices(rows)
+    outputs = [feed(model, ids[[0, 2]], cache, [10]) for cache in caches]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_crop_of_the_window_leaves_the_latents_where_they_are(padded):
+    """As after every verified speculation; nothing is copied that grows with the context."""
+    model, ids, cache = lossy(make_model()), prompt(2, 90), CSKVCache()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 1 - padded
+    feed(model, ids, cache, [90], mask)
+    before = [t.data_ptr() for x in cache.layers for t in (*x.key_latents.held, *x.value_latents.held)]
+    cache.crop(-2)
+    assert before == [t.data_ptr() for x in cache.layers for t in (*x.key_latents.held, *x.value_latents.held)]
+
+
+def test_a_cache_that_is_cropped_to_nothing():
+    model, cache = lossy(make_model()), CSKVCache()
+    feed(model, prompt(1, 60), cache, [60])
+    cache.crop(-60)
+    assert cache.report() == "CSKVCache: empty" and cache.get_seq_length() == 0
 
 
 def test_a_cache_of_another_adapter_of_the_same_sizes():
@@ -303,7 +449,7 @@ def test_a_cache_of_another_adapter_of_the_same_sizes():
     one, other = (lossy(make_model(seed=seed), key_layout="joint") for seed in (0, 1))
     cache = CSKVCache()
     feed(one, prompt(1, 40), cache, [40])
-    with pytest.raises(ValueError, match="filled by another adapter, of the same sizes but with other factors"):
+    with pytest.raises(ValueError, match="filled by another adapter of the same sizes"):
         feed(other, prompt(1, 41), copy.deepcopy(cache), [1])
     feed(copy.deepcopy(one), prompt(1, 41), copy.deepcopy(cache), [1])
 
@@ -326,7 +472,7 @@ def test_files_that_hold_no_cache(tmp_path):
         (b"9", r"newer cskv-hf .*pip install -U cskv-hf"),
         (b"3", r"older cskv-hf .*save the cache"),
     ):
-        path.write_bytes(held.replace(b'\\"version\\": 4', b'\\"version\\": ' + version))
+        path.write_bytes(held.replace(b'\\"version\\": 5', b'\\"version\\": ' + version))
         with pytest.raises(ValueError, match=advice):
             CSKVCache.load(path)
 

@@ -294,6 +294,45 @@ def test_a_file_that_cannot_be_loaded(monkeypatch, tmp_path):
     assert out.stdout == "loaded False\n" and "cskv kernels --build" in out.stderr, out.stderr
 
 
+def test_what_others_may_have_put_there_is_not_loaded(compiled, monkeypatch, tmp_path):
+    """A library is code: one in a folder, or a file, that others may write to is left alone, with a warning."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    path = cpu.library_path()
+    path.parent.mkdir()
+    shutil.copy(compiled, path)
+    code = "from cskv_hf.kernels import cpu; print('loaded', cpu.load())"
+    for of_file, of_folder, loaded in ((0o755, 0o755, True), (0o777, 0o755, False), (0o755, 0o777, False)):
+        path.chmod(of_file)
+        path.parent.chmod(of_folder)
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert out.stdout == f"loaded {loaded}\n" and ("others may write" in out.stderr) != loaded, out.stderr
+
+
+def test_kernels_of_another_version_are_named(monkeypatch, tmp_path):
+    """After an upgrade nothing is slower without a word."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    path = cpu.library_path()
+    path.parent.mkdir()
+    path.with_stem("0123456789abcdef").write_bytes(b"")
+    code = "from cskv_hf.kernels import cpu; print('loaded', cpu.load())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout == "loaded False\n" and "compiled for another torch, processor or version" in out.stderr
+
+
+def test_a_compiler_that_makes_nothing_useful(compiled, monkeypatch, tmp_path):
+    """Its file does not take the place of one that works, in a process that has loaded that one either."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    path, compiler = cpu.library_path(), tmp_path / "compiler"
+    path.parent.mkdir()
+    shutil.copy(compiled, path)
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho nothing > "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(RuntimeError, match="made cannot be loaded"):
+        cpu.build()
+    assert path.read_bytes() == compiled.read_bytes() and list(path.parent.iterdir()) == [path]
+
+
 def test_command(compiled, monkeypatch, tmp_path):
     """Says what is there, and why it could not be compiled."""
     run = CliRunner().invoke

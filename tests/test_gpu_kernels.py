@@ -310,6 +310,14 @@ def test_a_past_that_fills_no_tile(num_old):
     assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE, torch.float16), kv, None, None) < 4e-3
 
 
+def test_a_window_of_another_dtype():
+    """As after a cache of a bfloat16 model went on in float16: it is brought to the queries'."""
+    factors = layer(*CASES["packed, head"], torch.float16)
+    kv = past(factors, 1, 64, torch.float16)
+    kv.exact_keys, kv.exact_values = kv.exact_keys.float(), kv.exact_values.float()
+    assert relative_error(torch.randn(1, 4, 1, 32).to(DEVICE, torch.float16), kv, None, None) < 4e-3
+
+
 @pytest.mark.parametrize("kernel", ["gpu", "cpu"])
 def test_a_mask_for_each_head_is_left_to_torch(kernel, monkeypatch):
     factors = layer("head", ((4,) * 9, (4,) * 9), (4,) * 9, 2, 32, torch.float32)
@@ -443,6 +451,11 @@ def test_what_is_kept_of_factors():
     before = kept.clone()
     factors.key_B.data = factors.key_B.data * 2  # another tensor, of the same version
     assert not torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), before)
+    for _ in range(20):  # the second may come to lie where the first was
+        factors.key_B.data = factors.key_B.data * 2
+        factors.key_B.data = factors.key_B.data * 2
+        expected = torch.cat([factors.key_B.mT, factors.key_mean.view(2, -1)])[pieces.order]
+        assert torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), expected)
     with torch.inference_mode():  # whose tensors count no writes
         inferred = factors.key_B.clone(), factors.key_mean.clone()
         before = gpu.with_mean(*inferred, *how)
@@ -453,7 +466,7 @@ def test_what_is_kept_of_factors():
     assert gpu.transposed(factors.value_B, torch.float16) is turned
     other = layer(*CASES["packed, joint"], torch.float32)
     gpu.prepare_tables(other, torch.device("cpu"), torch.float32)  # before a graph is recorded
-    ((_, kept, order),) = gpu._kept[other.key_B].values()
+    ((_, kept, order, _),) = gpu._kept[other.key_B].values()
     assert gpu.with_mean(other.key_B, other.key_mean, order, torch.float32) is kept and other.value_B in gpu._kept
     parts = [gpu.transposed(factors.value_B[rows], torch.float16) for rows in (slice(4), slice(4, 8)) * 2]
     assert parts[0] is parts[2] and parts[1] is parts[3]  # of views, as a process has them of a layer that is shared

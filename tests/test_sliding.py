@@ -102,7 +102,7 @@ def test_rows_and_copies(models, padded, little_rollback, keep_all, tmp_path):
         cache.crop(-5)
         cache.save(tmp_path / "cache")
         with safe_open(tmp_path / "cache", "pt") as file:
-            assert json.loads(file.metadata()["cskv_cache"])["version"] == 4
+            assert json.loads(file.metadata()["cskv_cache"])["version"] == 5
         cache = CSKVCache.load(tmp_path / "cache")
         logits.append(feed(model, ids, cache, [1] * 14, rows))
         cache.batch_repeat_interleave(2)
@@ -218,6 +218,18 @@ def test_recording_waits_for_crop(models):
     cache.crop(-64)
     expected = feed(model, ids, DynamicCache(), [236, 1, 1])[:, 236:]
     torch.testing.assert_close(feed(model, ids, cache, [1, 1]), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_recording_ends_with_its_call(little_rollback):
+    """A turn with prompt lookup, then ordinary ones: layers that slide drop what they would have dropped."""
+    model = lossy(make_model("mistral-sliding", sliding_window=WINDOW), block_size=4)
+    caches, held = (CSKVCache(), CSKVCache()), []
+    for cache, first in zip(caches, ({}, dict(prompt_lookup_num_tokens=3))):
+        ids = prompt(1, 100)
+        for settings in (first, {}):
+            ids = model.generate(ids, past_key_values=cache, max_new_tokens=60, do_sample=False, **settings)
+        held.append(cache.tokens.num_old - dropped(cache)[0])
+    assert caches[1].slack == 0 and held[1] <= held[0] + 8 < 100
 
 
 def test_masks_of_the_users_own(models):

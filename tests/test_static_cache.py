@@ -319,6 +319,26 @@ def test_masks_given_ready_made(plain):
     close(logits, expected[:, 40:41])
 
 
+@torch.no_grad()
+def test_a_mask_with_a_bias(plain):
+    """A float mask that adds something to tokens that are seen, and hides others by a large number of any kind."""
+    ids, slots, logits = prompt(2, 41), torch.arange(64), []
+    for cache, width in ((CSKVStaticCache(64), 64), (CSKVCache(), None)):
+        for start, stop in ((0, 40), (40, 41)):
+            seen = slots[: width or stop] <= torch.arange(start, stop)[:, None]
+            bias = torch.where(seen, 0.5, -1e9).to(torch.float64)[None, None].expand(2, -1, -1, -1)
+            logits.append(plain(ids[:, start:stop], attention_mask=bias, past_key_values=cache).logits)
+    close(logits[1], logits[3])
+
+
+def test_a_prompt_read_in_inference_mode(plain):
+    """And steps outside of it."""
+    ids, cache = prompt(2, 44), CSKVStaticCache(64)
+    with torch.inference_mode():
+        plain(ids[:, :40], past_key_values=cache)
+    close(decode(plain, ids, cache, 40, 4), feed(plain, ids, CSKVCache(), [40, 1, 1, 1, 1])[:, 40:])
+
+
 def test_too_many_tokens(plain):
     """Refused before anything is written: what was held goes on."""
     ids, cache, twin = prompt(2, 50), CSKVStaticCache(45), CSKVStaticCache(50)

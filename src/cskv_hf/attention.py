@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import kernels
 from .cache_layer import CompressedKV
-from .factors import LayerFactors, compute_dtype
+from .factors import LayerFactors, compute_dtype, without_autocast
 from .kernels import cpu
 from .rope import paired, rotate_paired
 from .static_tokens import StaticStep
@@ -31,6 +31,7 @@ PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa
 CPU_TILE, GPU_TILE = 2**20, 2**24  # elements of a tile of keys or latents: about a CPU's caches; enough for a GPU
 QUERY_CHUNK = 128  # queries at a time, which bounds the scores of a long prompt over a long past
 GPU_SCORES = 2**26  # elements of scores that the kernels write at a time, at most, if more than one query is left
+GPU_ROWS = 2**20  # rows of queries of a batch at a time: a grid has 65,535 places at most for each 32 of them
 
 
 def compressed_attention(
@@ -50,7 +51,7 @@ def compressed_attention(
             None attends to all.
 
     Returns:
-        (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked.
+        (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked, by False or -inf.
 
     Raises:
         ValueError: for a mask of another number of queries.
@@ -61,6 +62,11 @@ def compressed_attention(
                 f"`attention_mask` is for {mask.shape[2]} queries, and there are {query.shape[2]}. Give it a row for "
                 "each of them, or one for all."
             )
+    with without_autocast(query.device):
+        return _compressed_attention(query, kv, scaling, exact_mask, old_mask)
+
+
+def _compressed_attention(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
     factors = kv.factors.key_B, kv.factors.value_B, kv.factors.key_mean, kv.factors.value_mean
     old = kv.key_latents.num_tokens > 0
     served = kernels.choose(query, kv.exact_keys, kv.exact_values, *factors) if old else None
@@ -69,7 +75,8 @@ def compressed_attention(
     attend = {"gpu": _attend_on_gpu, "cpu": _attend_on_cpu, None: _attend}[served]
     chunk = QUERY_CHUNK
     if served == "gpu":  # all scores of a chunk are written
-        chunk = max(1, min(chunk, GPU_SCORES // (query.shape[0] * query.shape[1] * kv.key_latents.num_tokens)))
+        rows = query.shape[0] * query.shape[1]  # of one query each
+        chunk = max(1, min(chunk, GPU_SCORES // (rows * kv.key_latents.num_tokens), GPU_ROWS // rows))
     if query.shape[2] <= chunk:
         return attend(query, kv, scaling, exact_mask, old_mask)
     chunks = []
@@ -85,23 +92,29 @@ _untraced_attention = torch.compiler.disable(compressed_attention)  # of a cache
 
 def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
     factors, dtype, batch = kv.factors, compute_dtype(query), len(query)
+    wide = torch.promote_types(dtype, torch.float32)  # 16 bits do not hold the sums of a long past
     q, shared = _rows_by_kv_head(query.to(dtype) * scaling, factors.num_key_value_heads)
-    scores = _masked(q @ kv.exact_keys.to(dtype).mT, exact_mask, shared)
+    scores = _masked((q @ kv.exact_keys.to(dtype).mT).to(wide), exact_mask, shared)
     softmax = OnlineSoftmax(scores)
-    exact, exact_sum = softmax.weights @ kv.exact_values.to(dtype), softmax.sum
-    latent = q.new_zeros(batch, q.shape[1] * q.shape[2], kv.value_latents.format.rank)
+    exact = (softmax.weights.to(dtype) @ kv.exact_values.to(dtype)).to(wide)
+    exact_sum = softmax.sum
+    latent = exact.new_zeros(batch, q.shape[1] * q.shape[2], kv.value_latents.format.rank)
 
     q, groups = paired(q), factors.paired_key_groups(dtype)
     turn = kv.step.old_turn(query.device, kv.exact_keys.dtype)
     for blocks, columns in _tiles(kv, batch, query.device):
         latents = kv.key_latents.read(*blocks, dtype)
-        scores = _old_scores(q, groups, latents, turn[:, columns, None])
+        scores = _old_scores(q, groups, latents, turn[:, columns, None]).to(wide)
         scores = _masked(scores, None if old_mask is None else old_mask[..., columns], shared)
         decay = softmax.add(scores)
         exact.mul_(decay)
         exact_sum = exact_sum * decay
         latent.mul_(decay.view(batch, -1, 1))
-        latent.baddbmm_(softmax.weights.flatten(1, 2), kv.value_latents.read(*blocks, dtype))
+        weights, values = softmax.weights.to(dtype).flatten(1, 2), kv.value_latents.read(*blocks, dtype)
+        if wide == dtype:
+            latent.baddbmm_(weights, values)
+        else:
+            latent.add_(weights @ values)
 
     old = _decode_summed_values(latent, softmax.sum - exact_sum, factors)
     return ((exact + old) / softmax.total).view(query.shape).to(query.dtype)

@@ -21,6 +21,12 @@ from .rope import RotaryFrequencies
 from .tokens import ROLLBACK_TOKENS, Step, TokenTable
 
 
+INTERRUPTED = (
+    "An earlier forward with this CSKVCache was interrupted between two layers, which now hold different tokens. Call "
+    "`cache.reset()` or use a new cache."
+)
+
+
 class CSKVCache(Cache):
     """A KV cache that keeps `sinks` first and `window` last tokens exactly and everything between as low-rank latents.
 
@@ -59,6 +65,7 @@ class CSKVCache(Cache):
         self.padding_mask: torch.Tensor | None = None
         self.has_own_mask = False
         self._step: Step | None = None
+        self._before: TokenTable | None = None  # the bookkeeping before a forward of which no layer holds anything yet
         self.slack = 0
 
     def begin_forward(self, attention_mask: torch.Tensor | None) -> None:
@@ -67,10 +74,33 @@ class CSKVCache(Cache):
         Args:
             attention_mask: (batch, slots) with 0 for padding; anything else (None, 4-D masks) means that no token is.
                 What is neither may show a layer what lies beyond its sliding window, so that nothing is dropped.
+
+        Raises:
+            RuntimeError: if an earlier forward stopped between two layers.
         """
+        self._settle()
         is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
         self.has_own_mask = attention_mask is not None and not is_padding_mask
         self.padding_mask = attention_mask if is_padding_mask else None
+
+    def finish_forward(self) -> None:
+        """Called by the hook behind the decoder: what belonged to this forward alone is let go."""
+        self._step = self._before = self.padding_mask = None
+
+    def _settle(self) -> None:
+        """Make sure that all layers hold the same tokens: undo an earlier forward that stopped before the first.
+
+        Raises:
+            RuntimeError: if one stopped between two layers.
+        """
+        self._step = None
+        if self.tokens is None or all(layer.num_slots == self.tokens.num_slots for layer in self.layers):
+            return
+        if self._before is None:
+            raise RuntimeError(INTERRUPTED)
+        self.tokens, self._before = self._before, None
+        if self.tokens.num_slots == 0:
+            self.reset()
 
     def stage(
         self,
@@ -117,10 +147,10 @@ class CSKVCache(Cache):
                 f"{given[1].rank}, or stores them in other bits. A cache belongs to one model and adapter: use a new "
                 "one, or `cache.reset()`."
             )
-        if layer.is_initialized and not layer.is_filled_by(factors):
+        if layer.is_initialized and not layer.fingerprint.is_of(factors):
             raise ValueError(
-                f"This CSKVCache was filled by another adapter, of the same sizes but with other factors (layer "
-                f"{layer_idx}). A cache belongs to one model and adapter: use a new one, or `cache.reset()`."
+                f"This CSKVCache was filled by another adapter of the same sizes, or before this one was trained further "
+                f"(layer {layer_idx}). A cache belongs to one model and adapter: use a new one, or `cache.reset()`."
             )
         if layer.is_initialized and layer.keys.shape[0] != batch_size:
             raise ValueError(
@@ -136,13 +166,10 @@ class CSKVCache(Cache):
                 "dropped."
             )
         if layer.num_slots == self.tokens.num_slots:
-            self._step = self.tokens.advance(positions, frequencies, self._new_tokens_valid(positions), batch_size)
+            valid, self._before = self._new_tokens_valid(positions), self.tokens.snapshot()
+            self._step = self.tokens.advance(positions, frequencies, valid, batch_size)
         elif self._step is None or layer.num_slots != self._step.start:
-            raise RuntimeError(
-                f"Layer {layer_idx} holds {layer.num_slots} tokens of {self.tokens.num_slots}: an earlier forward "
-                f"was interrupted between "
-                "two layers. Call `cache.reset()` or use a new cache."
-            )
+            raise RuntimeError(INTERRUPTED)
         layer.sliding_window = sliding_window
         waits_for_crop = self.slack > 0  # of unknown depth; `crop` drops then
         drops = sliding_window is not None and self._step.eviction is not None
@@ -171,7 +198,7 @@ class CSKVCache(Cache):
         """
         if layer_idx >= len(self.layers):
             raise RuntimeError(MISSING_FACTORS)
-        layer = self.layers[layer_idx]
+        layer, self._before = self.layers[layer_idx], None
         if self.offloading:
             layer.fetch()
             self.prefetch(layer_idx + 1)
@@ -199,7 +226,7 @@ class CSKVCache(Cache):
     def reset(self) -> None:
         """Drop all tokens and what was learnt about the model; the cache can then be used anew."""
         self.layers.clear()
-        self.tokens = self._step = self.padding_mask = None
+        self.tokens = self._step = self._before = self.padding_mask = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: a negative count removes that many (transformers >= 5.14), a positive one is the
@@ -211,7 +238,9 @@ class CSKVCache(Cache):
 
         Raises:
             ValueError: if there are not so many tokens, or a layer has dropped what it would need then.
+            RuntimeError: if an earlier forward stopped between two layers.
         """
+        self._settle()
         length, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)  # older generation gives a tensor
         kept = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
         if self.tokens is None:
@@ -236,11 +265,16 @@ class CSKVCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
+        self._settle()
         if self.layers:
             self.batch_select_indices(torch.arange(self.layers[0].keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows at `indices`."""
+        """Keep the rows at `indices`, or those where a mask is True."""
+        self._settle()
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
         if self.tokens is not None:
             self.tokens.select_rows(indices)
         for layer in self.layers:
@@ -253,14 +287,22 @@ class CSKVCache(Cache):
         if self.tokens is not None:
             self.tokens.slack = self.slack
 
+    def stop_past_recording(self) -> None:
+        """Undo [`activate_past_recording`]: nothing will be rolled back for now."""
+        self.slack = 0
+        if self.tokens is not None:
+            self.tokens.slack = 0
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the cache to a safetensors file, to go on from with [`CSKVCache.load`].
 
         Raises:
             ValueError: if the cache is empty, or holds a part of the heads (tensor parallelism).
+            RuntimeError: if an earlier forward stopped between two layers.
         """
         from .cache_file import save_cache
 
+        self._settle()
         save_cache(self, path)
 
     @classmethod
@@ -289,7 +331,8 @@ class CSKVCache(Cache):
 
     def report(self) -> str:
         """What is held and what it costs, as a readable table."""
-        if not self.layers or self.tokens is None:
+        self._settle()
+        if self.tokens is None or self.tokens.num_slots == 0:
             return "CSKVCache: empty"
         first, tokens = self.layers[0], self.tokens
         parts = [

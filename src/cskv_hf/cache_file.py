@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 
 from .cache import CSKVCache
 from .cache_layer import CSKVLayer
+from .factors import Fingerprint
 from .latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from .quantize import PackedLayout
 from .rope import RotaryFrequencies
 from .tokens import TokenTable
 
 KEY = "cskv_cache"
-FILE_VERSION = OLDEST = 4  # four rows of a channel lie together in a block of codes
+FILE_VERSION = OLDEST = 5  # a fingerprint is of all factors
 COUNTS = ("num_slots", "num_sinks", "num_old", "num_recent")
 
 
@@ -42,7 +43,7 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
     tensors = {"positions": tokens.positions, "inv_freq": tokens.frequencies.inv_freq}
     tensors |= {f"slots.{name}": slots for name, slots in (tokens.slots or {}).items()}
     for index, layer in enumerate(cache.layers):
-        tensors[f"layers.{index}.fingerprint"] = layer.fingerprint
+        tensors[f"layers.{index}.fingerprint"] = layer.fingerprint.values
         parts = layer.tensors() | {name: getattr(layer, name).tensors for name in layer.LATENTS}
         for name, held in parts.items():
             tensors |= {f"layers.{index}.{name}.{i}": tensor for i, tensor in enumerate(held)}
@@ -62,9 +63,22 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
     }
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    contiguous = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}  # none share memory
-    save_file(contiguous, temporary, metadata={KEY: json.dumps(about)})
+    save_file(_apart(tensors), temporary, metadata={KEY: json.dumps(about)})
     os.replace(temporary, path)
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU and compact; copied only where two share memory, or one is a part of something larger."""
+    apart, storages = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes:
+            tensor = tensor.clone()
+            storage = tensor.untyped_storage()
+        storages.add(storage.data_ptr())
+        apart[name] = tensor
+    return apart
 
 
 def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offloading: bool = False) -> CSKVCache:
@@ -111,8 +125,7 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offl
         layer = CSKVLayer(offloading)
         _fill(layer, f"layers.{index}.", formats, tensors)
         layer.dtype, layer.num_slots = dtype, about["counts"]["num_slots"]
-        if "num_dropped" in about:  # not in older files
-            layer.num_dropped, layer.sliding_window = about["num_dropped"][index], about["sliding_windows"][index]
+        layer.num_dropped, layer.sliding_window = about["num_dropped"][index], about["sliding_windows"][index]
         cache.layers.append(layer)
     return cache
 
@@ -120,7 +133,9 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offl
 def _fill(layer: CSKVLayer, prefix: str, formats: list, tensors: dict[str, torch.Tensor]) -> None:
     for name in layer.EXACT:
         setattr(layer, name, tensors[f"{prefix}{name}.0"])
-    layer.device, layer.fingerprint, layer.is_initialized = layer.keys.device, tensors[prefix + "fingerprint"], True
+    values = tensors[prefix + "fingerprint"]
+    layer.fingerprint = Fingerprint(values, values, ())  # which no adapter's is, until it was compared
+    layer.device, layer.is_initialized = layer.keys.device, True
     latents = []
     for name, description in zip(layer.LATENTS, formats):
         count = sum(key.startswith(f"{prefix}{name}.") for key in tensors)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .factors import LayerFactors, compute_dtype
+from .factors import Fingerprint, LayerFactors, compute_dtype, without_autocast
 from .latents import Latents
 from .offload import Copies, copy_ahead, copy_now, to_cpu
 from .rope import RotaryFrequencies, cos_sin, rotate, rotate_back
@@ -91,7 +91,7 @@ class CSKVLayer(CacheLayerMixin):
         sink_keys, sink_values: (batch, num_key_value_heads, num_sinks, head_dim), keys after RoPE.
         key_latents, value_latents: [`Latents`] of the old tokens, in the dtype of the model or packed.
         keys, values: (batch, num_key_value_heads, num_recent, head_dim), the window; named as in other cache layers.
-        fingerprint: key spectrum of the adapter that fills the layer; the adapter's own tensor, not a copy.
+        fingerprint: [`Fingerprint`] of the factors that fill the layer.
         sliding_window: of the model's layer, in tokens; None if it attends to all.
         num_dropped: first blocks of latents that are no longer held, since no query can see them through that window.
         copies: of offloaded latents on the compute device, while it is the layer's turn or that comes next.
@@ -134,29 +134,30 @@ class CSKVLayer(CacheLayerMixin):
         self.sink_keys = self.sink_values = self.keys
         formats = factors.key_format, factors.value_format
         self.hold(*(Latents.of(f, key_states.new_empty(batch, 0, f.rank), key_states.dtype) for f in formats))
-        self.fingerprint, self.heads = factors.key_spectrum, factors.heads
+        self.fingerprint, self.heads = Fingerprint.of(factors), factors.heads
         self.is_initialized = True
-
-    def is_filled_by(self, factors: LayerFactors) -> bool:
-        """Whether the latents held are of these factors: the very tensor, or after a copy, equal values."""
-        if self.fingerprint is not factors.key_spectrum:
-            mine = self.fingerprint.to(factors.key_spectrum)
-            if mine.shape != factors.key_spectrum.shape or not torch.equal(mine, factors.key_spectrum):
-                return False
-            self.fingerprint = factors.key_spectrum
-        return True
 
     @torch.compiler.disable
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
         """Append exact keys (after RoPE) and values; return what attention is to see of past and present.
 
         Returns:
-            Plain tensors (batch, num_key_value_heads, num_slots, head_dim) as long as nothing is compressed, or if
-            materialising was asked for; otherwise the same [`CompressedKV`] twice.
+            Plain tensors (batch, num_key_value_heads, num_slots, head_dim) as long as they are all tokens in order,
+            so that the model's own attention can take them, or if materialising was asked for; otherwise the same
+            [`CompressedKV`] twice.
         """
+        with without_autocast(key_states.device):
+            return self._update(key_states, value_states)
+
+    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor):
         staged, self.staged = self.staged, None
-        if staged is None or staged.step.num_new != key_states.shape[-2]:
+        if staged is None:
             raise RuntimeError(MISSING_FACTORS)
+        if staged.step.num_new != key_states.shape[-2]:
+            raise RuntimeError(
+                f"This layer of a CSKVCache was told of {staged.step.num_new} new tokens and got the keys of "
+                f"{key_states.shape[-2]}. Call `cache.reset()` or use a new cache."
+            )
         self.staged = staged  # lazy_initialization reads the ranks
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -179,7 +180,7 @@ class CSKVLayer(CacheLayerMixin):
         else:
             self._evict(keys, values, step.eviction, staged)
         self.num_slots = step.num_slots
-        if step.num_old == 0 and step.slots is None:
+        if step.sees_every_slot:
             return exact_keys, exact_values
         return seen.materialize() if staged.materialize else (seen, seen)
 
@@ -217,8 +218,10 @@ class CSKVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.sink_keys, self.sink_values = (take(t, kept["sinks"], 2) for t in (self.sink_keys, self.sink_values))
             old = kept["old"]
-            self.num_dropped = min(self.num_dropped, old.stop if isinstance(old, slice) else old.shape[1])  # all, or 0
-            self.hold(*(latents.take(self._held(old)) for latents in self._latents()))
+            blocks, held = old.stop if isinstance(old, slice) else old.shape[1], self.key_latents.num_blocks
+            if blocks < self.num_dropped + held:
+                self.num_dropped = min(self.num_dropped, blocks)  # all, or 0
+                self.hold(*(latents.take(self._held(old)) for latents in self._latents()))
             self.keys, self.values = (take(t, kept["recent"], 2) for t in (self.keys, self.values))
 
     def _held(self, blocks: Index) -> Index:

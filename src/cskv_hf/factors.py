@@ -7,6 +7,7 @@ that owns them inside a model, one set per adapter: a PEFT layer that sits besid
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,13 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keeps autocast out of arithmetic that chooses its own dtypes."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class LayerFactors:
     """Factors of one layer as tensors, ready to compute with.
@@ -40,7 +48,7 @@ class LayerFactors:
         key_A, key_B: (key_rank, group_dim), (group_dim, key_rank): keys before RoPE, per group of KV heads.
         value_A, value_B: (value_rank, kv_dim), (kv_dim, value_rank).
         key_mean, value_mean: (1, kv_dim), what encoding takes off and decoding puts back.
-        key_spectrum: (1, key_rank), by which a cache knows the adapter that filled it.
+        key_spectrum: (1, key_rank), a part of the [`Fingerprint`].
         key_ranks: channels per key group.
         key_format, value_format: how their latents are stored.
         num_key_value_heads, head_dim: of the layer.
@@ -125,6 +133,48 @@ def project_keys(keys: torch.Tensor, key_A: torch.Tensor, key_ranks: Sequence[in
     groups = keys.transpose(1, 2).unflatten(2, (len(key_ranks), -1)).flatten(3)
     parts = [groups[:, :, g] @ A.mT for g, A in enumerate(key_A.to(keys.dtype).split(key_ranks))]
     return torch.cat(parts, dim=-1)
+
+
+@dataclass
+class Fingerprint:
+    """By which a cache knows the factors that filled it, and finds out that they were trained since.
+
+    Attributes:
+        values: (n,) float64, norms of the factors and the spectrum of the keys.
+        spectrum: the adapter's own, and how often its factors were written to; while these are the same, so are the
+            values.
+    """
+
+    values: torch.Tensor
+    spectrum: torch.Tensor
+    writes: tuple[int, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, factors: LayerFactors) -> Fingerprint:
+        parts = _written_by_training(factors)
+        norms = torch.stack([torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in parts])
+        values = torch.cat([norms, factors.key_spectrum.detach()[0].to(norms)])
+        return cls(values, factors.key_spectrum, _writes(parts))
+
+    def is_of(self, factors: LayerFactors) -> bool:
+        """Whether these are the factors, or a copy of them."""
+        if self.spectrum is factors.key_spectrum and self.writes == _writes(_written_by_training(factors)):
+            return True
+        other = Fingerprint.of(factors)
+        mine = self.values.to(other.values.device)
+        if mine.shape != other.values.shape or not torch.allclose(mine, other.values, rtol=1e-9, atol=0):
+            return False  # sums of another device may differ in the last bits
+        self.spectrum, self.writes = other.spectrum, other.writes
+        return True
+
+
+def _written_by_training(factors: LayerFactors) -> tuple[torch.Tensor, ...]:
+    return factors.key_A, factors.key_B, factors.value_A, factors.value_B, factors.key_mean, factors.value_mean
+
+
+def _writes(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
+    return tuple(0 if t.is_inference() else t._version for t in tensors)
 
 
 class Factor(nn.Module):
@@ -236,9 +286,10 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         """Refuse factors that no fit and no file has filled.
 
         Raises:
-            RuntimeError: if the adapter's spectra are all zero, as they are made.
+            RuntimeError: if the adapter's spectra and matrices are all zero, as they are made; the spectra of constant
+                keys are, too.
         """
-        if not self.cskv_key_spectrum[adapter_name]().any():
+        if not self.cskv_key_spectrum[adapter_name]().any() and not self.cskv_key_A[adapter_name]().any():
             raise RuntimeError(
                 f"The factors of the CSKV adapter '{adapter_name}' in layer {self.layer_idx} were never filled: its "
                 "file was not read into this layer. Load it with `cskv_hf.load(model, adapter)`, or fit it again."
@@ -299,7 +350,12 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        if adapter_names is None or any(name in self.key_ranks for name in adapter_names):
+        """Leave the factors where they are when PEFT merges what it can, a LoRA on the model say.
+
+        Raises:
+            ValueError: if an adapter of CSKV is named.
+        """
+        if any(name in self.key_ranks for name in adapter_names or ()):
             raise ValueError(
                 "CSKV factors compress the cache and cannot be merged into the weights; use `unload()` to remove them."
             )

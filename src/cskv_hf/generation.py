@@ -7,6 +7,7 @@ configs see no difference, and copying and pickling keep working.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from .cache import CSKVCache
+from .config import CSKVConfig
 from .factors import CSKVFactors
 from .static_cache import CSKVStaticCache
 
@@ -68,6 +70,10 @@ class CSKVGenerationMixin:
             model_kwargs[CACHE_ARGUMENT] = CSKVCache()
             if getattr(generation_config, "is_assistant", False):
                 model_kwargs[CACHE_ARGUMENT].activate_past_recording()
+        if isinstance(model_kwargs.get(CACHE_ARGUMENT), CSKVCache) and not getattr(
+            generation_config, "is_assistant", False
+        ):
+            model_kwargs[CACHE_ARGUMENT].stop_past_recording()  # of an earlier call; an assisted one starts it anew
         if isinstance(model_kwargs.get(CACHE_ARGUMENT), CSKVStaticCache):
             _check_space(model_kwargs[CACHE_ARGUMENT], generation_config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -85,6 +91,15 @@ class CSKVGenerationMixin:
                 "`cskv_hf.detach(model)`) for a full paged cache."
             )
         return super().init_continuous_batching(*args, **kwargs)
+
+    @functools.cached_property
+    def peft_config(self) -> dict[str, CSKVConfig]:
+        """Of the adapters inside. PEFT sets this attribute, and deletes it when it has merged a LoRA into a model that
+        keeps its CSKV adapters; then it is made anew."""
+        configs = next((module.configs for module in self.modules() if isinstance(module, CSKVFactors)), {})
+        if not configs:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute 'peft_config'")
+        return dict(configs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         reduced = object.__reduce_ex__(self, protocol)

@@ -8,11 +8,13 @@ the instance a `generate` that knows caches of ours. Classes and modules of othe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .attention import PREFIX, register
@@ -27,24 +29,41 @@ from .static_cache import CSKVStaticCache
 logger = logging.get_logger(__name__)
 
 
-class BeginForward:
+class DecoderHook:
+    """A hook of the decoder, which takes part of its arguments by position.
+
+    Args:
+        names: of the positional arguments of the decoder's forward, in their order.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.names, args)), **kwargs}
+
+
+class BeginForward(DecoderHook):
     """Pre-hook of the decoder: tells the cache which of the tokens to come are padding."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = cache_given(kwargs)
+        given = self.arguments(args, kwargs)
+        cache = cache_given(given)
         if isinstance(cache, CSKVStaticCache):
-            cache.begin_forward(kwargs.get("attention_mask"))
+            cache.begin_forward(given.get("attention_mask"))
         elif isinstance(cache, CSKVCache):
-            _untraced(cache.begin_forward, kwargs.get("attention_mask"))
+            _untraced(cache.begin_forward, given.get("attention_mask"))
 
 
-class FinishForward:
-    """Hook behind the decoder: tells a cache of fixed size that every layer has the new tokens."""
+class FinishForward(DecoderHook):
+    """Hook behind the decoder: tells the cache that every layer has the new tokens."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        cache = cache_given(kwargs)
+        cache = cache_given(self.arguments(args, kwargs))
         if isinstance(cache, CSKVStaticCache):
             cache.finish_forward()
+        elif isinstance(cache, CSKVCache):
+            _untraced(cache.finish_forward)
 
 
 class StageFactors:
@@ -112,21 +131,23 @@ def _untraced(function: Callable, *args: Any) -> None:
 
 
 def attach(model: nn.Module) -> None:
-    """Make a causal language model that holds CSKV sidecars (``self_attn.cskv``) work with [`CSKVCache`]; idempotent.
+    """Make a causal language model that holds CSKV sidecars (``self_attn.cskv``), itself or inside a `PeftModel`, work
+    with [`CSKVCache`]; idempotent.
 
     Called by the tuner whenever an adapter is added or loaded; nobody else needs to.
 
     Raises:
         ValueError: if the model is not of a supported family.
     """
-    decoder = decoder_of(model)
+    decoder, model = decoder_of(model), unwrapped(model)
     detach(model)
     for attention in attention_layers(model):
         if hasattr(attention, "cskv"):
             window = sliding_window(attention.config, attention.layer_idx)
             attention.register_forward_pre_hook(StageFactors(decoder.rotary_emb, window), with_kwargs=True)
-    decoder.register_forward_pre_hook(BeginForward(), with_kwargs=True)
-    decoder.register_forward_hook(FinishForward(), with_kwargs=True)
+    names = positional_arguments(decoder)
+    decoder.register_forward_pre_hook(BeginForward(names), with_kwargs=True)
+    decoder.register_forward_hook(FinishForward(names), with_kwargs=True)
     _set_attention(model, register(model.config._attn_implementation))
     give_generate(model)
 
@@ -134,6 +155,7 @@ def attach(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Undo [`attach`]: hooks, attention function and `generate` are as before. The sidecars stay (`unload` removes
     them)."""
+    model = unwrapped(model)
     for module in (decoder_of(model), *attention_layers(model)):
         for hooks, with_kwargs in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
@@ -145,6 +167,17 @@ def detach(model: nn.Module) -> None:
                     with_kwargs.pop(key, None)
     _set_attention(model, model.config._attn_implementation.removeprefix(PREFIX))
     take_generate(model)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside whatever PEFT has wrapped around it, or `model` itself."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+def positional_arguments(module: nn.Module) -> tuple[str, ...]:
+    """What arguments of a module's forward mean that are given by position."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def _set_attention(model: nn.Module, name: str) -> None:

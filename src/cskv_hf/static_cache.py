@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from . import kernels
 from .cache_layer import MISSING_FACTORS, CompressedKV, Staged, encode
 from .config import CSKVConfig
-from .factors import LayerFactors
+from .factors import Fingerprint, LayerFactors, without_autocast
 from .latents import LatentFormat, Latents
 from .rope import RotaryFrequencies
 from .static_tokens import StaticStep, StaticTable
@@ -30,7 +30,7 @@ class CSKVStaticLayer(CacheLayerMixin):
         keys, values: (batch, num_key_value_heads, places, head_dim), sinks and a ring of the latest tokens; keys after
             RoPE.
         key_latents, value_latents: [`Latents`] for `max_cache_len` tokens, in one segment.
-        fingerprint: key spectrum of the adapter that fills the layer; the adapter's own tensor, not a copy.
+        fingerprint: [`Fingerprint`] of the factors that fill the layer.
     """
 
     is_compileable = True
@@ -44,6 +44,7 @@ class CSKVStaticLayer(CacheLayerMixin):
         self.staged: Staged | None = None
 
     @torch.compiler.disable  # what a graph makes does not stay where it is
+    @torch.inference_mode(False)  # later steps may be without it, and write to the same tensors
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
         factors = self.staged.factors
@@ -53,7 +54,7 @@ class CSKVStaticLayer(CacheLayerMixin):
         self.key_latents, self.value_latents = (
             self._room_for(format, key_states) for format in (factors.key_format, factors.value_format)
         )
-        self.fingerprint = factors.key_spectrum
+        self.fingerprint = Fingerprint.of(factors)
         self.is_initialized = True
         kernels.prepare(factors, key_states.device, key_states.dtype)
         keep_in_place(self.tensors)
@@ -76,11 +77,16 @@ class CSKVStaticLayer(CacheLayerMixin):
         Returns:
             The given tensors if the cache was empty; otherwise the same [`CompressedKV`] twice.
         """
+        with without_autocast(key_states.device):
+            return self._update(key_states, value_states)
+
+    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor):
         staged = self.staged
         if staged is None or staged.step.num_new != key_states.shape[-2]:
             raise RuntimeError(MISSING_FACTORS)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.keys.dtype)  # under autocast
         self.staged = None
         step: StaticStep = staged.step
         if step.num_new == 1:
@@ -242,6 +248,7 @@ class CSKVStaticCache(Cache):
         layer.staged = Staged(self._step, factors, materialize=False)
 
     @torch.compiler.disable
+    @torch.inference_mode(False)
     def _new_table(
         self, config: CSKVConfig, frequencies: RotaryFrequencies, batch_size: int, device: torch.device
     ) -> StaticTable:
@@ -259,8 +266,8 @@ class CSKVStaticCache(Cache):
     def _check_same(self, layer: CSKVStaticLayer, layer_idx: int, factors: LayerFactors, batch_size: int) -> None:
         held, given = (layer.key_latents, layer.value_latents), (factors.key_format, factors.value_format)
         same = tuple(latents.format for latents in held) == given
-        if same and not torch.compiler.is_compiling() and layer.fingerprint is not factors.key_spectrum:
-            same = torch.equal(layer.fingerprint.to(factors.key_spectrum), factors.key_spectrum)
+        if same and not torch.compiler.is_compiling():
+            same = layer.fingerprint.is_of(factors)
         if not same:
             raise ValueError(
                 f"This CSKVStaticCache was allocated for another adapter (layer {layer_idx}). A cache belongs to one "

@@ -17,6 +17,7 @@ from .rope import RotaryFrequencies, cos_sin, widened
 from .tokens import take
 
 FULL = "a CSKVStaticCache is full: it got more tokens than its `max_cache_len`"  # from within a compiled graph
+HIDDEN = -1e4  # what is added to the score of a token that is not seen, at most; a bias is less far from 0
 
 
 def may_read() -> bool:
@@ -117,7 +118,7 @@ class StaticTable:
         own = (self.length + torch.arange(num_new, device=mask.device)).clamp_max(width - 1)
         if mask.ndim == 4:
             own = mask[:, 0].expand(rows, -1, -1).gather(2, own[None, :, None].expand(rows, -1, 1))[..., 0]
-            return own if own.dtype == torch.bool else own == 0
+            return own if own.dtype == torch.bool else own > HIDDEN
         if width == self.max_cache_len:
             return mask.gather(1, own.expand(rows, -1)).bool()
         if may_read() and width != int(self.length) + num_new:

@@ -10,6 +10,7 @@ Holds no keys and no values.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -83,6 +84,13 @@ class Step:
     @property
     def num_slots(self) -> int:
         return self.start + self.num_new
+
+    @property
+    def sees_every_slot(self) -> bool:
+        """Whether the exact columns are all slots in order: nothing is compressed yet, nor moved to where it differs
+        by row."""
+        in_order = self.slots is None or self.num_sinks == 0
+        return in_order and self.num_old == 0 and self.num_sinks + self.num_recent == self.num_slots
 
     def exact_slots(self) -> torch.Tensor:
         """(batch or 1, num_sinks + num_recent): the slots of the exact columns, -1 for empty ones."""
@@ -202,6 +210,12 @@ class TokenTable:
         self.slots: dict[str, torch.Tensor] | None = (
             None  # ragged: "sinks", "old", "recent" -> (batch, columns) on the CPU
         )
+
+    def snapshot(self) -> TokenTable:
+        """As it is now; shares tensors, none of which is written to."""
+        before = copy.copy(self)
+        before.slots = None if self.slots is None else dict(self.slots)
+        return before
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,7 @@ def build() -> Path:
         )
     path = library_path()
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.chmod(0o755)  # a file that others may write is not loaded, see `_others_may_write`
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         includes = [f"-I{include}" for include in cpp_extension.include_paths()]
@@ -79,32 +81,54 @@ def build() -> Path:
             result = subprocess.run(step, capture_output=True, text=True)
             if result.returncode:
                 raise RuntimeError(f"The C++ compiler failed: {shlex.join(step)}\n{result.stderr[-2000:]}")
+        check = "import sys, torch; torch.ops.load_library(sys.argv[1]); torch.ops.cskv_hf.attend"
+        result = subprocess.run([sys.executable, "-c", check, str(made)], capture_output=True, text=True)
+        if result.returncode:  # found out in another process: this one may have loaded kernels, and can do so once
+            raise RuntimeError(
+                f"What the C++ compiler '{shlex.join(compiler)}' made cannot be loaded; g++ is known to work.\n"
+                f"{result.stderr[-2000:]}"
+            )
+        made.chmod(0o755)
         os.replace(made, path)
     load.cache_clear()
-    if not load():
-        path.unlink()
-        raise RuntimeError(
-            f"What the C++ compiler '{shlex.join(compiler)}' made cannot be loaded; g++ is known to work. The warning "
-            "says why."
-        )
     return path
 
 
 @functools.cache
 def load() -> bool:
-    """Whether the kernels are compiled for this machine; then they are loaded. A warning says if they cannot be."""
-    if platform.system() != "Linux" or not library_path().exists():
+    """Whether the kernels are compiled for this machine; then they are loaded. A warning says if they cannot be, or
+    were compiled for another torch, processor or version of this package only."""
+    path = library_path()
+    if platform.system() != "Linux" or not path.exists():
+        if any(path.parent.glob("*.so")):
+            logger.warning_once(
+                f"CSKV's kernels for CPUs in '{path.parent}' were compiled for another torch, processor or version, so "
+                "attention runs slower. Compile them again with `cskv kernels --build`."
+            )
+        return False
+    if _others_may_write(path):
+        logger.warning_once(
+            f"CSKV's kernels for this CPU are not loaded, and attention runs slower: '{path}' or its folder belongs to "
+            "another user, or others may write to it. Make them your own (`chown`, `chmod go-w`), or set "
+            "TORCH_EXTENSIONS_DIR to a folder of yours and run `cskv kernels --build`."
+        )
         return False
     if not hasattr(torch.ops.cskv_hf, "attend"):  # a process can load it only once
         try:
-            torch.ops.load_library(library_path())
+            torch.ops.load_library(path)
         except OSError as error:
             logger.warning_once(
                 "CSKV's kernels for this CPU cannot be loaded, so attention runs slower: "
                 f"{error.__cause__ or error}. Compile them again with `cskv kernels --build`."
             )
             return False
-    return True
+    return hasattr(torch.ops.cskv_hf, "attend")
+
+
+def _others_may_write(path: Path) -> bool:
+    """Whether somebody but this user and root could have put the file there, whose code would run as this user."""
+    found = [file.stat() for file in (path, path.parent)]
+    return any(s.st_uid not in (0, os.geteuid()) or s.st_mode & 0o022 for s in found)
 
 
 def attend(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import triton
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cache_layer import CompressedKV
@@ -73,7 +74,7 @@ def attend(
     starts = turn if in_tiles is None else in_tiles[0]
     launch = gpu_attend if torch.compiler.is_compiling() else _attend
     return launch(
-        query, kv.exact_keys, kv.exact_values, exact_mask, old_mask, scaling,
+        query, kv.exact_keys.to(query.dtype), kv.exact_values.to(query.dtype), exact_mask, old_mask, scaling,
         *_stored(kv.key_latents), *_description(kv.key_latents), factors.key_ranks, factors.key_B, factors.key_mean,
         *turn, *starts, in_tiles is not None,
         *_stored(kv.value_latents), *_description(kv.value_latents), factors.value_B, factors.value_mean,
@@ -326,8 +327,9 @@ def _keep(
 ) -> torch.Tensor:
     """What is made of factors, for as long as the first of them lives, or what it is a view of.
 
-    Made anew when somebody has written to them, but for writes to their `.data`, which nobody can see, and in the same
-    place, where a CUDA graph that was recorded before reads it. Made every time of factors that count no writes.
+    Made anew when somebody has written to them or put others in their place, but for writes to their `.data`, which
+    nobody can see, and in the same place, where a CUDA graph that was recorded before reads it. Made every time of
+    factors that count no writes.
     """
     first = factors[0]
     if any(t.is_inference() for t in factors):
@@ -336,7 +338,7 @@ def _keep(
     key = dtype, id(order), first.device, first.shape, first.stride(), first.storage_offset()
     state = tuple(number for t in factors for number in (t.data_ptr(), t._version))
     found = kept.get(key)
-    if found is not None and found[0] == state:
+    if found is not None and found[0] == state and not any(memory.expired() for memory in found[3]):
         return found[1]
     with torch.inference_mode(False), torch.no_grad():
         made = make()
@@ -344,7 +346,10 @@ def _keep(
             return made  # by every replay
         if found is not None:
             made = found[1].copy_(made)
-    kept[key] = state, made, order  # which must live, for its id to be its own
+    for other in [k for k in kept if k[2] != first.device]:  # the factors have moved
+        del kept[other]
+    memory = [StorageWeakRef(t.untyped_storage()) for t in factors]  # others may come to lie at the same address
+    kept[key] = state, made, order, memory  # the order must live, for its id to be its own
     return made
 
 
