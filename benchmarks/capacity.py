@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import Sizes, machine, plan_summary
+from common import Sizes, machine, plan_summary, save
 from decode import SETTINGS
 from memory import measure_here
 
@@ -92,7 +92,15 @@ def capacity(name: str, layers: int, length: int, budget: float, device: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--length", type=int, default=4096, help="tokens of every row in the search for the batch")
-    parser.add_argument("--caches", nargs="+", default=NAMES, choices=NAMES, help="compared with the first")
+    names = ", ".join(f'"{name}"'.replace("%", "%%") for name in NAMES)
+    parser.add_argument(
+        "--caches",
+        nargs="+",
+        default=NAMES,
+        choices=NAMES,
+        metavar="CACHE",
+        help=f"of {names}; compared with the first",
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--budget", type=float, help="GB for the cache; default: 90 %% of a GPU's free memory, else 4")
@@ -109,14 +117,13 @@ def main() -> None:
         budget = 0.9 * torch.cuda.mem_get_info(args.device)[0]
     print(f"{budget / 1e9:.2f} GB, {args.layers} layers")
     print(f"{'cache':<22}{'context':>10}{'x Dynamic':>11}{f'rows of {args.length}':>16}{'x Dynamic':>11}")
+    about = {"machine": machine(2), "layers": args.layers, "dtype": "bfloat16", "budget": budget}
     rows = []
     for name in args.caches:
         rows.append(capacity(name, args.layers, args.length, budget, args.device))
         context, batch = (rows[-1][key] / (rows[0][key] or float("nan")) for key in ("context", "batch"))
         print(f"{name:<22}{rows[-1]['context']:>10}{context:>11.1f}{rows[-1]['batch']:>16}{batch:>11.1f}", flush=True)
-    if args.out:
-        about = {"machine": machine(2), "layers": args.layers, "dtype": "bfloat16", "budget": budget}
-        args.out.write_text(json.dumps(about | {"length": args.length, "rows": rows}, indent=1))
+        save(args.out, about | {"length": args.length, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What the speed benchmarks share: one attention layer of a model's sizes with a filled cache, timing in turns, and
-the description of the machine that goes with every number.
+"""What the speed benchmarks share: one attention layer of a model's sizes with a filled cache, timing in turns, the
+description of the machine that goes with every number, and the files of numbers.
 
 The sizes are Llama-3.1-8B's unless said otherwise; weights and states are random, which changes no time. What a layer
 keeps is planned by the library itself, from spectra that fall over three orders of magnitude.
@@ -7,9 +7,12 @@ keeps is planned by the library itself, from spectra that fall over three orders
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import reprlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +21,21 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from cskv_hf import CSKVCache, CSKVConfig, ModelShape
+from cskv_hf import CSKVCache, CSKVConfig, ModelShape, kernels
 from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.config import num_key_groups
 from cskv_hf.factors import LayerFactors
+from cskv_hf.files import replace_file
 from cskv_hf.kernels import cpu as cpu_kernels
 from cskv_hf.plan import plan, store_plan
 from cskv_hf.rope import RotaryFrequencies
+
+BLOCK = CSKVConfig().block_size  # every so many tokens a layer encodes and appends a block
+LEAST_LENGTH = CSKVConfig().sinks + CSKVConfig().window + BLOCK  # tokens from which on something is compressed
+MEASURED = ("runs", "copy_bandwidth")  # in a file of runs, what differs from one to the next
 
 
 @dataclass(frozen=True)
@@ -163,9 +173,19 @@ class FilledCache:
 def median_seconds(
     contestants: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Median seconds of each, taking turns, so that whatever disturbs the machine disturbs all of them.
+    """Median seconds of each, see [`medians_by_turn`]."""
+    *_, seconds = medians_by_turn(contestants, rounds, clock)
+    return seconds
 
-    The first run of a turn is not timed: it finds the allocator and the processor's caches as another left them.
+
+def medians_by_turn(
+    contestants: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[dict[str, float]]:
+    """Median seconds of each so far, after every one of `rounds` turns, so that whatever disturbs the machine disturbs
+    all of them.
+
+    The first run of a turn is not timed: it finds the allocator and the processor's caches as another left them. Nor
+    is the turn before the first, which compiles.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
@@ -177,14 +197,41 @@ def median_seconds(
             synchronize()
             if turn > 0:
                 times[name].append(clock() - started)
-    return {name: statistics.median(t) for name, t in times.items()}
+        if turn > 0:
+            yield {name: statistics.median(t) for name, t in times.items()}
+
+
+def kernel_seconds(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of each kernel that runs on the GPU, by its name, as the profiler sees them; copies are among them.
+
+    Raises:
+        RuntimeError: if it sees none.
+    """
+    # as torch's profiler sets them itself where Inductor records CUDA graphs; it does not know of others
+    os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        synchronize()
+    seen = {
+        event.key: event.self_device_time_total / 1e6
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    }
+    if not any(seen.values()):
+        raise RuntimeError("The profiler saw no kernel on the GPU; is another profiler (ncu, nsys) at work?")
+    return seen
 
 
 def copy_bandwidth(device: str) -> float:
     """Bytes per second that a large copy reads and writes: what memory gives at best."""
     source = torch.ones(2**26 if device == "cpu" else 2**28, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds({"copy": lambda: target.copy_(source)}, 5)["copy"]
+    target, times = torch.empty_like(source), 1 if device == "cpu" else 10  # so that launching does not count
+
+    def copies() -> None:
+        for _ in range(times):
+            target.copy_(source)
+
+    return 2 * source.nbytes * times / median_seconds({"copies": copies}, 5)["copies"]
 
 
 def synchronize() -> None:
@@ -206,7 +253,64 @@ def machine(threads: int) -> dict[str, str | int]:
         "threads": threads,
         "kernels": cpu_kernels.load(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        **served_on_gpu(),
         "torch": torch.__version__,
+        "triton": triton_version(),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def served_on_gpu() -> dict[str, bool]:
+    """Whether the GPU that is there is served by the Triton kernels, and by the one for Hopper GPUs."""
+    served = torch.cuda.is_available() and kernels.why_not(torch.empty(1, 128, dtype=torch.bfloat16)) is None
+    on_hopper = False
+    if served:
+        from cskv_hf.kernels import gpu  # needs Triton
+
+        here = torch.device("cuda", torch.cuda.current_device())
+        on_hopper = gpu.hopper is not None and gpu.is_hopper(here) and gpu.hopper.compiles_here()
+    return {"triton_kernels": served, "hopper_kernels": on_hopper}
+
+
+def triton_version() -> str:
+    if not kernels.HAS_TRITON:
+        return "none"
+    import triton
+
+    return triton.__version__
+
+
+def earlier_runs(path: Path | None, about: dict) -> list:
+    """The runs that a file of numbers holds, to which another one is to be added; none without a file.
+
+    Args:
+        about: everything that goes with the new run; what is `MEASURED` need not be in it.
+
+    Raises:
+        SystemExit: if what goes with the runs that are there is not the same.
+    """
+    if path is None or not path.exists():
+        return []
+    held, here = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(about))
+    differences = list(_differences(held, here))
+    if differences or "runs" not in held:
+        what = ": " + "; ".join(differences) if differences else ""
+        sys.exit(f"`--out` '{path}' holds other numbers than these{what}. Give another file, or remove it.")
+    return held["runs"]
+
+
+def _differences(held: dict, here: dict, within: str = "") -> Iterator[str]:
+    for key in sorted({*held, *here} - {*MEASURED}):
+        was, now, name = held.get(key), here.get(key), f"{within}{key}"
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f"{name}.")
+        elif was != now:
+            yield f"{name} was {reprlib.repr(was)} and is {reprlib.repr(now)}"
+
+
+def save(path: Path | None, numbers: dict) -> None:
+    """Write numbers as JSON, the whole file or none of it, and nothing without a path."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(numbers, indent=1))

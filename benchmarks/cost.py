@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from common import RandomStates, Setting, Sizes, leave_out_kernels, machine, planned
-from decode import OTHERS, PACKED, SETTINGS, measure
+from common import RandomStates, Setting, Sizes, earlier_runs, leave_out_kernels, machine, planned, save
+from decode import OTHERS, PACKED, SETTINGS, measure, refuse_short
 
 from cskv_hf import ModelShape
 from cskv_hf.cost import compressed_work, full_seconds, kept_layers, seconds
@@ -83,34 +83,37 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="without the kernels compiled for this CPU")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON; adds a run to a file that is there")
     args = parser.parse_args()
+    refuse_short(parser, args.lengths)
     torch.set_num_threads(args.threads)
     if args.torch:
         leave_out_kernels()
     torch.manual_seed(0)
     clock = time.thread_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
-    sizes, layers = Sizes(), args.layers
-    device = measure_device(args.device, clock=clock)
+    sizes, layers, lengths, runs = Sizes(), args.layers, args.lengths, [[]]
     if args.against:
-        earlier = json.loads(args.against.read_text())
-        sizes, layers, runs = Sizes(**earlier["sizes"]), earlier["layers"], earlier["runs"]
-    else:
-        runs = [[]]
+        against = json.loads(args.against.read_text(encoding="utf-8"))
+        sizes, layers, runs = Sizes(**against["sizes"]), against["layers"], against["runs"]
+        lengths = sorted({row["length"] for run in runs for row in run})
+    about = {
+        "machine": machine(args.threads),
+        "device": args.device,
+        "clock": clock.__name__,
+        "against": args.against and args.against.name,
+        "sizes": vars(sizes),
+        "layers": layers,
+        "lengths": lengths,
+    }
+    earlier = earlier_runs(args.out, about)
+    device = measure_device(args.device, clock=clock)
+    if not args.against:
         for length in args.lengths:
             states = RandomStates(sizes, 1, args.device, device.dtype)
             runs[0] += measure(sizes, SETTINGS, layers, states, length, args.rounds, clock)
     rows = compare(runs, sizes, layers, device)
     print(device)
     print_table(rows)
-    if args.out:
-        about = {
-            "machine": machine(args.threads),
-            "clock": clock.__name__,
-            "against": args.against and args.against.name,
-            "layers": layers,
-        }
-        run = {"device": dataclasses.asdict(device) | {"dtype": str(device.dtype)}, "rows": rows}
-        earlier = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
-        args.out.write_text(json.dumps(about | {"runs": [*earlier, run]}, indent=1))
+    run = {"device": dataclasses.asdict(device) | {"dtype": str(device.dtype)}, "rows": rows}
+    save(args.out, about | {"runs": [*earlier, run]})
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ and attend to everything in it. Several layers with caches of their own take tur
 finds its cache in the processor's, and what a model does once per step (positions, cos and sin) is paid once per step.
 Compared are, in turns, transformers' DynamicCache, StaticCache and QuantizedCache (4 bits, quanto and hqq where they
 are installed) through transformers' own attention function, and SDPA on keys and values that are simply there. A
-QuantizedCache quantises everything anew every 128 steps: a median leaves that out. On a GPU (`--device cuda`) in
-bfloat16. Bytes are those of the cache as it is stored, and what they would take to read is given as a share of the
+QuantizedCache quantises everything anew every 128 steps, and a CSKVCache encodes and appends a block every 32: a
+median of single steps leaves both out (benchmarks/generate.py and step.py time the latter). On a GPU (`--device cuda`)
+in bfloat16. Bytes are those of the cache as it is stored, and what they would take to read is given as a share of the
 bandwidth that a large copy reaches in the same run. Processes differ by more than the turns within one: run it several
 times.
 """
@@ -14,7 +15,6 @@ times.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,15 +22,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from common import (
+    LEAST_LENGTH,
     FilledCache,
     RandomStates,
     Setting,
     Sizes,
     copy_bandwidth,
+    earlier_runs,
     leave_out_kernels,
     machine,
     median_seconds,
     plan_summary,
+    save,
 )
 from torch import nn
 from transformers import AutoConfig, Cache, DynamicCache, LlamaConfig, QuantizedCache, StaticCache
@@ -209,6 +212,15 @@ def sizes_of(model: str) -> Sizes:
     return Sizes(config.hidden_size, config.num_attention_heads, shape.num_key_value_heads, shape.head_dim)
 
 
+def refuse_short(parser: argparse.ArgumentParser, lengths: list[int]) -> None:
+    """Ends with a message if a CSKVCache would compress nothing."""
+    if min(lengths) < LEAST_LENGTH:
+        parser.error(
+            f"`--lengths` {min(lengths)}: a CSKVCache compresses nothing of fewer than {LEAST_LENGTH} tokens (sinks, "
+            "window and a block), so there is nothing to measure. Give longer ones."
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="take the sizes of this model's layers; default: those of Llama-3.1-8B")
@@ -222,15 +234,25 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="without the kernels compiled for this CPU")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON; adds a run to a file that is there")
     args = parser.parse_args()
+    refuse_short(parser, args.lengths)
     torch.set_num_threads(args.threads)
     if args.torch:
         leave_out_kernels()
     torch.manual_seed(0)
     sizes = sizes_of(args.model) if args.model else Sizes()
-    earlier = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    if (earlier.get("sizes", vars(sizes)), earlier.get("new", 1 if earlier else args.new)) != (vars(sizes), args.new):
-        parser.error(f"{args.out} holds runs of a model of other sizes, or of other steps.")
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    about = {
+        "machine": machine(args.threads),
+        "device": args.device,
+        "sizes": vars(sizes),
+        "dtype": str(dtype),
+        "layers": args.layers,
+        "lengths": args.lengths,
+        "batch": args.batch,
+        "new": args.new,
+        "plans": {setting.name: plan_summary(setting, sizes) for setting in SETTINGS},
+    }
+    earlier = earlier_runs(args.out, about)
     bandwidth, others = copy_bandwidth(args.device), installed_others()
     rows = []
     for length in args.lengths:
@@ -244,17 +266,7 @@ def main() -> None:
                 continue
             print_table(measured, bandwidth, args.new)
             rows += measured
-    if args.out:
-        about = {
-            "machine": machine(args.threads),
-            "sizes": vars(sizes),
-            "dtype": str(dtype),
-            "layers": args.layers,
-            "new": args.new,
-            "copy_bandwidth": bandwidth,
-            "plans": {setting.name: plan_summary(setting, sizes) for setting in SETTINGS},
-        }
-        args.out.write_text(json.dumps(about | {"runs": [*earlier.get("runs", []), rows]}, indent=1))
+            save(args.out, about | {"copy_bandwidth": bandwidth, "runs": [*earlier, rows]})
 
 
 if __name__ == "__main__":

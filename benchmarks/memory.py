@@ -17,7 +17,7 @@ from pathlib import Path
 
 import decode
 import torch
-from common import FilledCache, RandomStates, Setting, Sizes, machine
+from common import FilledCache, RandomStates, Setting, Sizes, machine, save
 
 from cskv_hf.attention import compressed_attention
 
@@ -94,6 +94,7 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure_here(args.only, args.layers, args.length, args.device)))
         return
+    about = {"machine": machine(2), "length": args.length, "layers": args.layers, "dtype": "bfloat16"}
     rows = []
     print(f"{args.length} tokens, {args.layers} layers")
     print(f"{'cache':<22}{'cache MB':>10}{'peak MB':>10}{'% of Dynamic':>14}")
@@ -104,9 +105,7 @@ def main() -> None:
         held, peak = json.loads(out.splitlines()[-1])
         rows.append({"cache": name, "held": held, "peak": peak})
         print(f"{name:<22}{held / 1e6:>10.1f}{peak / 1e6:>10.1f}{100 * peak / rows[0]['peak']:>14.1f}", flush=True)
-    if args.out:
-        about = {"machine": machine(2), "length": args.length, "layers": args.layers, "dtype": "bfloat16"}
-        args.out.write_text(json.dumps(about | {"rows": rows}, indent=1))
+        save(args.out, about | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ the window besides.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from common import machine, median_seconds
+from common import machine, medians_by_turn, save
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from cskv_hf import CSKVCache, CSKVConfig, fit
@@ -36,7 +35,7 @@ def main() -> None:
     base = LlamaForCausalLM(config).to(args.device, dtype).eval()
     prompt = torch.randint(0, 512, (1, args.length), device=args.device)
     data = list(torch.randint(0, 512, (2, 1024)))
-    seconds, contestants = {}, {"DynamicCache": lambda: base(prompt, past_key_values=DynamicCache(), logits_to_keep=1)}
+    contestants = {"DynamicCache": lambda: base(prompt, past_key_values=DynamicCache(), logits_to_keep=1)}
     for name, settings in {
         "80% head 16 bit": dict(compression=0.8, bits=16, allocation="uniform"),
         "80% head packed": dict(compression=0.8),
@@ -45,13 +44,12 @@ def main() -> None:
         model = fit(LlamaForCausalLM(config).to(args.device, dtype).eval(), data, CSKVConfig(**settings))
         model.get_base_model().load_state_dict(base.state_dict(), strict=False)
         contestants[name] = lambda model=model: model(prompt, past_key_values=CSKVCache(), logits_to_keep=1)
-    seconds = median_seconds(contestants, args.rounds)
+    about = {"machine": machine(args.threads), "length": args.length, "dtype": str(dtype)}
+    for turns, seconds in enumerate(medians_by_turn(contestants, args.rounds), 1):
+        save(args.out, about | {"rounds": turns, "seconds": seconds})
     print(f"{args.length} tokens\n{'cache':<20}{'ms':>10}{'x Dynamic':>11}")
     for name, t in seconds.items():
         print(f"{name:<20}{1000 * t:>10.1f}{t / seconds['DynamicCache']:>11.3f}")
-    if args.out:
-        about = {"machine": machine(args.threads), "length": args.length, "dtype": str(dtype)}
-        args.out.write_text(json.dumps(about | {"seconds": seconds}, indent=1))
 
 
 if __name__ == "__main__":

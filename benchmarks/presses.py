@@ -160,6 +160,8 @@ def speed(args: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     model, _ = load(args.model)
+    about = {"environment": environment(), "length": args.length, "model": describe(model, args.model.name)}
+    earlier = earlier_runs(args.out, about)
     prompt, positions = torch.randint(3, model.config.vocab_size, (1, args.length)), {}
     names = [("full cache", None)] + [(name, c) for c in SPEED_COMPRESSIONS for name in SPEED_PRESSES]
     caches, times = {}, {}
@@ -185,8 +187,6 @@ def speed(args: argparse.Namespace) -> None:
         held = caches[label].layers[0].keys.shape[2] - (args.rounds + 1) * SPEED_TOKENS
         print(f"{label:<28}{held:>8}{1000 * t:>14.2f}{t / seconds['full cache']:>9.2f}")
     if args.out:
-        earlier = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.exists() else []
-        about = {"environment": environment(), "length": args.length, "model": describe(model, args.model.name)}
         replace_file(args.out, json.dumps({**about, "runs": [*earlier, seconds]}, indent=1))
 
 
@@ -369,6 +369,23 @@ def earlier_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             "Give another file, or remove it to start over."
         )
     return held["rows"]
+
+
+def earlier_runs(path: Path | None, about: dict[str, Any]) -> list[dict[str, float]]:
+    """The runs of [`speed`] that a file holds; as in benchmarks/common.py, which cannot be imported beside kvpress.
+
+    Raises:
+        ValueError: if what goes with them is not the same.
+    """
+    if path is None or not path.exists():
+        return []
+    held = json.loads(path.read_text(encoding="utf-8"))
+    runs = held.pop("runs", None)
+    if runs is None or held != about:
+        raise ValueError(
+            f"`--out` '{path}' holds other numbers ({held}) than these ({about}). Give another file, or remove it."
+        )
+    return runs
 
 
 def read_cases(path: Path) -> dict[str, Any]:

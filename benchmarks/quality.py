@@ -252,7 +252,9 @@ def main() -> None:
                     "storage", f"{label} blocks of 128, ranges of {tokens} tokens", compression=compression, **settings
                 )
             config = CSKVConfig(compression=compression)
-            bench.model = cskv_hf.fit(bench.model, bench.statistics, config, progress=False).unload()
+            fitted = cskv_hf.fit(bench.model, bench.statistics, config, progress=False)
+            config = fitted.peft_config["default"]
+            bench.model = fitted.unload()
             formats = [f for layer in range(bench.shape.num_hidden_layers) for f in config.formats(layer)]
             saved = sum(RANGE_BYTES / 2 * f.layout.num_ranges / f.layout.block_size for f in formats)
             more = compression - saved / bench.full_bytes  # as if ranges of 8 bits were free of loss

@@ -1,27 +1,29 @@
 """A whole decode step of a model, compiled and not: python benchmarks/step.py [--device cuda]
 
 A Llama of 8B's layers, fewer of them, with random weights, fitted to random tokens; the first context is random too.
-Of compiled caches (`mode="reduce-overhead"`: CUDA graphs on a GPU) it shows what the graph saves, and on a GPU how
-much of a step its kernels are busy: a step that waits for launches is busy for a part of it only. Compiling takes
-minutes; `--backend cudagraphs` records the same operations as they are.
+What is timed are windows of 32 tokens: in each of them every layer of a growing CSKV cache encodes and appends one
+block, wherever the window begins. Caches of fixed size are compiled as well (`mode="reduce-overhead"`: CUDA graphs on
+a GPU), which takes minutes; `--backend recorded` makes a CUDA graph of the same operations as they are. On a GPU the
+profiler says how much of such a window its kernels are busy: a step that waits for launches is busy for a part of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import machine, median_seconds, synchronize
-from torch.profiler import ProfilerActivity, profile
+from common import BLOCK, kernel_seconds, machine, medians_by_turn, save
+from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig, CSKVStaticCache
 
-STEPS = 8  # timed at once
+STEPS = BLOCK  # timed at once
+WARM_UP = 3  # steps before one is recorded
+BACKENDS = {"inductor": "compiled", "recorded": "recorded"}
 
 
 def make_model(layers: int, tiny: bool, device: str) -> LlamaForCausalLM:
@@ -38,33 +40,99 @@ def make_model(layers: int, tiny: bool, device: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
-def steps_of(model, cache: Cache, prompt: torch.Tensor, backend: str | None) -> Callable[[], None]:
-    """Reads the prompt into the cache; returns what takes `STEPS` steps from there, compiled if there is a backend."""
+def steps_of(model, cache: Cache, prompt: torch.Tensor, backend: str | None = None) -> Callable[[], None]:
+    """Reads the prompt into the cache; returns what takes `STEPS` steps from there.
+
+    Args:
+        backend: of `BACKENDS`, for a cache of fixed size; None takes the steps as they are.
+    """
     model(prompt, past_key_values=cache, logits_to_keep=1)
-    forward = model.forward
-    if backend is not None:
-        how = {"mode": "reduce-overhead"} if backend == "inductor" else {"backend": backend}
-        forward = torch.compile(forward, fullgraph=True, **how)
-    position = torch.full((len(prompt), 1), prompt.shape[1], device=prompt.device)
+    token = prompt[:, 0].clone()[:, None]  # compact, or a compiler would compile for these strides and for others
+    position = torch.full_like(token, prompt.shape[1])
+    if backend == "inductor":
+        step = compiled_step(model, cache, token, position)
+    else:
+        step = step_in_place(model.forward, cache, token, position)
+    if backend == "recorded":
+        step = Recorded(step, cache)
 
     def run() -> None:
-        token = prompt[:, :1]
         for _ in range(STEPS):
-            torch.compiler.cudagraph_mark_step_begin()  # what the step before gave is no longer needed
-            token = forward(token, past_key_values=cache, position_ids=position).logits[:, -1:].argmax(-1)
-            position.add_(1)
+            step()
 
     return run
 
 
-def busy_seconds(run: Callable[[], None]) -> float | None:
-    """Seconds that the kernels of a step take on a GPU; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / STEPS
+def step_in_place(forward: Callable, cache: Cache, token: torch.Tensor, position: torch.Tensor) -> Callable[[], None]:
+    """A greedy step that puts the next token and its position where it found them, both (batch, 1)."""
+
+    def step() -> None:
+        logits = forward(token, past_key_values=cache, position_ids=position).logits
+        token.copy_(logits[:, -1:].argmax(-1))
+        position.add_(1)
+
+    return step
+
+
+def compiled_step(model, cache: Cache, token: torch.Tensor, position: torch.Tensor) -> Callable[[], None]:
+    compiled = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead")
+    step_without_mark = step_in_place(compiled, cache, token, position)
+
+    def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # what the step before gave is no longer needed
+        step_without_mark()
+
+    return step
+
+
+class Recorded:
+    """A step with a cache of fixed size as a CUDA graph that is replayed.
+
+    Torch's own backend `cudagraphs` would copy weights and cache in at every replay, since it takes no input to stay
+    where it is. Here everything does, and lives as long as the step, which is kept.
+
+    Args:
+        step: of `step_in_place`; runs a few times before it is recorded, so that kernels are compiled and what they
+            keep is made.
+
+    Raises:
+        RuntimeError: if the step cannot be recorded, or a replay does not put a token into the cache.
+    """
+
+    def __init__(self, step: Callable[[], None], cache: Cache) -> None:
+        self.step = step
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                step()
+            here = cache.layers[0].device
+            torch._assert_async(torch.ones((), device=here))  # what a recording does instead of reading lengths
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            step()
+        held = int(cache.get_seq_length())
+        self.graph.replay()
+        if int(cache.get_seq_length()) != held + 1:
+            raise RuntimeError(f"A replay of the recorded step put no token into the {type(cache).__name__}.")
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def refuse_skipped_graphs() -> None:
+    """Compiled steps without CUDA graphs are not what is to be measured.
+
+    Raises:
+        RuntimeError: if Inductor has left any out.
+    """
+    skipped = counters["inductor"]["cudagraph_skips"]
+    if skipped:
+        raise RuntimeError(
+            f"Inductor left out {skipped} CUDA graphs, so that these steps are launched from Python; with "
+            "TORCH_LOGS=cudagraphs it says why."
+        )
 
 
 @torch.no_grad()
@@ -73,38 +141,52 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of the context")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compression", type=float, nargs="+", default=[0.8, 0.95], help="with the default packing")
-    parser.add_argument("--backend", default="inductor", choices=["inductor", "cudagraphs"], help="of torch.compile")
+    parser.add_argument(
+        "--backend", default="inductor", choices=BACKENDS, help="of torch.compile, or a CUDA graph without it"
+    )
     parser.add_argument("--tiny", action="store_true", help="a sixteenth of the sizes, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
+    on_gpu = torch.device(args.device).type == "cuda"
+    if args.backend == "recorded" and not (on_gpu and torch.cuda.is_available()):
+        parser.error(
+            "`--backend recorded` makes CUDA graphs. Give `--device cuda`, where there is a GPU, or `inductor`."
+        )
     torch.set_num_threads(args.threads)
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    about = {"machine": machine(args.threads), "settings": settings, "tokens": STEPS}
     full = make_model(args.layers, args.tiny, args.device)
     prompt = torch.randint(3, 4096, (args.batch, args.length), device=args.device)
-    room = args.length + 4 * STEPS * (args.rounds + 2)
+    room = args.length + STEPS * (2 * (args.rounds + 1) + 2)  # for the turns, the profiler, and what is not timed
+    how = BACKENDS[args.backend]
     contestants = {
-        "DynamicCache": steps_of(full, DynamicCache(), prompt, None),
-        "StaticCache, compiled": steps_of(full, StaticCache(full.config, max_cache_len=room), prompt, args.backend),
+        "DynamicCache": steps_of(full, DynamicCache(), prompt),
+        f"StaticCache, {how}": steps_of(full, StaticCache(full.config, max_cache_len=room), prompt, args.backend),
     }
     for compression in args.compression:
         model = make_model(args.layers, args.tiny, args.device)
         model = cskv_hf.fit(model, [prompt[0, :1024]], CSKVConfig(compression=compression), progress=False)
         name = f"{compression:.0%} packed"
-        contestants[name] = steps_of(model, CSKVCache(), prompt, None)
-        contestants[f"{name}, compiled"] = steps_of(model, CSKVStaticCache(room), prompt, args.backend)
-    seconds = {name: t / STEPS for name, t in median_seconds(contestants, args.rounds).items()}
-    busy = {name: busy_seconds(run) for name, run in contestants.items()}
+        contestants[name] = steps_of(model, CSKVCache(), prompt)
+        contestants[f"{name}, {how}"] = steps_of(model, CSKVStaticCache(room), prompt, args.backend)
+    busy = {}
+    for turns, medians in enumerate(medians_by_turn(contestants, args.rounds), 1):
+        if on_gpu and args.backend == "inductor":
+            refuse_skipped_graphs()
+        seconds = {name: t / STEPS for name, t in medians.items()}
+        save(args.out, about | {"rounds": turns, "seconds": seconds, "busy": busy})
+    for name, run in contestants.items():
+        busy[name] = sum(kernel_seconds(run).values()) / STEPS if on_gpu else None
+        save(args.out, about | {"rounds": args.rounds, "seconds": seconds, "busy": busy})
     print(f"{args.layers} layers, {args.length} tokens x {args.batch}")
     print(f"{'cache':<26}{'ms a step':>11}{'x Dynamic':>11}{'% busy':>8}")
     for name, t in seconds.items():
         share = "" if busy[name] is None else f"{100 * busy[name] / t:.0f}"
         print(f"{name:<26}{1000 * t:>11.2f}{t / seconds['DynamicCache']:>11.2f}{share:>8}")
-    if args.out:
-        about = {"machine": machine(args.threads), "settings": {k: v for k, v in vars(args).items() if k != "out"}}
-        args.out.write_text(json.dumps(about | {"seconds": seconds, "busy": busy}, indent=1))
 
 
 if __name__ == "__main__":
