@@ -1,13 +1,14 @@
 """Allocation: within the budget, nothing left over, and no better choice on the same levels."""
 
 import itertools
+import re
 
 import pytest
 import torch
 
 from cskv_hf.allocate import PACKED_LEVELS, Block, allocate, allocate_average, predicted_loss, quantisation_loss
 from cskv_hf.config import CSKVConfig, ModelShape
-from cskv_hf.plan import plan, store_plan
+from cskv_hf.plan import check_budget, plan, store_plan
 from cskv_hf.quantize import PackedLayout, dequantize, quantize
 
 
@@ -121,6 +122,46 @@ def test_budget_too_small():
         ValueError, match=r"budget of 2\.0 bytes per token does not hold one channel of keys and of values"
     ):
         allocate(BLOCKS, 2.0, (0, 16))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_energies_that_are_no_numbers_are_refused(wrong):
+    """They would leave every layer with the one channel it must keep."""
+    with pytest.raises(ValueError, match=r"`blocks`\[1\] has NaN or infinite energies.*Fit again"):
+        allocate([BLOCKS[0], Block((torch.tensor([1.0, wrong]),))], 20.0, (0, 4))
+
+
+def test_channels_of_the_same_energy_move_together():
+    """Alike layers get the same; what does not suffice for all of them stays unspent."""
+    blocks = [Block((torch.tensor([8.0, 4.0, 2.0]),)) for _ in range(4)]
+    bits = allocate(blocks, 6 * 1.125, (0, 8))
+    assert bits == [[[8, 0, 0]]] * 4 and spent(blocks, bits) == 4 * 1.125
+
+
+@pytest.mark.parametrize("bits, least", [(None, 2), (2, 2), (4, 4), (16, 16)])
+def test_the_largest_compression_is_named_before_anything_is_known(bits, least):
+    """A layer takes one channel of keys and one of values at least, whatever the spectra are; the compression that the
+    message names is one at which that fits, and one thousandth more does not."""
+    shape = ModelShape("llama", 3, 4, 8)
+    with pytest.raises(ValueError, match=f"one channel of each at {least} bits takes") as refused:
+        check_budget(CSKVConfig(compression=0.999, bits=bits), shape)
+    largest = float(re.search(r"Use at most (0\.\d+)", str(refused.value))[1])
+    spectra = [([torch.logspace(0, -3, 8)] * 4, torch.logspace(0, -3, 32))] * 3
+    config = CSKVConfig(compression=largest, bits=bits, sensitivity=[[1.0, 1.0]] * 3)
+    assert all(sum(layer.key_ranks) >= 1 and layer.value_rank >= 1 for layer in plan(config, shape, spectra))
+    with pytest.raises(ValueError, match=f"Use at most {largest:.3f}"):
+        check_budget(CSKVConfig(compression=largest + 0.001, bits=bits), shape)
+
+
+def test_a_group_without_channels_stays_without():
+    """Uniform ranks, of an adapter that gave a head nothing: no group gets more than it has, at any rank there is."""
+    shape, held = ModelShape("llama", 1, 4, 8), (3, 0, 4, 1)
+    spectra = [([torch.logspace(g, g - 3, n) for g, n in enumerate(held)], torch.logspace(0, -3, 8))]
+    for rank in range(1, 9):
+        (layer,) = plan(CSKVConfig(key_rank=rank, value_rank=8), shape, spectra)
+        assert sum(layer.key_ranks) == rank and all(r <= n for r, n in zip(layer.key_ranks, held))
+        assert rank < 3 or all(r > 0 for r, n in zip(layer.key_ranks, held) if n)
+    assert layer.key_ranks == held
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])

@@ -125,8 +125,9 @@ def test_answers_under_other_settings_are_refused(model, tokenizer, tmp_path):
         {"settings": {"adapter": "a", "bits": [2, 3]}, "batch_size": 3},
         {"settings": {"adapter": "a", "bits": [2, 3]}, "cases": CASES[:3]},
     ):
-        with pytest.raises(ValueError, match=r"answers\.jsonl' holds answers under other settings"):
+        with pytest.raises(ValueError, match=r"answers\.jsonl' holds answers under other settings") as error:
             answers_of(model, tokenizer, **same | others)
+        assert ("`settings.adapter` 'a' there, 'b' here" in str(error.value)) == (len(others) == 1)
     assert path.read_bytes() == content
     lines = content.decode().splitlines(keepends=True)
     path.write_text(lines[0] + '{"id": 3}\n' + "".join(lines[2:]))

@@ -4,9 +4,9 @@ import copy
 import pickle
 
 import pytest
+import random_past
 import torch
 from conftest import lossless, lossy, make_model, prompt
-from random_past import layer, past
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
@@ -406,8 +406,8 @@ def test_sums_of_a_long_past_in_16_bits(dtype, monkeypatch):
     monkeypatch.setattr(attention, "compute_dtype", lambda tensor: tensor.dtype)
     monkeypatch.setattr(kernels, "choose", lambda *_: None)
     monkeypatch.setattr(attention, "CPU_TILE", 2**12)  # many tiles
-    factors = layer("head", (40, 40), 40, 2, 80, dtype)
-    kv, query = past(factors, 1, 20_000, dtype), torch.randn(1, 4, 1, 80).to(dtype) * 1e-3
+    factors = random_past.layer("head", (40, 40), 40, 2, 80, dtype)
+    kv, query = random_past.past(factors, 1, 20_000, dtype), torch.randn(1, 4, 1, 80).to(dtype) * 1e-3
     ours = attention.compressed_attention(query, kv, 0.1)
     monkeypatch.undo()
     monkeypatch.setattr(kernels, "choose", lambda *_: None)

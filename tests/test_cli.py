@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from cskv_hf import CSKVConfig
 from cskv_hf.cli import app
-from cskv_hf.files import replace_directory
+from cskv_hf.files import documents, replace_directory
+from cskv_hf.fitting import format_evaluation, format_report
+from cskv_hf.train import training_rows
 
 
 @pytest.fixture
@@ -41,6 +45,15 @@ def test_demo_without_matplotlib_is_refused_before_it_measures(monkeypatch, tmp_
     monkeypatch.setattr(demo, "load_bundled", lambda: pytest.fail("measured"))
     code, text, _ = cskv("demo", "--out", tmp_path / "out")
     assert code == 2 and "pip install 'cskv-hf[plot]'" in text and not (tmp_path / "out").exists()
+
+
+def test_demo_into_a_file_is_refused_before_it_measures(monkeypatch, tmp_path):
+    import cskv_hf.demo.run as demo
+
+    (tmp_path / "out").write_text("mine")
+    monkeypatch.setattr(demo, "load_bundled", lambda: pytest.fail("measured"))
+    code, text, _ = cskv("demo", "--out", tmp_path / "out")
+    assert code == 2 and "is a file. Name a directory" in text and (tmp_path / "out").read_text() == "mine"
 
 
 def test_fit_inspect_load(folder):
@@ -78,7 +91,7 @@ def test_train_and_plot(folder):
     code, output, _ = cskv("train", adapter, "--data", folder / "empty.txt", "--out", folder / "nothing")
     assert code == 2 and "is empty" in output
     code, output, _ = cskv(*arguments[:-2], "--objective", "kl")
-    assert code == 2 and "`objective` must be one of" in output
+    assert code == 2 and "`--objective` must be one of" in output
 
 
 def test_eval_report_chat(folder):
@@ -157,7 +170,7 @@ def test_evaluate_push_inspect(folder, documented):
     assert code == 0 and "on 896 tokens of held_out.txt: perplexity x" in text
     assert max(map(len, raw.split("\nsaved")[0].split("\n")[-3:])) <= 80
     code, text, _ = cskv("push", folder / "out", "ada/from-the-shell")
-    assert code == 2 and "Name it with `base_model='user/model'`" in text
+    assert code == 2 and "Name it with `--base-model='user/model'`" in text
     push = ["push", folder / "out", "ada/from-the-shell", "--base-model", "ada/words", "--tag", "words", "--private"]
     code, text, _ = cskv(*push, "--license", "mit")
     assert code == 0 and "/ada/from-the-shell/commit/" in text.replace(" ", "")
@@ -174,6 +187,16 @@ def test_evaluate_push_inspect(folder, documented):
     assert code == 2 and "does not exist" in text
 
 
+def test_push_without_a_network(folder, monkeypatch):
+    code, text, _ = cskv(
+        "fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", "--length", 100
+    )
+    assert code == 0, text
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    code, text, _ = cskv("push", folder / "out", "ada/nowhere", "--base-model", "ada/words")
+    assert code == 2 and "The Hub at http://127.0.0.1:9 cannot be reached" in text, text
+
+
 def test_json_lines(folder):
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": "w1 w2 w3 w4"}) + "\n" for _ in range(50)))
     code, text, _ = cskv("fit", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "out")
@@ -181,12 +204,25 @@ def test_json_lines(folder):
     (folder / "data.jsonl").write_text('{"text": "w1"}\n{"txt": "w1"}\n')
     code, text, _ = cskv("fit", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "out")
     assert code == 2 and "Line 2 of" in text and "no JSON object with a 'text' field" in text
+    for content, expected in (
+        ('{"text": "w1"}\n\n{"text": "w2"}\n \n', ["w1", "w2"]),
+        ('{"text": "w1"}\n{"text": null}\n', "Line 2 of '.*' is no JSON object with a 'text' field that is a string"),
+        ('{"text": 3}\n', "Line 1 of"),
+        ("", "is empty"),
+        ('\n{"text": " "}\n', "is empty"),
+    ):
+        (folder / "data.jsonl").write_text(content)
+        if isinstance(expected, list):
+            assert list(documents(folder / "data.jsonl")) == expected
+            continue
+        with pytest.raises(ValueError, match=expected):
+            list(documents(folder / "data.jsonl"))
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--compression", 1.5], "`compression` is the fraction of KV bytes"),
+        (["--compression", 1.5], "`--compression` is the fraction of KV bytes"),
         (["--key-layout", "group:3"], "must divide the model's 4 KV heads"),
         (["--data", "missing.txt"], "does not exist"),
     ],
@@ -195,6 +231,72 @@ def test_bad_arguments(folder, arguments, message):
     code, text, _ = cskv("fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", *arguments)
     assert code == 2 and message in text
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "train"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--length", 0], "Invalid value for '--length'"),
+        (["--max-tokens", 0], "Invalid value for '--max-tokens'"),
+        (["--dtype", "float7"], "must be one of auto, bfloat16, float16, float32, float64, got 'float7'"),
+        (["--out", "a-file"], "`--out`='a-file' is a file."),
+        (["--out", "."], "`--out`='.' has no name of its own"),
+        (["--out", "model/.."], "has no name of its own"),
+        (["--out", "thesis"], "`--out`='thesis' holds something that is no CSKV adapter and would be lost"),
+        (["--out", "lora"], "`--out`='lora' holds something that is no CSKV adapter and would be lost"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(folder, monkeypatch, command, arguments, message):
+    """And nothing that lies there is touched."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    for name in ("thesis/chapter.tex", "lora/adapter_config.json"):
+        Path(name).parent.mkdir()
+        Path(name).write_text('{"peft_type": "LORA"}')
+    Path("a-file").write_text("mine")
+    before = {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    code, text, _ = cskv(command, "model", "--data", "text.txt", "--out", "out", *arguments)
+    assert code == 2 and message in text, text
+    assert {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")} == before
+
+
+def test_rows_of_no_tokens_are_refused():
+    for settings in (dict(length=0), dict(length=4, max_tokens=0)):
+        with pytest.raises(ValueError, match=r"`(length|max_tokens)` must be at least 1, got 0"):
+            training_rows([torch.arange(8)], **settings)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["inspect", "./nope"], "'./nope' is neither a directory nor a Hub id"),
+        (["inspect", "no/pe"], "There is no directory 'no/pe' here, and it is not on the Hub, or private."),
+        (["inspect", "text.txt"], "'text.txt' is no directory"),
+        (["train", "no/pe", "--data", "text.txt", "--out", "out"], "There is no directory 'no/pe' here"),
+        (["report", "no/pe"], "There is no directory 'no/pe' here"),
+        (["push", "no/pe", "ada/nope"], "There is no directory 'no/pe'."),
+    ],
+)
+def test_mistyped_paths(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    code, text, _ = cskv(*arguments)
+    assert code == 2 and message in text, text
+
+
+def test_reports_are_no_wider_than_a_terminal():
+    """Of a large model, with the longest numbers that a column can hold, and a long name of the evaluation's text."""
+    config = CSKVConfig(key_layout="group:4", key_rank=8192, value_rank=8192, bits=16)
+    config.model_shape = dict(model_type="llama", num_hidden_layers=80, num_key_value_heads=64, head_dim=128)
+    config.key_ranks, config.value_ranks = [[512] * 16] * 80, [8192] * 80
+    names = ("key_error", "value_error", "key_attention_error", "value_attention_error")
+    layer = dict(key_ranks=[512] * 16, value_rank=8192, key_bits=16.0, value_bits=16.0, bytes_per_token=32768.0)
+    layers = [layer | dict.fromkeys(names, 1.0) | {"layer_idx": i} for i in range(80)]
+    config.fit_report = dict(num_tokens=10**9, layers=layers)
+    evaluation = dict(tokens=10**7, source="the validation part of wikitext-103-raw-v1, which is long.txt")
+    evaluation |= dict(ratio=1.0123, ratio_low=None, ratio_high=None, kl=0.01234, agreement=1.0)
+    text = format_report(config) + "\n" + format_evaluation(evaluation)
+    assert max(map(len, text.split("\n"))) <= 80
 
 
 def test_killed_fit_resumes_and_the_old_adapter_survives(folder):
@@ -244,17 +346,38 @@ app(["fit", model, "--data", data, "--out", out, "--length", "100"])
 """
 
 
-def test_replace_directory_keeps_the_old_one_until_the_new_is_complete(tmp_path):
-    target = tmp_path / "out"
-    replace_directory(target, lambda folder: (folder.mkdir(), (folder / "a").write_text("old")))
+def write_adapter(folder, text):
+    folder.mkdir()
+    (folder / "a").write_text(text)
+    (folder / "adapter_config.json").write_text('{"peft_type": "CSKV"}')
+
+
+def test_replace_directory_keeps_the_old_one_until_the_new_is_complete(tmp_path, monkeypatch):
+    """And what lies beside it, whatever its name."""
+    target, beside = tmp_path / "out", ["out.new", "out.old"]
+    for name in beside:
+        (tmp_path / name).mkdir()
+    replace_directory(target, lambda folder: write_adapter(folder, "old"))
 
     def fails(folder):
-        folder.mkdir()
-        (folder / "a").write_text("half")
+        write_adapter(folder, "half")
         raise OSError("disk full")
 
     with pytest.raises(OSError):
         replace_directory(target, fails)
     assert (target / "a").read_text() == "old"
-    replace_directory(target, lambda folder: (folder.mkdir(), (folder / "a").write_text("new")))
-    assert (target / "a").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    replace, moves = os.replace, []
+
+    def interrupted(source, destination):
+        moves.append(destination)
+        if len(moves) == 2:  # the new one to its place
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        replace_directory(target, lambda folder: write_adapter(folder, "new"))
+    assert (target / "a").read_text() == "old"
+    replace_directory(target, lambda folder: write_adapter(folder, "new"))
+    assert (target / "a").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", *beside]

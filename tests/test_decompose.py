@@ -5,6 +5,7 @@ import torch
 
 from cskv_hf.decompose import (
     blocks,
+    driven_channels,
     key_weight,
     latent_energy,
     normalized,
@@ -12,6 +13,7 @@ from cskv_hf.decompose import (
     pooled_ranks,
     random_factors,
     relative_error,
+    unreached_channels,
     value_weight,
     weight_moment,
 )
@@ -170,6 +172,15 @@ def test_pooled_ranks_keep_the_largest():
         pooled_ranks(spectra, 7)
 
 
+def test_pooled_ranks_leave_alone_what_has_no_channel():
+    spectra = torch.tensor([[9.0, 8.0, -1.0], [-1.0, -1.0, -1.0], [3.0, 0.0, -1.0]])
+    assert pooled_ranks(spectra, 4) == (2, 0, 2)
+    assert pooled_ranks(spectra, 3) == (2, 0, 1)
+    assert pooled_ranks(spectra, 2) == (1, 0, 1)
+    with pytest.raises(ValueError, match="between 1 and 4, got 5"):
+        pooled_ranks(spectra, 5)
+
+
 def test_key_weight_is_the_mean_over_distances():
     """M = E_Δ[R(Δ)ᵀ Q R(Δ)] for uniformly distributed angles: rotate a random Q by many random angles and average."""
     torch.manual_seed(3)
@@ -202,6 +213,74 @@ def test_a_weight_with_zeros_stays_finite():
     torch.testing.assert_close(factors.B @ factors.A, torch.eye(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-200, 1e-9])
+def test_a_group_without_weight_stays_finite(data, scale):
+    """A head that no query reads is weighed by a millionth of the others' mean: its own factors are those of the data
+    alone, it comes last, and heads with a weight of their own are the same as ever."""
+    C, weight = data[3], weights()
+    expected = optimal_factors(C, KV_DIM, 4, weight)
+    weight[:6, :6] *= scale
+    factors, alone = optimal_factors(C, KV_DIM, 4, weight), optimal_factors(C[:6, :6], 6)
+    for name in ("A", "B"):
+        tensor = getattr(normalized(factors, C), name)
+        assert torch.isfinite(tensor.float()).all() and tensor.abs().max() < 1e3
+        theirs = getattr(factors, name), getattr(expected, name)
+        assert torch.equal(*(t[6:] if name == "A" else t[:, 6:] for t in theirs))
+    own, scaled = normalized(factors, C), normalized(alone, C[:6, :6])
+    torch.testing.assert_close(own.A[:6].mT @ own.A[:6], scaled.A.mT @ scaled.A, rtol=1e-2, atol=0.0)
+    assert factors.spectrum[:6].max() < 1e-3 * factors.spectrum.max() and factors.spectrum[:6].float().min() > 0
+    assert pooled_ranks(torch.stack(factors.spectra()), 10)[0] == 1
+
+
+def test_no_weight_at_all_is_the_identity(data):
+    for groups in (1, 4):
+        none = optimal_factors(data[3], 9, groups, torch.zeros(KV_DIM, KV_DIM))
+        plain = optimal_factors(data[3], 9, groups)
+        torch.testing.assert_close(none.spectrum, plain.spectrum)
+        torch.testing.assert_close(reconstruct(none, data[2]), reconstruct(plain, data[2]))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_directions_without_data_get_the_gain_of_the_weakest_that_have_some(data, groups, unit):
+    """On data that do reach them, latents stay within a few standard deviations of what they replace; and the map is
+    the same, in whatever unit the keys are. Here inputs vary in 10 dimensions only, and so do the keys of a group."""
+    x, W, _, _ = data
+    k = unit * (x[:, :10] @ W[:, :10].mT).float().double()
+    C, mean = k.mT @ k / len(k), k.mean(0)
+    factors = normalized(optimal_factors(C, KV_DIM, groups, mean=mean), C)
+    unreached, gains = unreached_channels(factors, C), factors.A.norm(dim=1)
+    assert int(unreached.sum()) == KV_DIM - 10 * groups and driven_channels(factors, W @ W.mT).all()
+    assert gains[unreached].tolist() == pytest.approx([float(gains[~unreached].max())] * int(unreached.sum()))
+    assert latent_energy(factors, C)[~unreached].tolist() == pytest.approx([1.0] * 10 * groups)
+    torch.testing.assert_close(reconstruct(factors, k), k)
+    everything = normalized(optimal_factors(data[3], KV_DIM, groups), data[3])
+    assert not unreached_channels(everything, data[3]).any()
+
+
+def test_constant_keys_keep_rows_of_unit_length(data):
+    """Their variance is what rounding leaves of the mean square, and may be zero."""
+    constant = torch.randn(KV_DIM, dtype=torch.float64)
+    for scale in (1.0, 0.0):
+        C, mean = scale**2 * torch.outer(constant, constant), scale * constant
+        factors = normalized(optimal_factors(C, 8, 2, mean=mean), C)
+        torch.testing.assert_close(factors.A.norm(dim=1), torch.ones(8, dtype=torch.float64))
+        assert unreached_channels(factors, C).all()
+
+
+def test_weights_that_are_zero_drive_nothing(data):
+    """A row of W that is zero leaves its channel without data whatever one calibrates on."""
+    W = data[1].clone()
+    W[5] = 0.0
+    k = data[0] @ W.mT
+    C = k.mT @ k / len(k)
+    factors = normalized(optimal_factors(C, KV_DIM), C)
+    unreached, driven = unreached_channels(factors, C), driven_channels(factors, W @ W.mT)
+    assert unreached.nonzero().tolist() == [[KV_DIM - 1]] and torch.equal(driven, ~unreached)
+
+
 def test_refuses_nan():
     with pytest.raises(ValueError, match="NaN or infinite"):
         optimal_factors(torch.full((4, 4), torch.nan), 2)
+    with pytest.raises(ValueError, match="`weight` has NaN or infinite entries"):
+        optimal_factors(torch.eye(4), 2, weight=torch.full((4, 4), torch.inf))

@@ -65,6 +65,21 @@ def test_perplexity_through_a_full_cache_is_the_ordinary_one():
         compressed_perplexity(model, ids[:, :50], DynamicCache)
 
 
+@pytest.mark.parametrize("skip", [0, 1])
+def test_the_first_token_is_predicted_by_nothing(skip):
+    """Nothing skipped is 49 predictions of 50 tokens, in a mean of 49."""
+    model, ids = make_model(), prompt(3, 50)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1]
+    expected = math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    alone, compared = (
+        measure(model, ids, DynamicCache, skip=skip) for measure in (compressed_perplexity, compare_with_full_cache)
+    )
+    assert compared.agreement == 1.0
+    for actual in (alone, compared.full, compared.compressed):
+        assert actual.value == pytest.approx(expected, rel=1e-5) and actual.num_tokens == 3 * 49
+
+
 def test_perplexity_with_lossless_factors_equals_the_full_cache():
     model, ids = lossless(make_model()), prompt(2, 100)
     full, ours = (compressed_perplexity(model, ids, cache) for cache in (DynamicCache, CSKVCache))

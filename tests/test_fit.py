@@ -1,11 +1,13 @@
 """fit and its statistics: every kind of data, streaming equal to one go, resume, offload, and bad data refused
 before any harm."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import calibration_data, make_model, prompt
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BatchEncoding
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig, KVStatistics, collect_statistics
@@ -115,6 +117,8 @@ def test_state_of_another_model_or_data_or_damaged(tmp_path):
     collect_statistics(make_model(), [prompt(1, 12)], state_file=state, source="book A", progress=False)
     with pytest.raises(ValueError, match=r"holds statistics of another model"):
         collect_statistics(make_model(num_hidden_layers=1), [prompt(1, 12)], state_file=state, progress=False)
+    with pytest.raises(ValueError, match="of the same sizes, but of other weights"):
+        collect_statistics(make_model(seed=1), [prompt(1, 12)], state_file=state, source="book A", progress=False)
     with pytest.raises(ValueError, match=r"of other data \('book A'\); this is 'book B'"):
         collect_statistics(make_model(), [prompt(1, 12)], state_file=state, source="book B", progress=False)
     state.write_bytes(state.read_bytes()[:-50])
@@ -136,20 +140,163 @@ def test_nan(tmp_path):
     model, state = make_model(), tmp_path / "state.safetensors"
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = torch.nan
-    with pytest.raises(ValueError, match="Calibration sample 1 leads to NaN or infinite keys or values in layer 0"):
+    wrong = r"sample 1 leads to NaN or infinite values in layer 0 \(attention inputs, queries, keys, values\)"
+    with pytest.raises(ValueError, match=wrong):
         cskv_hf.fit(model, [torch.full((1, 8), 5), torch.full((1, 8), 7)], state_file=state, progress=False)
     assert not hasattr(model.model.layers[0].self_attn, "cskv") and not state.exists()
 
 
-def test_little_data_is_warned_about(caplog):
+def test_nan_behind_the_keys_and_values():
+    """Queries alone are infinite, or only what comes after the last layer's keys and values is no number."""
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3] = torch.inf
+    with pytest.raises(ValueError, match=r"sample 0 leads to NaN or infinite values in layer 1 \(queries\)"):
+        cskv_hf.fit(model, calibration_data(model), progress=False)
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="logits of calibration sample 0 are NaN or infinite"):
+        cskv_hf.fit(model, calibration_data(model), progress=False)
+    assert not hasattr(model.model.layers[0].self_attn, "cskv")
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda ids: "a text", TypeError, "got a single str; put it in a list"),
+        (lambda ids: {"input_ids": ids}, TypeError, "got a single dict"),
+        (lambda ids: BatchEncoding({"input_ids": ids}), TypeError, "got a single BatchEncoding"),
+        (lambda ids: ids[0], ValueError, r"got a tensor of shape \(12,\), each token of which would be a sample"),
+    ],
+    ids=["str", "dict", "BatchEncoding", "tensor"],
+)
+def test_a_single_sample_is_no_data(make, error, message):
+    """Its characters, keys or tokens would be calibrated on."""
+    model, forwards = make_model(), []
+    model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    with pytest.raises(error, match=message):
+        cskv_hf.fit(model, make(prompt(1, 12)), tokenizer=WordTokenizer(), progress=False)
+    assert not forwards
+    assert collect_statistics(model, prompt(2, 12), progress=False).num_tokens == 24  # a batch is one of rows
+
+
+def test_a_budget_too_small_is_refused_before_data_is_read():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"`compression`=0.99 leaves .*Use at most 0.9\d\d\.$"):
+        cskv_hf.fit(model, (_ for _ in [] if pytest.fail("data was read")), CSKVConfig(compression=0.99))
+    model = cskv_hf.fit(model, calibration_data(model), CSKVConfig(compression=0.8), progress=False)
+    with pytest.raises(ValueError, match=r"`compression`=0.99 leaves .*Use at most 0.9\d\d\.$"):
+        cskv_hf.shrink(model, 0.99)
+
+
+@pytest.fixture
+def warnings_of_ours(caplog):
     import logging
 
     logging.getLogger("transformers").propagate = True
-    try:
-        collect_statistics(make_model(), [prompt(1, 12)], progress=False)
-    finally:
-        logging.getLogger("transformers").propagate = False
-    assert "Only 12 calibration tokens for kv_dim=32" in caplog.text
+    yield caplog
+    logging.getLogger("transformers").propagate = False
+
+
+def test_little_data_is_warned_about(warnings_of_ours):
+    collect_statistics(make_model(), [prompt(1, 12)], progress=False)
+    assert "Only 12 calibration tokens for kv_dim=32" in warnings_of_ours.text
+
+
+def test_data_of_few_directions_are_warned_about(warnings_of_ours):
+    """Enough tokens, of 12 words only: the first layer's values have 11 directions about their mean, and a rank within
+    them is as good as any. What the weights leave unused is no fault of the data."""
+    model, generator = make_model(), torch.Generator().manual_seed(0)
+    data = [torch.randint(2, 14, (4, 100), generator=generator) for _ in range(3)]
+    cskv_hf.fit(make_model(), data, CSKVConfig(key_rank=4, value_rank=11), progress=False)
+    assert "say nothing" not in warnings_of_ours.text
+    cskv_hf.fit(make_model(), data, CSKVConfig(key_rank=4, value_rank=16), progress=False)
+    assert "say nothing about 5 of the 40 channels kept" in warnings_of_ours.text
+    warnings_of_ours.clear()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[8:] = 0.0
+    cskv_hf.fit(model, data, CSKVConfig(key_rank=4, value_rank=16), progress=False)
+    assert "say nothing" not in warnings_of_ours.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_directions_without_data_do_no_harm(dtype):
+    """A model fitted on few words and read with all of them: everything kept is lossless, also in float16, and packed
+    in 4 bits the channels without data do not ruin those beside them."""
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randint(2, 18, (4, 100), generator=generator) for _ in range(3)]
+    for bits, tolerance in ((16, 0.01), (4, 0.3)):
+        model = make_model(dtype=dtype, initializer_range=0.1)
+        expected = model(prompt(1, 60, 7)).logits[:, -20:]
+        config = CSKVConfig(key_rank=32, value_rank=32, window=8, sinks=3, block_size=8, bits=bits)
+        model = cskv_hf.fit(model, data, config, progress=False)
+        cache = CSKVCache()
+        model(prompt(1, 60, 7)[:, :40], past_key_values=cache, use_cache=True)
+        got = model(prompt(1, 60, 7)[:, 40:], past_key_values=cache, use_cache=True).logits
+        assert (got - expected).float().abs().mean() < tolerance * expected.float().abs().mean()
+
+
+@pytest.mark.parametrize("name", ["q_proj", "o_proj", "k_proj"])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("config", [CSKVConfig(key_rank=32, value_rank=32), CSKVConfig(compression=0.6)])
+def test_heads_that_do_nothing(name, heads, config):
+    """Of a pruned model: no query reads them, nothing reads what they put out, or their keys are all the same."""
+    model = make_model(dtype=torch.float32)
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        if name == "o_proj":
+            attention.o_proj.weight[:, : 16 * heads] = 0.0
+        else:
+            getattr(attention, name).weight[: (8 if name == "k_proj" else 16) * heads] = 0.0
+    expected = model(prompt(1, 60, 7)).logits[:, -20:]
+    config = dataclasses.replace(config, window=8, sinks=3, block_size=8)
+    model = cskv_hf.fit(model, calibration_data(model), config, progress=False)
+    for tensor in model.base_model.model.model.layers[1].self_attn.cskv.state_dict().values():
+        assert torch.isfinite(tensor).all() and tensor.abs().max() < 1e4
+    cache = CSKVCache()
+    model(prompt(1, 60, 7)[:, :40], past_key_values=cache, use_cache=True)
+    got = model(prompt(1, 60, 7)[:, 40:], past_key_values=cache, use_cache=True).logits
+    assert (got - expected).abs().mean() < (1e-3 if config.compression is None else 0.5) * expected.abs().mean()
+
+
+def test_cutting_leaves_heads_without_keys_as_they_are():
+    """A head that the budget gave nothing has no channel to give: ranks of the same sum change nothing, and no smaller
+    ones hand a head the channels of another."""
+    model = make_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight[16:32] *= 1e-4  # the second head's
+    model = cskv_hf.fit(model, calibration_data(model), CSKVConfig(compression=0.8), progress=False)
+    config, layers = model.peft_config["default"], model.base_model.model.model.layers
+    held, before = config.key_ranks, [layer.self_attn.cskv.cskv_key_A["default"].weight for layer in layers]
+    assert [0 in ranks for ranks in held] == [True, True] and len({sum(ranks) for ranks in held}) == 1
+    cskv_hf.shrink(model, key_rank=sum(held[0]), value_rank=2)
+    assert config.key_ranks == held
+    for layer, weight in zip(layers, before):
+        assert torch.equal(layer.self_attn.cskv.cskv_key_A["default"].weight, weight)
+    cskv_hf.shrink(model, key_rank=4, value_rank=2)
+    for ranks, most in zip(config.key_ranks, held):
+        assert sum(ranks) == 4 and all(r <= n for r, n in zip(ranks, most))
+
+
+@pytest.mark.parametrize("init", ["svd", "asvd"])
+def test_weights_alone_see_the_gain_of_a_key_norm(init):
+    """Qwen3's keys are multiplied by it, channel by channel, so the basis of W alone keeps the wrong ones: the error
+    is within a few times the optimum of the data."""
+    model = make_model("qwen3")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_norm.weight.copy_(torch.logspace(1, -1, 8)[torch.randperm(8)])
+    statistics = collect_statistics(model, calibration_data(model), progress=False)
+    for layout in ("head", "joint"):
+        errors = {}
+        for name in (init, "mse"):
+            config = CSKVConfig(key_rank=16, value_rank=16, init=name, center=False, key_layout=layout)
+            fitted = cskv_hf.fit(model, statistics, config, progress=False)
+            errors[name] = [layer["key_error"] for layer in fitted.peft_config["default"].fit_report["layers"]]
+            model = fitted.unload()
+        assert all(a < 3 * b for a, b in zip(errors[init], errors["mse"])), errors
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -160,6 +307,7 @@ def test_every_initialisation_in_every_layout(init, layout, family):
     kv_dim = model.config.num_key_value_heads * 8
     config = CSKVConfig(compression=0.5, init=init, key_layout=layout, bits=16, allocation="uniform")
     model = cskv_hf.fit(model, calibration_data(model), config, progress=False)
+    config = model.peft_config["default"]
     groups = {"head": model.config.num_key_value_heads, "joint": 1, "group:2": model.config.num_key_value_heads // 2}[
         layout
     ]
@@ -175,8 +323,8 @@ def test_optimum_beats_the_baselines_on_the_calibration_data():
     errors = {}
     for init in ("mse", "asvd", "svd", "random", "attention"):
         config = CSKVConfig(compression=0.6, init=init, bits=16, allocation="uniform")
-        cskv_hf.fit(make_model(), statistics, config, progress=False)
-        layers = config.fit_report["layers"]
+        model = cskv_hf.fit(make_model(), statistics, config, progress=False)
+        layers = model.peft_config["default"].fit_report["layers"]
         errors[init] = sum(layer["key_error"] + layer["value_error"] for layer in layers)
     assert min(errors, key=errors.get) == "mse", errors
 
@@ -187,7 +335,7 @@ def test_centred_by_default_where_the_moments_decide():
     for center in (None, False):
         config = CSKVConfig(compression=0.8, bits=16, allocation="uniform", center=center)
         model = cskv_hf.fit(make_model(), data, config, progress=False)
-        layers = config.fit_report["layers"]
+        layers = model.peft_config["default"].fit_report["layers"]
         errors[center] = sum(layer["key_attention_error"] + layer["value_attention_error"] for layer in layers)
         factors = model.base_model.model.model.layers[1].self_attn.cskv()
         if center is None:

@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 from conftest import lossless, lossy, make_model, prompt
+from peft import PeftModelForCausalLM
 from transformers import DynamicCache
 
-from cskv_hf import CSKVCache
+from cskv_hf import CSKVCache, attach, detach
+from cskv_hf.generation import CACHE_ARGUMENT
 
 GREEDY = dict(max_new_tokens=24, do_sample=False)
 
@@ -91,6 +93,44 @@ def test_prompt_cached_once_and_copied():
         again = model.generate(ids, cache=copy.deepcopy(cache), **GREEDY)
         assert torch.equal(first, again)
     assert cache.get_seq_length() == 50
+
+
+def test_detach_and_attach_see_through_peft():
+    """A `PeftModel`, as `fit` returns it, and the model inside: both lose our `generate`, and both get it back."""
+    model, ids = lossy(make_model()), prompt(1, 50)
+    inside, expected = model.get_base_model(), make_model().generate(ids, **GREEDY)
+    compressed = model.generate(ids, **GREEDY)
+    assert not torch.equal(compressed, expected)
+    for given in (model, inside):
+        detach(given)
+        assert type(inside) is type(make_model()) and type(model) is PeftModelForCausalLM
+        for one in (model, inside):
+            output = one.generate(ids, return_dict_in_generate=True, **GREEDY)
+            assert isinstance(output.past_key_values, DynamicCache) and torch.equal(output.sequences, expected)
+        attach(given)
+        assert type(model) is PeftModelForCausalLM
+        for one in (model, inside):
+            assert torch.equal(one.generate(ids, **GREEDY), compressed)
+            assert torch.equal(one.generate(ids, cache=CSKVCache, **GREEDY), compressed)
+
+
+@torch.no_grad()
+def test_arguments_by_position():
+    """What the decoder is given by position counts as by name: the cache, and the mask of the padding in it."""
+    model = lossy(make_model()).get_base_model()
+    ids, mask, later = prompt(2, 40), torch.ones(2, 46, dtype=torch.long), prompt(2, 6, seed=9)
+    mask[0, :17] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = []
+    for by_name in (True, False):
+        cache = CSKVCache()
+        for tokens, start, end in ((ids, 0, 40), (later, 40, 46)):
+            given = tokens, mask[:, :end], positions[:, start:end], cache
+            names = ("input_ids", "attention_mask", "position_ids", CACHE_ARGUMENT)
+            output = model.model(**dict(zip(names, given))) if by_name else model.model(*given)
+        assert cache.tokens.num_old > 0
+        hidden.append(output.last_hidden_state)
+    assert torch.equal(*hidden)
 
 
 def test_copies_of_the_model_generate_the_same():

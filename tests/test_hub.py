@@ -4,6 +4,7 @@ One base model and one adapter are pushed to a Hub on localhost (local_hub.py) a
 they come back.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ import torch
 from conftest import HUB, OWNER, STRANGER, calibration_data, lossy, make_model, prompt
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +30,7 @@ import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
 from cskv_hf.evaluate.divergence import evaluation_record
 from cskv_hf.hub import push_folder
+from cskv_hf.quantize import channel_bits
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)
 PACKED = dict(compression=0.75, bits=None, allocation=None, block_size=8)
@@ -201,6 +204,11 @@ def test_subfolder_and_smaller_rank(pushed, documented):
     assert torch.equal(model.generate(prompt(1, 60), **GREEDY), pushed[0])
     model = cskv_hf.load(tiny_model(), ADAPTER, compression=0.9)
     assert model.peft_config["default"].bytes_per_token(model.config) <= 0.1 * 256
+    model.push_to_hub("ada/cut", base_model=BASE)
+    card = ModelCard.load("ada/cut").text
+    config = CSKVConfig.from_pretrained("ada/cut")
+    assert f"{config.bytes_per_token(model.config):,.1f} of 256" in card and "No evaluation was recorded." in card
+    assert "Energy lost" not in card and "was not measured after it was cut or trained" in card
     with pytest.raises(ValueError, match=r"'ada/many', folder 'llama' is no complete CSKV adapter"):
         cskv_hf.load(make_model(), "ada/many", subfolder="llama")
 
@@ -340,6 +348,89 @@ def test_bad_repositories(pushed, tmp_path):
         cskv_hf.load(make_model(num_hidden_layers=3), ADAPTER)
 
 
+def test_a_second_adapter_onto_a_peft_model(pushed, tmp_path):
+    """It joins the first, by a name of its own, in the same `PeftModel`."""
+    lossy(tiny_model(), **PACKED | {"compression": 0.6}).save_pretrained(tmp_path)
+    expected = cskv_hf.load(tiny_model(), tmp_path).generate(prompt(1, 60), **GREEDY)
+    model = cskv_hf.load(tiny_model(), pushed[1])
+    assert cskv_hf.load(model, tmp_path, adapter_name="large") is model
+    assert list(model.peft_config) == ["default", "large"] and model.active_adapter == "large"
+    assert torch.equal(model.generate(prompt(1, 60), **GREEDY), expected)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.set_adapter("default")
+    assert torch.equal(model.generate(prompt(1, 60), **GREEDY), pushed[0])
+    cskv_hf.load(model, tmp_path, adapter_name="small", compression=0.8)
+    assert model.peft_config["small"].compression == 0.8 and model.peft_config["large"].compression == 0.6
+    with pytest.raises(ValueError, match=r"'large' is the name of an adapter that this PeftModel has already"):
+        cskv_hf.load(model, pushed[1], adapter_name="large")
+
+
+def test_weights_of_another_adapter(pushed, tmp_path):
+    """A config and weights that were not saved together are told from the header, before the model is touched."""
+    lossy(tiny_model(), **PACKED | {"compression": 0.6}).save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    state = load_file(pushed[1] / weights.name)
+    dropped = next(name for name in state if "layers.1" in name and "value_mean" in name)
+    part = {name: tensor for name, tensor in load_file(weights).items() if name != dropped}
+    for other, message in ((state, r"of layer \d is \(\d+, 8\) in the file, \(\d+, 8\) by the config"),
+                           (part, "`cskv_value_mean` of layer 1 is missing in the file")):  # fmt: skip
+        save_file(other, weights)
+        model = tiny_model()
+        with pytest.raises(ValueError, match=rf"does not belong to the adapter_config\.json beside it: .*{message}"):
+            cskv_hf.load(model, tmp_path)
+        assert not hasattr(model.model.layers[0].self_attn, "cskv") and not hasattr(model, "peft_config")
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="names no `peft_type`"):
+        cskv_hf.load(model, tmp_path)
+
+
+def test_cuts_by_one_kind_of_budget(tmp_path):
+    """An adapter of explicit ranks is cut to a compression with the same ranks everywhere and stays unpacked; a packed
+    one cut to ranks keeps the bits of its channels, so that it never grows. What cannot be cut is left as it is."""
+    plain = dict(window=8, sinks=3, block_size=8)
+    data = calibration_data(tiny_model())
+    ranked = cskv_hf.fit(tiny_model(), data, CSKVConfig(key_rank=12, value_rank=8, **plain), progress=False)
+    ranked.save_pretrained(tmp_path / "ranked")
+    model = cskv_hf.load(tiny_model(), tmp_path / "ranked", compression=0.8)
+    config = model.peft_config["default"]
+    assert config.value_ranks == [sum(ranks) for ranks in config.key_ranks] == [5, 5] and config.key_bits is None
+    model.save_pretrained(tmp_path / "cut")
+    again = cskv_hf.load(tiny_model(), tmp_path / "cut")
+    assert torch.equal(again.generate(prompt(1, 60), **GREEDY), model.generate(prompt(1, 60), **GREEDY))
+    base = tiny_model()
+    with pytest.raises(ValueError, match="Cannot cut factors of rank 12"):
+        cskv_hf.load(base, tmp_path / "ranked", compression=0.5)
+    assert not hasattr(base.model.layers[0].self_attn, "cskv")
+
+    packed = lossy(tiny_model(), **PACKED)
+    config = packed.peft_config["default"]
+    before, size = copy.deepcopy(config), config.bytes_per_token(packed.config)
+    for wrong in ({}, dict(key_rank=4), dict(compression=0.8, value_rank=4)):
+        with pytest.raises(
+            ValueError, match="`shrink` takes either `compression`, or `key_rank` and `value_rank`; got"
+        ):
+            cskv_hf.shrink(packed, **wrong)
+    for wrong in (dict(key_ranks=4), dict(window=64), dict(bits=16)):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            cskv_hf.shrink(packed, 0.8, **wrong)
+    assert config == before
+    ranks = min(map(sum, config.key_ranks)), min(config.value_ranks)
+    cskv_hf.shrink(packed, key_rank=ranks[0], value_rank=ranks[1])
+    assert config.bytes_per_token(packed.config) <= size
+    for layer in range(2):
+        held = (
+            (config.key_bits[layer], before.key_bits[layer]),
+            (config.value_bits[layer:][:1], before.value_bits[layer:][:1]),
+        )
+        for now, then in held:
+            for group, old in zip(now, then):
+                bits = channel_bits([group])
+                assert bits == channel_bits([old])[: len(bits)]
+    packed.save_pretrained(tmp_path / "packed")
+    again = cskv_hf.load(tiny_model(), tmp_path / "packed")
+    assert torch.equal(again.generate(prompt(1, 60), **GREEDY), packed.generate(prompt(1, 60), **GREEDY))
+
+
 class Payload:
     """Runs code where it is unpickled without care."""
 
@@ -389,6 +480,25 @@ def test_a_base_known_by_its_path_must_be_named(pushed, tmp_path):
         AutoModelForCausalLM.from_pretrained("ada/from-a-path").generate(prompt(1, 60), **GREEDY),
         model.generate(prompt(1, 60), **GREEDY),
     )
+
+
+def test_pushes_that_fail_leave_nothing_behind(pushed, tmp_path, monkeypatch):
+    """No repository is made for an adapter without factors, or for a pull request against a branch.
+    A base that is named is believed, whatever folder has the same name here."""
+    get_peft_model(tiny_model(), CSKVConfig(key_rank=8, value_rank=8)).save_pretrained(tmp_path / "unfitted")
+    with pytest.raises(ValueError, match="has no factors yet"):
+        push_folder(tmp_path / "unfitted", "ada/unfitted", base_model=BASE)
+    with pytest.raises(
+        ValueError, match="`create_pr` opens a pull request against the main branch, not `revision`='new'"
+    ):
+        push_folder(pushed[1], "ada/unfitted", create_pr=True, revision="new")
+    assert "ada/unfitted" not in HUB.repos
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / BASE).mkdir(parents=True)
+    with pytest.raises(ValueError, match="is no Hub id"):
+        push_folder(pushed[1], "ada/named")  # as it was recorded, it may be that folder
+    push_folder(pushed[1], "named", base_model=BASE)
+    assert 'from_pretrained("ada/named"' in ModelCard.load("ada/named").text
 
 
 def test_push_from_a_transformers_model_and_by_adapter_name(pushed, documented):

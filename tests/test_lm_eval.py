@@ -64,6 +64,49 @@ metric_list: [{{metric: word_perplexity}}]
 metadata: {{version: 1.0}}
 """
 
+RULER = """
+task: tiny_ruler
+dataset_path: ""
+dataset_name: ""
+output_type: generate_until
+test_split: test
+custom_dataset: !function tiny_ruler.texts
+process_results: !function tiny_ruler.process_results
+doc_to_text: "{{input}}"
+doc_to_target: "{{outputs}}"
+generation_kwargs: {until: [], max_gen_toks: 4, do_sample: false}
+metric_list:
+  - {metric: "4096", aggregation: !function tiny_ruler.aggregate, higher_is_better: true}
+  - {metric: "32", aggregation: !function tiny_ruler.aggregate, higher_is_better: true}
+tag: [tiny_long]
+metadata: {version: 1.0}
+"""
+RULERS = """
+group: tiny_rulers
+task: [tiny_ruler]
+aggregate_metric_list: [{metric: "4096", weight_by_size: false}, {metric: "32", weight_by_size: false}]
+metadata: {version: 1}
+"""
+RULER_CODE = """
+import datasets
+from transformers import AutoTokenizer
+
+def texts(max_seq_lengths, pretrained=None, tokenizer=None, **kwargs):
+    words = AutoTokenizer.from_pretrained(tokenizer or pretrained)
+    docs = [
+        {"input": words.decode([5 + i] * (length - 4)), "outputs": ["w7"], "max_length": length}
+        for i, length in enumerate(max_seq_lengths)
+    ]
+    return {"test": datasets.Dataset.from_list(docs)}
+
+def process_results(doc, results):
+    return {"4096": -1.0, str(doc["max_length"]): float("w7" in results[0])}
+
+def aggregate(values):
+    found = [v for v in values if v != -1]
+    return sum(found) / len(found) if found else -1
+"""
+
 
 def words(rng, count):
     return " ".join(f"w{rng.randrange(3, 89)}" for _ in range(count))
@@ -333,6 +376,58 @@ def test_errors_come_first(tokenizer, folder, tmp_path, own_tasks_only):
     plain.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is no CSKV adapter. Give an adapter, or one by `peft=`"):
         CSKVLM(tmp_path)
+
+
+@pytest.fixture
+def ruler(tmp_path, monkeypatch):
+    """A task like RULER's: it makes its texts by the tokenizer it is told of, and says -1 of lengths without text."""
+    folder = tmp_path / "ruler"
+    folder.mkdir()
+    for name, text in (("tiny_ruler.yaml", RULER), ("tiny_rulers.yaml", RULERS), ("tiny_ruler.py", RULER_CODE)):
+        (folder / name).write_text(text)
+    monkeypatch.setattr(runs, "RULER", folder)
+    monkeypatch.setattr(runs, "RULER_NEEDS", ())
+    return folder
+
+
+def test_ruler(tokenizer, ruler, tmp_path, own_tasks_only):
+    """Through an adapter without a tokenizer of its own; lengths with their own number of cases, and no -1."""
+    make_model(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    lossy(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    settings = dict(include_path=ruler, device="cpu", bootstrap_iters=0)
+    for asked in ("tiny_ruler", "tiny_rulers", "tiny_long"):
+        run = run_lm_eval(tmp_path / "adapter", asked, metadata={"max_seq_lengths": [32, 48, 32, 32]}, **settings)
+        found = [(r["task"], r["metric"], r["n"]) for r in run["results"]]
+        of_group = [("tiny_rulers", "32", 3)] if asked == "tiny_rulers" else []
+        assert found == [("tiny_ruler", "32", 3), ("tiny_ruler", "48", 1), *of_group]
+        assert all(0 <= r["value"] <= 1 for r in run["results"])
+
+
+def test_ruler_without_its_packages(ruler, monkeypatch):
+    """Said before a model is loaded, here one that is not there."""
+    monkeypatch.setattr(runs, "RULER_NEEDS", ("no_such_package", "json"))
+    for asked in ("tiny_ruler", "tiny_rulers", "tiny_long", str(ruler / "tiny_ruler.yaml")):
+        with pytest.raises(ImportError, match=r"\(no_such_package\): `pip install \"lm_eval\[ruler\]\"`"):
+            run_lm_eval("nowhere", asked, include_path=ruler)
+
+
+def test_rulers_own_tasks_are_known(monkeypatch):
+    monkeypatch.setattr(runs, "RULER_NEEDS", ("no_such_package",))
+    for asked in ("ruler", "niah_single_1"):
+        with pytest.raises(ImportError, match="no_such_package"):
+            runs.check_tasks(asked)
+    runs.check_tasks("hellaswag")
+
+
+def test_responses_of_other_versions_are_not_gone_on_from(tokenizer, folder, tmp_path, monkeypatch, own_tasks_only):
+    settings = dict(include_path=folder, tokenizer=tokenizer, use_cache=tmp_path / "responses", bootstrap_iters=0)
+    for number, version in enumerate(("1", "1", "2")):
+        monkeypatch.setattr(runs, "versions", lambda version=version: {"torch": version})
+        run_lm_eval(lossy(make_model()), "tiny_choice", limit=1, **settings)
+        assert len(list(tmp_path.iterdir())) == (1, 1, 2)[number]
 
 
 def test_results_of_groups_and_missing_errors():

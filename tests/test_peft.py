@@ -1,5 +1,6 @@
 """The adapter as PEFT and transformers see it: added, saved, loaded, switched, cut, stacked with LoRA, refused."""
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMH
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
+from cskv_hf.fitting import format_report
+from cskv_hf.hub import save_adapter
+from cskv_hf.tuner import sidecars
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)
 
@@ -147,6 +151,91 @@ def test_stacks_with_lora(lora_first, tmp_path):
     assert not any("cskv_" in n and "lora" in n for n, _ in base.named_parameters())
     ids = prompt(1, 40)
     assert torch.equal(base.generate(ids, cache=CSKVCache, **GREEDY), base.generate(ids, cache=DynamicCache, **GREEDY))
+
+
+def test_a_fit_copies_its_config(tmp_path):
+    """One config for two fits: it stays as it was given, and either adapter can be saved and loaded."""
+    config = CSKVConfig(compression=0.85, window=8, sinks=3, block_size=8)
+    before = config.to_dict()
+    model = cskv_hf.fit(make_model(), calibration_data(make_model()), config, progress=False)
+    model = cskv_hf.fit(model, [prompt(2, 60) % 10 + 2], config, adapter_name="other", progress=False)
+    assert config.to_dict() == before and not config.is_fitted
+    assert model.peft_config["default"].key_ranks != model.peft_config["other"].key_ranks
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        tokens = model.generate(prompt(1, 60), **GREEDY)
+        save_adapter(model, tmp_path / name, name)
+        loaded = cskv_hf.load(make_model(), tmp_path / name)
+        assert torch.equal(loaded.generate(prompt(1, 60), **GREEDY), tokens)
+    again = cskv_hf.fit(make_model(), calibration_data(make_model()), model.peft_config["other"], progress=False)
+    assert again.peft_config["default"].key_ranks == model.peft_config["default"].key_ranks
+
+
+def test_fitting_again_makes_the_adapter_the_active_one():
+    """For PEFT as for the layers, in a `PeftModel` and inside a transformers model, whose LoRA stays active."""
+    data, settings = calibration_data(make_model()), CSKVConfig(compression=0.6, block_size=8)
+    model = cskv_hf.fit(make_model(), data, settings, adapter_name="a", progress=False)
+    model = cskv_hf.fit(model, data, settings, adapter_name="b", progress=False)
+    assert model.active_adapter == "b"
+    model = cskv_hf.fit(model, data, CSKVConfig(compression=0.7, block_size=8), adapter_name="a", progress=False)
+    assert model.active_adapter == "a" and model.base_model.active_adapters == ["a"]
+    assert model.active_peft_config.compression == 0.7 and sidecars(model)[1].adapter_in_use == "a"
+    assert not any(p.requires_grad for p in model.parameters())
+
+    base = make_model()
+    base.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), adapter_name="style")
+    for name in ("a", "b"):
+        cskv_hf.fit(base, data, settings, adapter_name=name, progress=False)
+    base.set_adapter(["style", "b"])
+    cskv_hf.fit(base, data, settings, adapter_name="a", progress=False)
+    assert sidecars(base)[1].adapter_in_use == "a"
+    assert "style" in base.model.layers[0].self_attn.q_proj.active_adapters
+
+
+def test_a_fit_sees_a_lora_without_its_dropout():
+    """Weights are asked for with the LoRA applied; in training mode they are those of inference."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=targets, init_lora_weights=False)
+    for init in ("attention", "asvd"):
+        factors = []
+        for training in (False, True):
+            model = make_model()
+            torch.manual_seed(0)
+            model.add_adapter(lora, adapter_name="style")
+            model.train(training)
+            config = CSKVConfig(key_rank=12, value_rank=12, init=init)
+            cskv_hf.fit(model, calibration_data(model), config, adapter_name="memory", progress=False)
+            factors.append(sidecars(model)[1]("memory"))
+            assert model.training == training
+        for name in ("key_A", "value_A", "value_B", "key_spectrum"):
+            assert torch.equal(*(getattr(f, name) for f in factors)), (init, name)
+
+
+def test_a_cut_adapter_states_what_it_is_now():
+    """The report reads ranks and bytes off the config, and errors only of layers that were not cut."""
+    model = lossy(make_model(), 0.6, bits=None, allocation=None, block_size=8)
+    config = model.peft_config["default"]
+    config.fit_report["evaluation"] = {"kl": 0.1}
+    report, before = format_report(config), copy.deepcopy(config.fit_report)
+    assert "energy lost" in report and " - " not in report
+    cskv_hf.shrink(model, 0.6)  # which cuts nothing
+    assert config.fit_report == before and format_report(config) == report
+    ranks = list(zip(config.key_ranks, config.value_ranks))
+    cskv_hf.shrink(model, 0.85)
+    assert "evaluation" not in config.fit_report and before["evaluation"] == {"kl": 0.1}
+    for layer, old, kept, had in zip(
+        config.fit_report["layers"], before["layers"], zip(config.key_ranks, config.value_ranks), ranks
+    ):
+        assert kept != had and set(layer) == {"layer_idx", "key_mean_share", "value_mean_share"}
+        assert layer == {name: old[name] for name in layer}
+    lines = format_report(config).split("\n")
+    for i in range(2):
+        keys, values = lines[5 + i].split()[1:3]
+        assert (int(keys), int(values)) == (sum(config.key_ranks[i]), config.value_ranks[i])
+        assert lines[5 + i].split()[-4:] == ["-"] * 4
+    assert f"an old token takes {config.bytes_per_token(model.config):,.1f} of 256 bytes" in format_report(config)
+    assert "- was not measured: the adapter was cut or trained after the fit" in lines
+    assert max(map(len, lines)) <= 80
 
 
 def test_merging_is_refused():

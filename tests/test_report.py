@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import lossy, make_model
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 import cskv_hf
+import cskv_hf.demo
 import cskv_hf.report.write
 from cskv_hf import CSKVConfig, ModelShape
+from cskv_hf.evaluate import fingerprint
 from cskv_hf.report import write_report
 from cskv_hf.report.charts import (
     HEAT_TEXT,
@@ -33,10 +34,10 @@ from cskv_hf.report.charts import (
     stacked_bars,
     whole_ticks,
 )
-from cskv_hf.report.data import report_data
+from cskv_hf.report.data import report_data, same_model
 from cskv_hf.report.formats import Style, benchmark_name, count, interval, measured, significant, size, style_of
 from cskv_hf.report.markup import Safe, escape, tag
-from cskv_hf.report.page import STYLE, page
+from cskv_hf.report.page import STYLE, eval_command, page
 from cskv_hf.report.rows import place_of
 from cskv_hf.report.scales import Scale, linear_ticks, log_ticks, power_ticks, spread
 from cskv_hf.report.sections import KNOWN_TABLES
@@ -322,17 +323,16 @@ def test_other_adapters(adapters, tmp_path, name):
     assert ("were cut since" in Parsed(text).text) == (name == "cut")
 
 
-def test_adapter_without_spectra_or_report(adapters, tmp_path):
-    """As adapters of older versions are; what is not there is said."""
+def test_adapter_without_report(adapters, tmp_path):
+    """What is not there is said."""
     for file in (adapters / "packed").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as weights:
-        kept = {name: weights.get_tensor(name) for name in weights.keys() if "spectrum" not in name}  # noqa: SIM118
-    save_file(kept, tmp_path / "adapter_model.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"fit_report": None, "sensitivity": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    text = Parsed(write_report(tmp_path, [], tmp_path / "page.html").read_text(encoding="utf-8")).text
-    assert "holds no spectra" in text and "cskv fit" in text and "did not record them" in text
+    data = json.loads(write_report(tmp_path, [], tmp_path / "page.html").with_suffix(".json").read_text())
+    data["adapter"]["spectra"] = None
+    text = Parsed(page(data)).text
+    assert "did not record them" in text and "holds no spectra" in text and "cskv fit" in text
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is missing"):
         write_report(tmp_path, [], tmp_path / "page.html")
@@ -357,6 +357,10 @@ def test_adapter_without_spectra_or_report(adapters, tmp_path):
             json.dumps({"version": 1, "rows": [], "model": MODEL | {"layers": 32}}),
             "another model .*layers: adapter 2, file 32",
         ),
+        (
+            json.dumps({"version": 1, "rows": [], "model": MODEL | {"model_type": "mistral"}}),
+            "another model .*model_type: adapter llama, file mistral",
+        ),
     ],
 )
 def test_results_that_are_refused(adapters, tmp_path, text, message):
@@ -374,6 +378,135 @@ def test_a_later_file_replaces_the_same_measurement(adapters, tmp_path):
     second = results(tmp_path / "b.json", [row(value=0.4)])
     rows = report_data(adapters / "packed", [first, second])["rows"]
     assert sorted(one["value"] for one in rows) == [0.2, 0.3, 0.4]
+
+
+def test_the_same_question_is_the_same_whatever_its_details(adapters, tmp_path):
+    """A later run with other details replaces the earlier; how many questions were cut is said beside their number."""
+    first = results(tmp_path / "a.json", [row(value=0.1, details={"tokens_cut": 17})])
+    second = results(tmp_path / "b.json", [row(value=0.4, details={"cases_cut": 1234})])
+    data = report_data(adapters / "packed", [first, second])
+    assert [one["value"] for one in data["rows"]] == [0.4]
+    text = write_report(adapters / "packed", [of_this_adapter(adapters, second)], tmp_path / "page.html").read_text()
+    assert "1,234 cut" in at_a_glance(text) and "; 1,234 cut</title>" in text
+
+
+def at_a_glance(text):
+    """The words of the first table of numbers."""
+    return Parsed("<table>" + re.search(r"<caption>Quality at a glance.*?</table>", text, re.S)[0]).text
+
+
+def of_this_adapter(adapters, path, **settings):
+    """The results file with all its rows made those of the adapter "packed"."""
+    config = CSKVConfig.from_pretrained(str(adapters / "packed"))
+    numbers = {
+        "compression": config.compression,
+        "bytes_per_token": config.bytes_per_token(ModelShape(**config.model_shape)),
+    }
+    data = json.loads(path.read_text())
+    rows = [one | numbers | {"table": "adapter", "method": "this adapter"} for one in data["rows"]]
+    path.write_text(json.dumps(data | {"rows": rows, "settings": data["settings"] | settings}))
+    return path
+
+
+def test_numbers_of_another_adapter_are_not_shown_as_this_ones(adapters, tmp_path):
+    """What is shown at a glance has the bytes and the compression of the adapter, and its file where that is known."""
+
+    def shown(path):
+        text = write_report(adapters / "packed", [path], tmp_path / "page.html").read_text(encoding="utf-8")
+        data, text = json.loads((tmp_path / "page.json").read_text()), Parsed(text).text
+        summary = text.split("Cache size against context")[0].rpartition("An old token takes")[2]
+        return summary, [one["method"] for one in data["rows"]], data["results"][0]["same_adapter"]
+
+    path = tmp_path / "r.json"
+    mine = of_this_adapter(adapters, results(path, [row(value=0.4321, low=None, high=None)]))
+    summary, methods, same = shown(mine)
+    assert "43.2 %" in summary and methods == ["this adapter"] and same is None
+    assert "r.json was measured on tiny, an adapter of the same size, and does not say whether" in summary
+    held = fingerprint.file_fingerprint(adapters / "packed" / "adapter_model.safetensors")
+    summary, methods, same = shown(of_this_adapter(adapters, path, files={"adapter": held}))
+    assert "43.2 %" in summary and methods == ["this adapter"] and same is True and "of the same size" not in summary
+    for changes in (
+        {"files": {"adapter": "another"}},
+        {"bytes_per_token": 100.0},
+        {"compression": 0.95},
+        {"bytes_per_token": None},
+    ):
+        files = {"files": changes.pop("files")} if "files" in changes else {"files": {}}
+        data = json.loads(of_this_adapter(adapters, path, **files).read_text())
+        path.write_text(json.dumps(data | {"rows": [one | changes for one in data["rows"]]}))
+        summary, methods, same = shown(path)
+        assert "43.2 %" not in summary and methods == ["another adapter"] and same is False, changes
+        assert "r.json was measured on another adapter, tiny, and is shown as that." in summary
+        assert "No quality of this adapter was measured" not in summary  # what the fit recorded
+
+
+def test_ours_with_other_settings_is_another_adapter(adapters, tmp_path):
+    """At a glance are those with the adapter's bytes, compression and window; the others are marked."""
+    config = CSKVConfig.from_pretrained(str(adapters / "packed"))
+    same = {"bytes_per_token": config.bytes_per_token(ModelShape(**config.model_shape)), "window": config.window}
+    others = [{"bytes_per_token": 404.0}, {"compression": 0.5}, {"window": 77}, {}]
+    for i, other in enumerate(others):
+        rows = [row(value=0.4321, low=None, high=None, **{"compression": 0.8} | same | other)]
+        out = write_report(adapters / "packed", [results(tmp_path / "r.json", rows)], tmp_path / "page.html")
+        text = out.read_text(encoding="utf-8")
+        glance = at_a_glance(text)
+        marked = '<th scope="row" class="words">ours<small>another adapter</small></th>' in text
+        assert ("43.2 %" in glance) == ("fitted with its settings" in glance) == (not marked) == (other == {}), i
+
+
+def with_base(adapters, folder, base):
+    """A copy of an adapter that was fitted to `base`."""
+    folder.mkdir(exist_ok=True)
+    for file in (adapters / "plain").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_results_of_another_model_are_refused(adapters, tmp_path):
+    """By the name of the base model; where names cannot tell, the page says whose numbers these are."""
+    adapter = with_base(adapters, tmp_path / "mine", "ada/llama-small")
+    for model, table, refused in (
+        ({"name": "ada/llama-small"}, "methods", False),
+        ({"name": "ada/llama-large"}, "methods", True),
+        ({"name": "results/of-it", "base_model": "ada/llama-large"}, "adapter", True),
+        ({"name": "results/of-it", "base_model": "ada/llama-small"}, "adapter", False),
+        ({"name": "results/of-it"}, "adapter", None),  # an adapter of which model?
+        ({"name": "/models/llama-large"}, "methods", None),
+        ({"name": "bob/llama-small"}, "methods", None),
+        ({}, "methods", None),
+    ):
+        numbers = {name: value for name, value in MODEL.items() if name != "name"}
+        path = results(tmp_path / "r.json", [row(table)], model=numbers | model)
+        if refused:
+            with pytest.raises(
+                ValueError, match=r"r\.json' is about another model .*ada/llama-small.*ada/llama-large"
+            ):
+                report_data(adapter, [path])
+            continue
+        text = Parsed(write_report(adapter, [path], tmp_path / "page.html").read_text(encoding="utf-8")).text
+        named = model.get("name", "").rpartition("/models/")[2] or "a model without a name"
+        doubt = f"r.json was measured on {named}, the adapter was fitted to ada/llama-small: the same sizes, but"
+        assert (doubt in text) == (refused is None), model
+        assert "A compressed KV cache for ada/llama-small" in text
+
+
+def test_the_same_model_under_two_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "large").mkdir(parents=True)
+    bundled = "/somewhere/else/cskv_hf/demo/model"
+    assert same_model("bundled", bundled) and same_model(bundled, str(cskv_hf.demo.MODEL_PATH))
+    assert same_model("a/b", "a/b/") and same_model("a/b", "a/c") is False
+    for other in ("c/b", "c/B", "/x/c", "./c", "c", "", "models/large", "x/y/c"):
+        assert same_model("a/b", other) is None, other
+
+
+def test_the_command_has_every_option(adapters, tmp_path):
+    settings = {"model": "tiny", "benchmarks": ["longbench:x.jsonl"], "cut": 31500, "context": 32768, "batch_size": 4}
+    result = {"settings": settings, "model": {}, "tables": ["adapter"]}
+    options = "--cut 31500 --context 32768 --batch-size 4"
+    assert eval_command(result) == f"cskv eval tiny --benchmark longbench:x.jsonl {options} --out FOLDER"
 
 
 def test_rows_as_the_suite_writes_them(adapters, tmp_path):

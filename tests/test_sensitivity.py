@@ -10,6 +10,8 @@ from cskv_hf.fitting import layer_bases
 from cskv_hf.sensitivity import measure_sensitivity, probe_cut, probe_samples
 from cskv_hf.statistics import collect_statistics
 
+FORBIDDEN = torch.tensor([0, 7])  # tokens
+
 
 def bases_of(model):
     statistics = collect_statistics(model, calibration_data(model), progress=False)
@@ -79,6 +81,35 @@ def test_deep_models_are_probed_on_fewer_tokens():
     assert [len(ids) for ids in read] == [20] * 13 and sum(map(len, read)) == 0.25 * sum(map(len, short))
     assert [len(ids) for ids in probe_samples([torch.arange(3)], 32)] == [2]
     assert torch.equal(probe_samples([torch.arange(512)], 32)[0], torch.arange(128))
+
+
+def test_a_forbidden_token_counts_for_nothing():
+    """A head may write -inf for a token: probability 0 adds nothing, as it does where the float underflows to 0."""
+    measured = []
+    for low in (-torch.inf, -1e4):
+        model = make_model()
+        bases = bases_of(model)
+        model.lm_head.register_forward_hook(lambda module, args, output, low=low: output.index_fill(2, FORBIDDEN, low))
+        measured.append(measure_sensitivity(model, bases, [torch.arange(2, 40)], progress=False))
+    assert measured[0] == measured[1] and min(min(rates) for rates in measured[0]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "whole, message",
+    [(0, "logits of calibration sample 0 are NaN"), (1, "sample 1"), (2, "logits with cut keys of layer 0 are NaN")],
+)
+def test_logits_that_are_no_numbers_are_refused(whole, message):
+    """A divergence of NaN would price the layer, and with it all others, at nothing."""
+    model, forwards = make_model(), [0]
+    bases = bases_of(model)
+
+    def overflow(module, args, output):
+        forwards[0] += 1
+        return output if forwards[0] <= whole else output * torch.nan
+
+    model.lm_head.register_forward_hook(overflow)
+    with pytest.raises(ValueError, match=f"{message}.*bfloat16 or float32.*`allocation`='uniform'"):
+        measure_sensitivity(model, bases, [torch.arange(2, 40), torch.arange(40, 60)], progress=False)
 
 
 def test_the_model_is_whole_again_after_an_error():

@@ -1,5 +1,6 @@
 """Measuring methods side by side: each once, at equal bytes, and to the same end however often it was interrupted."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -7,15 +8,18 @@ import json
 import pytest
 import torch
 from conftest import calibration_data, lossy, make_model, prompt
+from torch import nn
+from transformers import AutoTokenizer
 
 from cskv_hf import CSKVCache, CSKVConfig, collect_statistics
 from cskv_hf.config import ModelShape
-from cskv_hf.evaluate import tables
+from cskv_hf.demo import MODEL_PATH
+from cskv_hf.evaluate import inputs, methods, tables
 from cskv_hf.evaluate.benchmarks import ALL, CaseBenchmark, Measurement, TextBenchmark, long_generations
 from cskv_hf.evaluate.cases import Case
 from cskv_hf.evaluate.format import markdown_table, text_tables
 from cskv_hf.evaluate.memory import cache_nbytes
-from cskv_hf.evaluate.methods import Calibration, Method, cache_maker
+from cskv_hf.evaluate.methods import Calibration, Method, cache_maker, train_in_place
 from cskv_hf.evaluate.suite import Suite
 from cskv_hf.evaluate.tables import FULL, TABLES, adapter_table, ours, paper
 
@@ -85,6 +89,83 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     (tmp_path / "part" / "measured.json").write_text("{")
     with pytest.raises(ValueError, match="is no file of measurements; remove it"):
         suite(tmp_path / "part")
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "peft", "cskv_hf"])
+def test_other_versions_do_not_go_on(tmp_path, monkeypatch, package):
+    """Half of a file of one version and half of another would be neither's numbers."""
+    import cskv_hf.evaluate.suite as module
+
+    suite(tmp_path).run({"one": [FULL]})
+    suite(tmp_path)
+    others = {**module.versions(), package: "99.0"}
+    monkeypatch.setattr(module, "versions", lambda: others)
+    with pytest.raises(
+        ValueError, match=rf"under other settings than these: `versions.{package}` '.*' there, '99.0' here"
+    ):
+        suite(tmp_path)
+
+
+def test_files_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
+    """Each text, the text to fit on and the adapter by what is in them; a change in any is not gone on from."""
+    model, tokenizer = lossy(make_model(vocab_size=2048)), AutoTokenizer.from_pretrained(MODEL_PATH)
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    texts = [tmp_path / name / "t.txt" for name in ("a", "b")]
+    for i, text in enumerate(texts):
+        text.parent.mkdir()
+        text.write_text(f"what is said in {i} " * 200)
+    monkeypatch.setattr(inputs, "load_model", lambda *args: (model, tokenizer))
+
+    def run():
+        specs = [f"text:{text}" for text in texts]
+        return inputs.evaluate(str(adapter), tmp_path / "out", specs, length=128, limit=1, say=lambda text: None)
+
+    rows = run()
+    assert run() == rows
+    files = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["files"]
+    assert list(files) == [*(f"text:{text}" for text in texts), "adapter"] and len(set(files.values())) == 3
+    texts[0].write_text("something else " * 200)
+    with pytest.raises(ValueError, match=r"under other settings than these: `files\.text:.*/a/t\.txt` '"):
+        run()
+
+
+def test_the_bundled_model_as_it_is_asked_for():
+    assert inputs.load_model("bundled")[0].dtype == torch.float32
+    model, tokenizer = inputs.load_model("bundled", "bfloat16", "meta")
+    assert (model.dtype, model.device.type, len(tokenizer)) == (torch.bfloat16, "meta", 2048)
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_training_leaves_the_model_where_it_was(monkeypatch, place, error):
+    """The Trainer moves a model to the first GPU: one on the CPU is trained there, another is moved back."""
+
+    class Model(nn.Module):
+        device = torch.device(place)
+
+        def to(self, device):
+            self.device = device
+
+    class Trainer:
+        def __init__(self, model, arguments, rows, **kwargs):
+            self.model, self.arguments = model, arguments
+
+        def remove_callback(self, callback):
+            pass
+
+        def train(self):
+            assert self.arguments.use_cpu == (place == "cpu")
+            self.model.device = torch.device("cpu" if self.arguments.use_cpu else "cuda:0")
+            self.model.train()
+            if error:
+                raise error
+
+    model = Model().eval()
+    monkeypatch.setattr(methods, "CSKVTrainer", Trainer)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        train_in_place(model, Calibration(None, []), "mse")
+    assert model.device == torch.device(place) and not model.training
 
 
 def test_what_is_not_possible_is_said_and_left_out(tmp_path):
@@ -169,17 +250,20 @@ def test_quantised_budgets_are_those_of_the_paper_packed_at_the_same_rank():
         assert 0.97 * cost < budget < 1.03 * cost
 
 
+class Words:
+    """A tokenizer."""
+
+    pad_token_id = eos_token_id = 0
+    chat_template = None
+
+    def __call__(self, text):
+        return {"input_ids": [2 + ord(c) % 80 for c in text]}
+
+    def decode(self, ids, **kwargs):
+        return " ".join(map(str, ids.tolist()))
+
+
 def test_cases_are_averaged_over_all_groups(tmp_path):
-    class Words:
-        pad_token_id = eos_token_id = 0
-        chat_template = None
-
-        def __call__(self, text):
-            return {"input_ids": [2 + ord(c) % 80 for c in text]}
-
-        def decode(self, ids, **kwargs):
-            return " ".join(map(str, ids.tolist()))
-
     cases = [
         Case(str(i), f"{i % 3} groups", "x" * (5 + i), ("1",), lambda answer, case: float(case.id in "02"), 3)
         for i in range(6)
@@ -194,6 +278,33 @@ def test_cases_are_averaged_over_all_groups(tmp_path):
         ("2 groups", 0.5, 2, 0),
         (ALL, pytest.approx(2 / 6), 6, 1),
     ]
+
+
+def test_details_are_those_of_all_cases_of_a_group(tmp_path):
+    """Not of one of them; of those cut the number, without cases that were skipped."""
+    details = [
+        {"dataset": "d", "length": 7 + i // 2, "keywords": [str(i)], "tokens_cut": cut}
+        for i, cut in enumerate((5, 0, 9, 3, 4, 0))
+    ]
+    cases = [
+        Case(str(i), f"group {i // 2}", "x" * (5 if i != 4 else 5000), ("1",), lambda answer, case: 1.0, 3, details=d)
+        for i, d in enumerate(details)
+    ]
+    cases.append(Case("other", "plain", "x", ("1",), lambda answer, case: 1.0, 3, details={"depth": 0.5}))
+    benchmark = CaseBenchmark("cases", cases, 20, "accuracy", batch_size=2)
+    measured = benchmark.run(make_model(max_position_embeddings=512), Words(), FULL_CACHE, tmp_path / "a.jsonl", {})
+    assert [m.details for m in measured] == [
+        {"dataset": "d", "length": 7, "cases_cut": 1},
+        {"dataset": "d", "length": 8, "cases_cut": 2},
+        {"dataset": "d", "length": 9, "cases_cut": 0},
+        {"depth": 0.5},
+        {"cases_cut": 3},
+    ]
+    rows = [
+        {"table": "t", "label": "m", "benchmark": "cases", "cache_share": 1.0, **dataclasses.asdict(m)}
+        for m in measured
+    ]
+    assert text_tables(rows).split("\n")[-1] == "cut in the middle by --cut: 3"
 
 
 def FULL_CACHE():

@@ -2,17 +2,22 @@
 threads, several models. Compression changes what a cache holds and nothing else.
 """
 
+import copy
+import json
 import threading
 
 import pytest
 import torch
 from conftest import calibration_data, lossless, lossy, make_model, prompt
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Trainer, TrainingArguments
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
+from cskv_hf.hub import save_adapter
 from cskv_hf.train import CSKVTrainer, training_arguments, training_rows
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)
@@ -108,6 +113,87 @@ def test_lora_merged_after_cskv(saved, documented):
     merged = stacked.merge_and_unload()
     torch.testing.assert_close(merged(prompt(1, 30)).logits, before, atol=1e-4, rtol=1e-4)
     assert torch.equal(generated(merged), tokens) and hasattr(merged.model.layers[0].self_attn, "cskv")
+
+
+def test_merge_adapter_merges_the_lora_and_leaves_the_factors(saved):
+    """PEFT merges whatever can be, and comes by the factors; only who names CSKV's adapter is refused."""
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved[0] / "adapter"), lora, adapter_name="style")
+    before, tokens = model(prompt(1, 30)).logits, generated(model)
+    model.merge_adapter()
+    assert all(module.merged for module in model.modules() if isinstance(module, LoraLayer))
+    torch.testing.assert_close(model(prompt(1, 30)).logits, before, atol=1e-4, rtol=1e-4)
+    assert torch.equal(generated(model), tokens)
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="cannot be merged into the weights"):
+        model.merge_adapter(["default"])
+    alone = cskv_hf.load(AutoModelForCausalLM.from_pretrained(saved[0] / "base"), saved[0] / "adapter")
+    for merge in (alone.merge_adapter, alone.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot be merged into the weights"):
+            merge()
+
+
+@pytest.mark.parametrize("then", ["save", "load", "fit", "delete", "stack", "copy"])
+def test_after_a_lora_was_merged(saved, then):
+    """PEFT forgets all adapters with the LoRA; those of CSKV can still be saved, added to, removed and stacked on."""
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter")
+    model = get_peft_model(model, lora, adapter_name="style").merge_and_unload()
+    tokens, folder = generated(model), saved[0] / "again"
+    if then == "save":
+        for save in (model.save_pretrained, lambda folder: save_adapter(model, folder)):
+            save(folder)
+            config, weights = (folder / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+            assert json.loads(config.read_text())["peft_type"] == "CSKV"
+            assert load_file(weights).keys() == load_file(saved[0] / "adapter" / weights.name).keys()
+    elif then == "load":
+        model.load_adapter(str(saved[0] / "adapter"), adapter_name="other")
+        model.set_adapter("other")
+        assert torch.equal(generated(model), tokens)
+    elif then == "fit":
+        settings = CSKVConfig(window=8, sinks=3, block_size=8, compression=0.75)
+        assert cskv_hf.fit(model, calibration_data(model), settings, adapter_name="new", progress=False) is model
+        assert model.active_adapters() == ["new"]
+        generated(model)
+    elif then == "delete":
+        model.delete_adapter("default")
+        output = model.generate(prompt(1, 60), return_dict_in_generate=True, **GREEDY)
+        assert isinstance(output.past_key_values, DynamicCache)
+    elif then == "stack":
+        stacked = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"), adapter_name="second")
+        assert set(stacked.peft_config) == {"default", "second"} and torch.equal(generated(stacked), tokens)
+    else:
+        twin = copy.deepcopy(model)
+        assert list(twin.peft_config) == ["default"] and torch.equal(generated(twin), tokens)
+
+
+def test_two_adapters_of_one_name(saved):
+    """PEFT has one entry for both, so that neither of ours is taken for the other's; refused before any work."""
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved[0] / "adapter"), lora)
+    for call in (lambda: save_adapter(model, saved[0] / "mixed"), lambda: cskv_hf.push_to_hub(model, "ada/mixed")):
+        with pytest.raises(
+            ValueError, match=r"'default' cannot be saved: .* Add that one under another `adapter_name`"
+        ):
+            call()
+    assert not (saved[0] / "mixed").exists()
+    base = AutoModelForCausalLM.from_pretrained(saved[0] / "base")
+    base.add_adapter(lora, adapter_name="style")
+
+    def data():
+        pytest.fail("calibrated")
+        yield
+
+    with pytest.raises(ValueError, match="`adapter_name`='style' is the name of a LORA adapter of this model"):
+        cskv_hf.fit(base, data(), adapter_name="style", progress=False)
+    with pytest.raises(ValueError, match="`adapter_name`='style' is the name of a LORA adapter of this model"):
+        cskv_hf.load(base, saved[0] / "adapter", adapter_name="style")
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(saved[0] / "base"), lora)
+    for call in (lambda: cskv_hf.fit(wrapped, data(), adapter_name="memory", progress=False),
+                 lambda: cskv_hf.load(wrapped, saved[0] / "adapter", adapter_name="memory")):  # fmt: skip
+        with pytest.raises(ValueError, match=r"holds LORA adapters and PEFT cannot mix methods"):
+            call()
+    assert not hasattr(base.model.layers[0].self_attn, "cskv")
 
 
 def test_two_tuners_in_one_peft_model_are_refused(documented):
@@ -263,7 +349,6 @@ def test_threads_on_one_model(documented):
 
 def test_copy_and_pickle(documented):
     """What test_generate.py shows of copies, for a PeftModel with its `push_to_hub`."""
-    import copy
     import pickle
 
     documented(TABLE, "`copy.deepcopy`, pickle", "with CSKV active")

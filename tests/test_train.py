@@ -1,5 +1,6 @@
 """Fine-tuning: the loss is what the cache loses, only factors move, and a run can be interrupted, resumed, shared."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,9 +9,12 @@ import sys
 import pytest
 import torch
 from conftest import calibration_data, lossy, make_model, prompt
+from peft import LoraConfig
 
 import cskv_hf
-from cskv_hf import CSKVCache, CSKVConfig
+from cskv_hf import CSKVCache, CSKVConfig, collect_statistics
+from cskv_hf.card import card_text
+from cskv_hf.fitting import format_report
 from cskv_hf.latents import PackedFormat
 from cskv_hf.quantize import PackedLayout
 from cskv_hf.train import (
@@ -178,9 +182,16 @@ def test_interrupted_training_resumes_to_the_same(tmp_path):
     assert run.state.global_step == 24
     for name, factor in factors_of(straight).items():
         torch.testing.assert_close(factors_of(resumed)[name], factor, atol=1e-6, rtol=1e-5)
-    other = lossy(make_model(dtype=torch.float32), **PACKED | {"bits": 3})
-    with pytest.raises(ValueError, match=r"belongs to an adapter with other settings \(.*bits.*\)"):
-        trainer(other, tmp_path / "resumed", **settings).train(resume_from_checkpoint=True)
+    for changed, objective, named in (
+        (dict(bits=3), "mse", "bits, key_bits, value_bits"),
+        (dict(center=False), "mse", "center"),
+        (dict(key_group=(8, 2), value_group=(8, 2)), "mse", "key_group, value_group"),
+        ({}, "attention", "objective"),
+    ):
+        other = lossy(make_model(dtype=torch.float32), **PACKED | changed)
+        run = trainer(other, tmp_path / "resumed", objective=objective, **settings)
+        with pytest.raises(ValueError, match=rf"belongs to an adapter with other settings \(.*{named}.*\)"):
+            run.train(resume_from_checkpoint=True)
 
 
 DISTRIBUTED = """
@@ -228,14 +239,133 @@ def test_mixed_precision(tmp_path):
     model = lossy(make_model(dtype=torch.float32), 0.8, bits=2, allocation=None, block_size=8)
     data = rows(16, 64)
     run = trainer(model, tmp_path, data, bf16=True, num_train_epochs=6, learning_rate=1e-3)
-    loss, losses = run.loss_function, []
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    loss, losses, trained = run.loss_function, [], set()
+    compute_loss = run.compute_loss
+
+    def recording(*args, **kwargs):
+        trained.update(p.dtype for p in model.parameters() if p.requires_grad)
+        return compute_loss(*args, **kwargs)
+
+    run.compute_loss = recording
     for step in range(2):
         with torch.no_grad():
             losses.append(sum(float(loss(r["input_ids"][None])[0]) for r in data))
         if step == 0:
             run.train()
-    assert losses[1] < 0.99 * losses[0]
+    assert losses[1] < 0.99 * losses[0] and trained == {torch.float32}
+
+
+def test_mixed_precision_every_time(tmp_path):
+    """accelerate wraps a model's forward once, and ours is there only while a trainer needs it."""
+    model, seen = lossy(make_model(dtype=torch.float32)), []
+    attention = model.get_base_model().model.layers[0].self_attn
+    handle = attention.v_proj.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    forward, before = model.forward, vars(model).copy()
+    for _ in range(2):
+        run = trainer(model, tmp_path, bf16=True, max_steps=2)
+        evaluate = functools.partial(run.evaluate, rows(2))
+        for work in (evaluate, evaluate, run.train, evaluate, run.train):
+            work()
+            assert seen and set(seen) == {torch.bfloat16} and model.forward == forward
+            assert vars(model).keys() == before.keys()
+            seen.clear()
+    handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trainer_trains_again(dtype, tmp_path):
+    """From a checkpoint to where the first run ended, and on from there; frozen in between."""
+    model = lossy(make_model(dtype=dtype), init="asvd")
+    settings = dict(save_strategy="steps", save_steps=6, save_total_limit=4, learning_rate=1e-2)
+    run = trainer(model, tmp_path, **settings)
+    assert not any(p.requires_grad for p in model.parameters())
+    run.train()
+    first = factors_of(model)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    for name, factor in factors_of(model).items():
+        torch.testing.assert_close(factor, first[name], atol=1e-6, rtol=1e-5)
+    run.train()
+    assert run.state.global_step == 24 and not any(p.requires_grad for p in model.parameters())
+    assert any(not torch.equal(factor, first[name]) for name, factor in factors_of(model).items())
+
+
+def test_evaluation(tmp_path):
+    """`evaluate` returns the loss, on its own and while training, whose logs are as they are without it; the "best"
+    checkpoint (here the worst, which is not the last) is loaded at the end."""
+    held_out, logs = rows(6, seed=9), []
+    for evaluates in (False, True):
+        model = lossy(make_model(dtype=torch.float32), init="mse")
+        settings = dict(max_steps=8, logging_steps=3, learning_rate=1e-2, save_strategy="no")
+        if evaluates:
+            settings |= dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
+            settings |= dict(load_best_model_at_end=True, greater_is_better=True, save_total_limit=8)
+            settings |= dict(per_device_eval_batch_size=1)
+        arguments = training_arguments(tmp_path, disable_tqdm=True, use_cpu=True, **settings)
+        run = CSKVTrainer(model, arguments, rows(), eval_dataset=held_out)
+        if evaluates:
+            start = run.evaluate()
+        run.train()
+        logs.append([entry for entry in run.state.log_history if "loss" in entry])
+    names = ("loss", "key_error", "value_error", "layers/1/key_error")
+    assert [[entry[n] for n in names] for entry in logs[0]] == [[entry[n] for n in names] for entry in logs[1]]
+    evaluations = {e["step"]: e for e in run.state.log_history if "eval_loss" in e}
+    assert list(evaluations) == [2, 4, 6, 8] and not any("key_error" in e for e in evaluations.values())
+    found, best = [e["eval_loss"] for e in evaluations.values()], run.evaluate()
+    assert best["eval_loss"] == pytest.approx(max(found)) and max(found) > found[-1] > start["eval_loss"]
+    with torch.no_grad():
+        expected = [run.loss_function(row["input_ids"][None]) for row in held_out]
+    assert best["eval_loss"] == pytest.approx(sum(float(loss) for loss, _ in expected) / 6)
+    errors = sum(errors for _, errors in expected) / 6
+    assert best["eval_key_error"] == pytest.approx(float(errors[:, 0].mean()))
+    assert best["eval_layers/1/value_error"] == pytest.approx(float(errors[1, 1]))
+
+
+def test_statistics_do_not_change_the_objective(tmp_path):
+    model = lossy(make_model(dtype=torch.float32), init="asvd")
+    statistics, arguments = collect_statistics(model, rows(), progress=False), training_arguments(tmp_path)
+    losses = []
+    for objective, given in (("mse", None), ("mse", statistics), ("attention", statistics)):
+        run = CSKVTrainer(model, arguments, rows(), objective=objective, statistics=given)
+        losses.append(float(run.loss_function(prompt(1, 40))[0]))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_base_runs_without_dropout(tmp_path):
+    """In training mode, with dropout in the attention and in a LoRA, the targets are those of inference; and every
+    module is left in its mode."""
+    base = make_model(dtype=torch.float32, attention_dropout=0.3)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=targets, init_lora_weights=False)
+    base.add_adapter(lora, adapter_name="style")
+    model = lossy(base)
+    model.set_adapter(["style", "default"])
+    expected = keys_and_values(model, prompt(1, 40))
+    model.train()
+    model.model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    for got, exact in zip(keys_and_values(model, prompt(1, 40)), expected):
+        assert torch.equal(got[0], exact[0]) and torch.equal(got[1], exact[1])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_what_was_measured_before_training_is_dropped(tmp_path):
+    """Of the adapter and of its checkpoints; not if there was no step."""
+    model = lossy(make_model(dtype=torch.float32))
+    config = model.peft_config["default"]
+    config.fit_report["evaluation"] = {"kl": 0.1}
+    run = trainer(model, tmp_path, save_strategy="steps", save_steps=4, max_steps=4)
+    run.evaluate(rows(2))
+    assert "evaluation" in config.fit_report and "key_error" in config.fit_report["layers"][0]
+    run.train()
+    report = config.fit_report
+    saved = json.loads((tmp_path / "checkpoint-4" / "adapter_config.json").read_text())["fit_report"]
+    assert report == saved and report["trained"] == "mse" and "evaluation" not in report
+    assert report["num_tokens"] == 1200 and all("key_error" not in layer for layer in report["layers"])
+    text = format_report(config)
+    assert "fine-tuned after the fit, objective 'mse'" in text and "- was not measured" in text
+    assert max(map(len, text.split("\n"))) <= 80
+    card = card_text(config, "ada/base", "ada/adapter")
+    assert "Fine-tuned after the fit" in card and "No evaluation was recorded." in card and "Energy lost" not in card
 
 
 def test_padding_does_not_count():
@@ -265,6 +395,8 @@ def test_refuses(tmp_path):
     with pytest.raises(ValueError, match="hold no block of 8; train on longer ones"):
         packed = lossy(make_model(dtype=torch.float32), **PACKED)
         ReconstructionLoss(packed, "default", None)(prompt(1, 5))
+    with pytest.raises(ValueError, match="no real token among the 16 first of a row"):
+        ReconstructionLoss(packed, "default", None)(prompt(2, 21), (torch.arange(21) >= 16).long().expand(2, -1))
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="is no checkpoint of a CSKV adapter"):

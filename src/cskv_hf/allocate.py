@@ -76,7 +76,10 @@ Bits = list[list[list[int]]]  # per block and group, the bits of every channel
 
 
 def allocate(blocks: Sequence[Block], budget: float, levels: Sequence[int]) -> Bits:
-    """Bits of every channel of every block, of least loss within a budget.
+    """Bits of every channel of every block: what one price for all of them buys within a budget.
+
+    No other choice that costs as much loses less. Channels of the same energy get the same bits, so that alike layers
+    stay alike and neighbours in multiples together; what it would take to raise all of them stays unspent.
 
     Args:
         budget: bytes per token, over all blocks.
@@ -86,8 +89,14 @@ def allocate(blocks: Sequence[Block], budget: float, levels: Sequence[int]) -> B
         Per block and group, the bits of its channels; every block keeps at least its first channel.
 
     Raises:
-        ValueError: if not even one channel per block fits.
+        ValueError: if not even one channel per block fits, or energies are NaN or infinite.
     """
+    for i, block in enumerate(blocks):
+        if not all(energies.isfinite().all() for energies in block.energies):
+            raise ValueError(
+                f"`blocks`[{i}] has NaN or infinite energies, that is, the spectrum or the sensitivity of its layer "
+                "has. Fit again, or use `allocation`='uniform'."
+            )
     levels = sorted(levels)
     sizes = [len(e) for block in blocks for e in block.energies]
     owner = torch.tensor([i for i, block in enumerate(blocks) for e in block.energies for _ in range(len(e))])

@@ -51,7 +51,8 @@ def compressed_attention(
             None attends to all.
 
     Returns:
-        (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked, by False or -inf.
+        (batch, num_attention_heads, num_queries, head_dim) in the dtype of `query`; zeros where everything is masked
+        by False or -inf.
 
     Raises:
         ValueError: for a mask of another number of queries.

@@ -20,7 +20,6 @@ from .factors import LayerFactors
 from .rope import RotaryFrequencies
 from .tokens import ROLLBACK_TOKENS, Step, TokenTable
 
-
 INTERRUPTED = (
     "An earlier forward with this CSKVCache was interrupted between two layers, which now hold different tokens. Call "
     "`cache.reset()` or use a new cache."
@@ -149,8 +148,9 @@ class CSKVCache(Cache):
             )
         if layer.is_initialized and not layer.fingerprint.is_of(factors):
             raise ValueError(
-                f"This CSKVCache was filled by another adapter of the same sizes, or before this one was trained further "
-                f"(layer {layer_idx}). A cache belongs to one model and adapter: use a new one, or `cache.reset()`."
+                f"This CSKVCache was filled by another adapter of the same sizes, or before this one was trained "
+                f"further (layer {layer_idx}). A cache belongs to one model and adapter: use a new one, or "
+                "`cache.reset()`."
             )
         if layer.is_initialized and layer.keys.shape[0] != batch_size:
             raise ValueError(

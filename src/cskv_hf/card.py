@@ -18,6 +18,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```"""
 
+ERRORS = ("key_error", "value_error", "key_attention_error", "value_attention_error")
+
 CITATION = """```bibtex
 @article{wang2024cskv,
   title={{CSKV}: Training-Efficient Channel Shrinking for {KV} Cache in Long-Context Scenarios},
@@ -81,18 +83,32 @@ def _bits(config: CSKVConfig, shape: ModelShape) -> str:
     return f"{sum(codes) / len(codes):.2f} on average ({min(codes)} to {max(codes)}), packed"
 
 
+def layer_errors(config: CSKVConfig, layer_idx: int) -> dict[str, float] | None:
+    """What the fit measured that the ranks of a layer lose; None unless it was measured at these ranks."""
+    kept = (list(config.key_ranks[layer_idx]), config.value_ranks[layer_idx])
+    for layer in (config.fit_report or {}).get("layers", []):
+        if layer["layer_idx"] == layer_idx and (list(layer.get("key_ranks", [])), layer.get("value_rank")) == kept:
+            return {name: layer[name] for name in ERRORS if name in layer}
+    return None
+
+
 def _measured(config: CSKVConfig) -> str:
     report = config.fit_report or {}
     lines = []
     if "num_tokens" in report:
         source = f" ({report['source']})" if report.get("source") else ""
         lines.append(f"Fitted on {report['num_tokens']:,} tokens{source}.")
-    if layers := report.get("layers"):
+    if "trained" in report:
+        lines.append(f"Fine-tuned after the fit, objective '{report['trained']}'.")
+    layers = [layer_errors(config, i) for i in range(len(config.key_ranks))]
+    if all(layers):
         worst = [max(layer[name] for layer in layers) for name in ("key_attention_error", "value_attention_error")]
         lines.append(
             f"Energy lost to the ranks on the calibration data, as attention weighs it, in the worst layer: "
             f"{100 * worst[0]:.2f} % of the keys, {100 * worst[1]:.2f} % of the values."
         )
+    elif report.get("layers"):
+        lines.append("What its ranks lose was not measured after it was cut or trained.")
     evaluation = report.get("evaluation")
     if evaluation is None:
         lines.append("No evaluation was recorded.")

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 EVALUATION_LENGTH, EVALUATION_ROWS = 512, 64  # of `cskv fit --evaluate`
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+
+
+def check_dtype(dtype: str) -> str:
+    """Refuse what transformers would fail on with a traceback."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, got '{dtype}'.")
+    return dtype
+
+
+DType = Annotated[str, typer.Option(help="As in from_pretrained.", callback=check_dtype)]
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Shrink the KV cache of a Hugging Face language model."
@@ -21,8 +34,15 @@ def main() -> None:
     """Shrink the KV cache of a Hugging Face language model."""
 
 
+def refused(ctx: typer.Context, error: Exception) -> typer.BadParameter:
+    """The library's message as one of the command line, where the argument ``base_model`` is ``--base-model``."""
+    options = {param.name: param.opts[0] for param in ctx.command.params if param.param_type_name == "option"}
+    return typer.BadParameter(re.sub(r"(?<=`)\w+(?=[`=])", lambda name: options.get(name[0], name[0]), str(error)))
+
+
 @app.command()
 def demo(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path("cskv-demo"),
     records: Annotated[
         int, typer.Option(min=1, help="Records to ask 8 questions about; more narrow the interval.")
@@ -33,12 +53,13 @@ def demo(
 
     try:
         run_demo(out, records, typer.echo)
-    except ImportError as error:
-        raise typer.BadParameter(str(error)) from error
+    except (ValueError, OSError, ImportError) as error:
+        raise refused(ctx, error) from error
 
 
 @app.command()
 def fit(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Model id or directory.")],
     data: Annotated[Path, typer.Option(help="Text file, or JSON lines with a 'text' field, to calibrate on.")],
     out: Annotated[Path, typer.Option(help="Directory for the adapter.")],
@@ -51,12 +72,12 @@ def fit(
     allocation: Annotated[str | None, typer.Option(help="'auto' or 'uniform' over the layers.")] = None,
     window: Annotated[int, typer.Option(help="Most recent tokens kept exactly.")] = 32,
     sinks: Annotated[int, typer.Option(help="First tokens kept exactly.")] = 4,
-    max_tokens: Annotated[int, typer.Option(help="Calibration tokens at most.")] = 65536,
-    length: Annotated[int, typer.Option(help="Tokens per calibration sample.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens at most.")] = 65536,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample.")] = 2048,
     device_map: Annotated[
         str | None, typer.Option(help="As in from_pretrained; 'auto' fits models larger than the GPU.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+    dtype: DType = "auto",
     evaluate: Annotated[
         Path | None,
         typer.Option(
@@ -67,18 +88,19 @@ def fit(
     """Fit an adapter to MODEL in closed form and save it.
 
     An interrupted fit continues where it was when started again with the same --out; an adapter already in --out
-    stays until the new one is complete.
+    stays until the new one is complete. Nothing else is replaced.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .config import CSKVConfig
     from .evaluate.divergence import evaluation_record
-    from .files import calibration_samples, full_rows, replace_directory
+    from .files import calibration_samples, check_out, full_rows, replace_directory
     from .fitting import fit as fit_model
     from .fitting import format_evaluation, format_report
 
     try:
+        check_out(out)
         config = CSKVConfig(
             compression=compression,
             key_layout=key_layout,
@@ -91,15 +113,16 @@ def fit(
         tokenizer = AutoTokenizer.from_pretrained(model)
         samples = calibration_samples(data, tokenizer, length)
         source = f"{data.name}, sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:16]}, {length} tokens a sample"
-        base = AutoModelForCausalLM.from_pretrained(model, device_map=device_map, dtype=dtype)
+        held_out = None if evaluate is None else torch.stack(full_rows(evaluate, tokenizer, EVALUATION_LENGTH))
         out.parent.mkdir(parents=True, exist_ok=True)
         state_file = out.with_name(out.name + ".statistics.safetensors")
-        held_out = None if evaluate is None else torch.stack(full_rows(evaluate, tokenizer, EVALUATION_LENGTH))
+        base = AutoModelForCausalLM.from_pretrained(model, device_map=device_map, dtype=dtype)
         fitted = fit_model(base, samples, config, max_tokens=max_tokens, state_file=state_file, source=source)
+        config = fitted.peft_config["default"]
         if held_out is not None:
             config.fit_report["evaluation"] = evaluation_record(fitted, held_out[:EVALUATION_ROWS], evaluate.name)
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise refused(ctx, error) from error
     typer.echo(format_report(config))
     if evaluate is not None:
         typer.echo(format_evaluation(config.fit_report["evaluation"]))
@@ -110,6 +133,7 @@ def fit(
 
 @app.command()
 def train(
+    ctx: typer.Context,
     adapter: Annotated[str, typer.Argument(help="Directory or Hub id of a fitted adapter.")],
     data: Annotated[Path, typer.Option(help="Text file, or JSON lines with a 'text' field, to train on.")],
     out: Annotated[Path, typer.Option(help="Directory for the trained adapter.")],
@@ -118,26 +142,27 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-5,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
-    max_tokens: Annotated[int | None, typer.Option(help="Training tokens at most.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Training tokens at most.")] = None,
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
-    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Fine-tune an adapter layer by layer; with packed latents, quantisation-aware.
 
     An interrupted run continues from its last checkpoint when started again with the same --out; an adapter already
-    in --out stays until the new one is complete.
+    in --out stays until the new one is complete. Nothing else is replaced.
     """
     import shutil
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .config import CSKVConfig
-    from .files import documents, replace_directory
+    from .files import check_out, documents, replace_directory
     from .hub import check_adapter_files, load, local_adapter
     from .train import CSKVTrainer, last_checkpoint, training_arguments, training_rows
 
     try:
+        check_out(out)
         folder = local_adapter(adapter)
         check_adapter_files(folder)
         name = model or CSKVConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -145,8 +170,9 @@ def train(
             raise ValueError(f"'{adapter}' does not name its base model; give it with --model.")
         tokenizer = AutoTokenizer.from_pretrained(name)
         rows = training_rows(documents(data), tokenizer, length, max_tokens)
+        out.parent.mkdir(parents=True, exist_ok=True)
         base = AutoModelForCausalLM.from_pretrained(name, device_map=device_map, dtype=dtype)
-        fitted = load(base, adapter)
+        fitted = load(base, folder)
         checkpoints = out.with_name(out.name + ".checkpoints")
         arguments = training_arguments(
             checkpoints,
@@ -157,14 +183,18 @@ def train(
         trainer = CSKVTrainer(fitted, arguments, rows, objective=objective)
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise refused(ctx, error) from error
     replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for checkpoint in checkpoints.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what else is there stays
+        checkpoints.rmdir()
     typer.echo(f"trained on {len(rows)} rows of {length} tokens; saved the adapter in {out}")
 
 
 @app.command()
 def inspect(
+    ctx: typer.Context,
     adapter: Annotated[str, typer.Argument(help="Directory or Hub id of an adapter.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw what each layer keeps, as a PNG.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
@@ -188,7 +218,7 @@ def inspect(
         check_adapter_files(folder)
         config = CSKVConfig.from_pretrained(str(folder))
         typer.echo(format_report(config))
-        if "evaluation" in (config.fit_report or {}):
+        if (config.fit_report or {}).get("evaluation"):
             typer.echo(format_evaluation(config.fit_report["evaluation"]))
         if device is not None:
             typer.echo("\n" + predict(config, device, context, query_heads))
@@ -196,7 +226,7 @@ def inspect(
             plot_allocation(plot, config)
             typer.echo(f"\nsaved {plot}")
     except (ValueError, ImportError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise refused(ctx, error) from error
 
 
 @app.command()
@@ -220,6 +250,7 @@ def kernels(
 
 @app.command("eval")
 def evaluate_model(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Adapter or model, id or directory; or 'bundled'.")],
     out: Annotated[Path, typer.Option(help="Folder for results.json and the answers.")],
     benchmark: Annotated[
@@ -256,7 +287,7 @@ def evaluate_model(
     ] = None,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
-    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Measure an adapter, or the paper's tables on a model; print the numbers, and save them with their intervals.
 
@@ -285,11 +316,12 @@ def evaluate_model(
             say=typer.echo,
         )
     except (ValueError, ImportError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise refused(ctx, error) from error
 
 
 @app.command()
 def report(
+    ctx: typer.Context,
     adapter: Annotated[str, typer.Argument(help="Directory or Hub id of an adapter.")],
     results: Annotated[
         list[Path] | None, typer.Argument(help="results.json of `cskv eval`, of the adapter or its model.")
@@ -303,17 +335,18 @@ def report(
     try:
         page = write_report(local_adapter(adapter), results or [], out)
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise refused(ctx, error) from error
     typer.echo(f"saved {page} and {page.with_suffix('.json')}")
 
 
 @app.command()
 def chat(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Adapter or model, id or directory.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 512,
     full_cache: Annotated[bool, typer.Option("--full-cache", help="Hold the conversation in a full cache.")] = False,
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
-    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Talk to a model, with the whole conversation in one cache, and see what that holds.
 
@@ -331,7 +364,7 @@ def chat(
     try:
         loaded, tokenizer = load_model(model, dtype, device_map)
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise refused(ctx, error) from error
     compressed = has_active_adapter(loaded) and not full_cache
 
     def new() -> Conversation:
@@ -366,6 +399,7 @@ def chat(
 
 @app.command()
 def push(
+    ctx: typer.Context,
     adapter: Annotated[
         Path, typer.Argument(help="Directory of an adapter, as `cskv fit` or save_pretrained left it.")
     ],
@@ -396,5 +430,5 @@ def push(
             tags=tag,
         )
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+        raise refused(ctx, error) from error
     typer.echo(f"pushed to {commit.pr_url or commit.commit_url}")

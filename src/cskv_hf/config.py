@@ -112,8 +112,9 @@ class CSKVConfig(PeftConfig):
         key_group, value_group: ``[tokens, channels]`` of packed latents that share a minimum and a step, by default
             ``[block_size, 4]``; ``[block_size, 1]`` is the paper's layout of keys, ``[1, rank]`` that of values.
         rank_multiple: With `allocation="auto"`: channels get their bits in multiples of this many, neighbours within
-            a key group, so that a GPU's kernel reads them together (4) or has its tiles filled (16). What that costs
-            depends on the head dimension; see docs/concepts.md.
+            a key group, so that a GPU's kernel reads them together (4) or has its tiles filled (16). Less only where
+            a group's channels are no multiple, and where keys or values of a layer keep nothing but the one channel
+            that they must. What it costs depends on the head dimension; see docs/concepts.md.
         key_ranks, value_ranks, key_bits, value_bits, sensitivity, model_shape, fit_report: Written by [`fit`]: the
             ranks and bits found, per layer (and key group), how much the output cares for each layer, the model they
             belong to, and what was measured. Leave empty.
@@ -307,17 +308,29 @@ class CSKVConfig(PeftConfig):
 
     def _uniform_rank(self, shape: ModelShape) -> int:
         """The largest rank that keys and values of every layer can have within the budget."""
-        bits, budget = self.storage_bits or 4, self.byte_budget(shape) / shape.num_hidden_layers
-        for rank in range(shape.kv_dim, 0, -1):
-            packed = () if bits == 16 else (bits,) * rank
-            cost = sum(self.format_of(s, packed, rank).bytes_per_token(torch.bfloat16) for s in ("key", "value"))
-            if cost <= budget + 1e-9:
-                return rank
-        raise ValueError(
-            f"`compression`={self.compression} leaves {budget:.2f} bytes for keys and values of a layer with "
-            f"kv_dim={shape.kv_dim}; one channel of each at {bits} bits takes {cost:.2f}. Use at most "
-            f"{self._largest_compression(shape, cost):.3f}, or fewer `bits`."
-        )
+        bits = self.storage_bits or 4
+        self.check_room(shape, bits)
+        room = self.byte_budget(shape) / shape.num_hidden_layers + 1e-9
+        return next(rank for rank in range(shape.kv_dim, 0, -1) if self._layer_bytes(bits, rank) <= room)
+
+    def _layer_bytes(self, bits: int, rank: int) -> float:
+        """Bytes that keys and values of a layer take per token, at one rank and number of bits."""
+        packed = () if bits == 16 else (bits,) * rank
+        return sum(self.format_of(side, packed, rank).bytes_per_token(torch.bfloat16) for side in ("key", "value"))
+
+    def check_room(self, shape: ModelShape, bits: int) -> None:
+        """Refuse a `compression` that leaves less than a channel of so many bits to the keys and values of a layer.
+
+        Raises:
+            ValueError: naming the largest that fits.
+        """
+        budget, cost = self.byte_budget(shape) / shape.num_hidden_layers, self._layer_bytes(bits, 1)
+        if cost > budget + 1e-9:
+            raise ValueError(
+                f"`compression`={self.compression} leaves {budget:.2f} bytes for keys and values of a layer with "
+                f"kv_dim={shape.kv_dim}; one channel of each at {bits} bits takes {cost:.2f}. Use at most "
+                f"{self._largest_compression(shape, cost):.3f}{', or fewer `bits`' if bits > BITS[0] else ''}."
+            )
 
     @staticmethod
     def _largest_compression(shape: ModelShape, layer_bytes: float) -> float:

@@ -15,12 +15,16 @@ out of the latents, and it costs no byte per token.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 DAMPING = 1e-6  # of the mean weight, so that a channel no query ever reads keeps an invertible M
+UNREACHED = 1e-10  # of the largest variance; below it a channel's is what rounding leaves of directions without data
+ROUNDING = 1e-13  # of a channel's mean square, in its variance: they are sums of float64
+DRIVEN = 1e-6  # of the largest energy that weights give a direction; below it they hardly use it
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,16 @@ def blocks(matrix: torch.Tensor, num_groups: int) -> torch.Tensor:
 
 
 def sqrt_and_inverse(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``M^½`` and ``M^-½`` of symmetric positive semi-definite matrices (..., n, n), damped to be invertible."""
+    """``M^½`` and ``M^-½`` of symmetric positive semi-definite matrices (..., n, n), damped to be invertible.
+
+    By the mean of each, or of all of them where one has next to nothing; without any weight M is the identity.
+    """
     values, vectors = torch.linalg.eigh(matrix)
-    floor = DAMPING * values.mean(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    own, overall = values.mean(-1, keepdim=True), values.mean()
+    if overall > torch.finfo(values.dtype).tiny:
+        floor = DAMPING * torch.where(own > DAMPING * overall, own, overall)
+    else:
+        floor = torch.ones_like(own)
     root = values.clamp_min(0.0).add(floor).sqrt().unsqueeze(-2)
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
@@ -71,18 +82,19 @@ def pooled_ranks(spectra: torch.Tensor, rank: int) -> tuple[int, ...]:
     """Distribute `rank` channels over groups by keeping the largest of all their eigenvalues.
 
     Args:
-        spectra: (num_groups, group_dim), falling along the last axis.
-        rank: the sum of the ranks. Every group gets one channel as long as `rank` allows it.
+        spectra: (num_groups, group_dim), falling along the last axis; -1 where a group has no channel.
+        rank: the sum of the ranks. Every group that has a channel gets one as long as `rank` allows it.
 
     Raises:
         ValueError: if there are not that many channels.
     """
     num_groups, group_dim = spectra.shape
-    if not 1 <= rank <= num_groups * group_dim:
-        raise ValueError(f"`rank` must be between 1 and {num_groups * group_dim}, got {rank}.")
+    there = spectra >= 0
+    if not 1 <= rank <= int(there.sum()):
+        raise ValueError(f"`rank` must be between 1 and {int(there.sum())}, got {rank}.")
     order = spectra.clone()
-    if rank >= num_groups:
-        order[:, 0] = torch.inf
+    if rank >= int(there[:, 0].sum()):
+        order[there[:, 0], 0] = torch.inf
     chosen = order.flatten().argsort(descending=True, stable=True)[:rank] // group_dim
     return tuple(torch.bincount(chosen, minlength=num_groups).tolist())
 
@@ -117,12 +129,13 @@ def optimal_factors(
         mean: (kv_dim,), E[x] of the data that `second_moment` is of, for centred factors.
 
     Raises:
-        ValueError: if `second_moment` has NaN or infinite entries, or `rank` does not fit.
+        ValueError: if `second_moment` or `weight` has NaN or infinite entries, or `rank` does not fit.
     """
-    if not torch.isfinite(second_moment).all():
-        raise ValueError(
-            "`second_moment` has NaN or infinite entries; check the calibration data and the model's dtype."
-        )
+    for name, matrix in (("second_moment", second_moment), ("weight", weight)):
+        if matrix is not None and not torch.isfinite(matrix).all():
+            raise ValueError(
+                f"`{name}` has NaN or infinite entries; check the calibration data and the model's weights and dtype."
+            )
     mean = torch.zeros(len(second_moment), dtype=torch.float64) if mean is None else mean.double()
     moments = blocks(centred(second_moment, mean), num_groups)
     if weight is None:
@@ -163,10 +176,29 @@ def normalized(factors: Factors, second_moment: torch.Tensor) -> Factors:
 
     A weighted basis scales latents by the square root of the summed query energy, which overflows 16-bit floats; and
     channels of equal size can share a range when they are packed.
+
+    Channels that the data do not reach get the ``s`` of the weakest that they do. By their own they would be 1e5 times
+    as large as others on data that do reach them, which overflows float16 and ruins the range they share; a larger
+    one would bring the rounding of that range into the keys.
     """
-    energy = latent_energy(factors, second_moment)
-    scale = energy.clamp_min(1e-10 * energy.max().clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
-    return Factors(factors.A / scale[:, None], factors.B * scale, factors.ranks, factors.spectrum, factors.mean)
+    energy, centre = latent_energy(factors, second_moment), factors.mean
+    mean_square = latent_energy(dataclasses.replace(factors, mean=torch.zeros_like(centre)), second_moment)
+    reached = (energy >= UNREACHED * energy.max()) & (energy > ROUNDING * mean_square)
+    least = energy[reached].min() if reached.any() else factors.A.double().square().sum(1)  # then rows of unit length
+    scale = torch.where(reached, energy, least).sqrt()
+    return Factors(factors.A / scale[:, None], factors.B * scale, factors.ranks, factors.spectrum, centre)
+
+
+def unreached_channels(factors: Factors, second_moment: torch.Tensor) -> torch.Tensor:
+    """Which channels of [`normalized`] factors are of directions that the data do not reach, (rank,) bool."""
+    return latent_energy(factors, second_moment) < 0.5  # of 1
+
+
+def driven_channels(factors: Factors, weight_moment: torch.Tensor) -> torch.Tensor:
+    """Which channels are of directions that the weights of ``W Wᵀ`` bring inputs into, (rank,) bool."""
+    linear = dataclasses.replace(factors, mean=torch.zeros_like(factors.mean))
+    energy = latent_energy(linear, weight_moment) / factors.A.double().square().sum(1)
+    return energy > DRIVEN * torch.linalg.eigvalsh(weight_moment)[-1]
 
 
 def latent_energy(factors: Factors, second_moment: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""Which models CSKV serves, and where their parts are. Read-only: looks at a model, changes nothing."""
+"""Which models CSKV serves, and where their parts are. Read-only: looks at a model, leaves it as it was."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -89,6 +91,18 @@ def frequencies_of(rotary: nn.Module) -> RotaryFrequencies:
     return RotaryFrequencies(rotary.inv_freq, float(rotary.attention_scaling), change)
 
 
+@contextlib.contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout, its own or a LoRA's; afterwards every part is in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 @torch.no_grad()
 def dense_weight(linear: nn.Module, in_features: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The (out_features, in_features) matrix a linear layer multiplies by.
@@ -97,8 +111,9 @@ def dense_weight(linear: nn.Module, in_features: int, device: torch.device, dtyp
     """
     if type(linear) is nn.Linear and not linear._forward_hooks and not hasattr(linear, "_hf_hook"):
         return linear.weight.detach().double().cpu()  # of a float64 model on the CPU, these are the parameter itself
-    rows = [linear(torch.zeros(1, in_features, device=device, dtype=dtype))]
-    identity = torch.eye(in_features, device=device, dtype=dtype)
-    rows.extend(linear(chunk) for chunk in identity.split(1024))
+    with in_eval_mode(linear):
+        rows = [linear(torch.zeros(1, in_features, device=device, dtype=dtype))]
+        identity = torch.eye(in_features, device=device, dtype=dtype)
+        rows.extend(linear(chunk) for chunk in identity.split(1024))
     response = torch.cat(rows).double().cpu()
     return (response[1:] - response[:1]).mT.contiguous()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,26 +12,33 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.utils import logging
 
-from .card import ratio_text
-from .config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape, num_key_groups
+from .card import ERRORS, layer_errors, ratio_text
+from .config import PLAIN_BYTES, CSKVConfig, ModelShape, num_key_groups
 from .decompose import (
     Factors,
+    driven_channels,
     key_weight,
     normalized,
     optimal_factors,
     random_factors,
     relative_error,
+    unreached_channels,
     value_weight,
     weight_moment,
 )
 from .families import attention_layers, decoder_of, dense_weight, refuse_tensor_parallelism, shape_of
 from .hub import give_push
 from .latents import LatentFormat, PlainFormat
-from .plan import plan, store_plan
+from .plan import check_budget, plan, store_plan
 from .sensitivity import measure_sensitivity
 from .statistics import KVStatistics, collect_statistics
-from .tuner import adapter_config, add_adapter, placement, sidecars
+from .tuner import adapter_config, add_adapter, check_can_add, placement, sidecars, use_adapter
+
+logger = logging.get_logger(__name__)
+
+FITTED = ("key_ranks", "value_ranks", "key_bits", "value_bits", "sensitivity", "model_shape", "fit_report")
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def fit(
             more.
         data: calibration data as [`collect_statistics`] takes it, or statistics collected before. Some 50,000 tokens
             of the kind the model will read are plenty. Do not use the text you evaluate on.
-        config: [`CSKVConfig`]; the default removes 80 %.
+        config: [`CSKVConfig`]; the default removes 80 %. It is copied: what is fitted is written into the model's.
         tokenizer, max_length, max_tokens, state_file, source, progress: see [`collect_statistics`].
         adapter_name: of the new adapter, which becomes the active one. An adapter of that name is fitted again.
 
@@ -92,12 +101,14 @@ def fit(
         ValueError: for an unsupported model, a rank that does not fit, empty data, NaN; before anything of the model
             is changed.
     """
-    config = CSKVConfig() if config is None else config
+    config = CSKVConfig() if config is None else copy.deepcopy(config)
+    for name in FITTED:  # by an earlier fit
+        setattr(config, name, None)
     decoder_of(model)
     refuse_tensor_parallelism(model, "`fit`")
+    check_can_add(model, adapter_name)
     shape = shape_of(model)
-    if not config.allocates:
-        config.layer_ranks(shape)  # refuses ranks that do not fit, before any data is read
+    check_budget(config, shape)  # before any data is read
     num_groups = num_key_groups(config.key_layout, shape.num_key_value_heads)
     statistics = data
     if not isinstance(data, KVStatistics):
@@ -122,6 +133,7 @@ def fit(
     kept = plan(config, shape, spectra)
     fitted = [(keys.cut(k.key_ranks), values.cut((k.value_rank,))) for (keys, values), k in zip(bases, kept)]
 
+    _warn_of_unreached(layers, statistics, fitted)
     store_plan(config, kept)
     config.model_shape = vars(shape).copy()
     config.task_type = config.task_type or "CAUSAL_LM"
@@ -137,7 +149,7 @@ def fit(
     _replace_config(model, adapter_name, config)
     for sidecar, attention, (keys, values) in zip(sidecars(model), attention_layers(model), fitted):
         sidecar.install(adapter_name, keys, values, *placement(attention, model))
-        sidecar.set_adapter(adapter_name, inference_mode=True)
+    use_adapter(model, adapter_name)
     return give_push(model) if isinstance(model, PeftModel) else model
 
 
@@ -145,6 +157,24 @@ def _progress(layers: list[nn.Module], progress: bool) -> Iterable[nn.Module]:
     from tqdm.auto import tqdm
 
     return tqdm(layers, desc="Factoring", unit="layer", disable=not progress)
+
+
+def _warn_of_unreached(
+    layers: list[nn.Module], statistics: KVStatistics, fitted: list[tuple[Factors, Factors]]
+) -> None:
+    """Of channels that the data say nothing about, but for those that the model's weights leave unused themselves."""
+    found, kept, sides = 0, 0, (statistics.key_moment, statistics.value_moment)
+    for layer_idx, (attention, factors) in enumerate(zip(layers, fitted)):
+        unreached = [unreached_channels(f, m[layer_idx] / statistics.num_tokens) for f, m in zip(factors, sides)]
+        if any(u.any() for u in unreached):
+            weights = weight_moments(attention, statistics.input_scale.shape[1])
+            found += sum(int((u & driven_channels(f, w)).sum()) for u, f, w in zip(unreached, factors, weights))
+        kept += sum(map(len, unreached))
+    if found:
+        logger.warning(
+            f"The calibration data say nothing about {found} of the {kept} channels kept: they do not reach that many "
+            "directions. Use more, and more varied data, or the factors will fit noise."
+        )
 
 
 def _has_adapter(model: nn.Module, adapter_name: str) -> bool:
@@ -178,10 +208,7 @@ def layer_bases(
         scale = None
         if config.init == "asvd":
             scale = (statistics.input_scale[layer_idx] / tokens).clamp_min(1e-6) ** config.asvd_alpha
-        moments = [
-            weight_moment(dense_weight(linear, statistics.input_scale.shape[1], *_probing_place(attention)), scale)
-            for linear in (attention.k_proj, attention.v_proj)
-        ]
+        moments = weight_moments(attention, statistics.input_scale.shape[1], scale)
         keys = optimal_factors(moments[0], shape.kv_dim, num_groups)
         values = optimal_factors(moments[1], shape.kv_dim)
     else:
@@ -194,6 +221,19 @@ def layer_bases(
         keys = optimal_factors(key_moment, shape.kv_dim, num_groups, key_M, key_mean)
         values = optimal_factors(value_moment, shape.kv_dim, 1, value_M, value_mean)
     return normalized(keys, key_moment), normalized(values, value_moment)
+
+
+def weight_moments(
+    attention: nn.Module, hidden_size: int, input_scale: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """[`weight_moment`] of a layer's keys and values; of Qwen3's keys, the norm's gain is a part of the weight."""
+    place = _probing_place(attention)
+    keys, values = (dense_weight(linear, hidden_size, *place) for linear in (attention.k_proj, attention.v_proj))
+    if hasattr(attention, "k_norm"):
+        with torch.no_grad():  # asked for: an offloaded one has no weight to read
+            gain = attention.k_norm(torch.ones(attention.head_dim, device=place[0], dtype=place[1])).double().cpu()
+        keys = keys * gain.repeat(len(keys) // len(gain))[:, None]
+    return [weight_moment(weight, input_scale) for weight in (keys, values)]
 
 
 def error_weights(attention: nn.Module, statistics: KVStatistics, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,37 +290,47 @@ def mean_bits(format: LatentFormat) -> float:
 
 
 def format_report(config: CSKVConfig) -> str:
-    """The per-layer report of a fitted adapter as a table of at most 80 columns."""
-    if not config.fit_report:
+    """What a fitted adapter keeps, layer by layer, as a table of at most 80 columns; with what the fit measured, where
+    that holds for the ranks kept now."""
+    if not config.is_fitted:
         return "not fitted yet"
-    shape = ModelShape(**config.model_shape)
+    shape, report = ModelShape(**config.model_shape), config.fit_report or {}
+    fitted = f"fitted on {report['num_tokens']:,} tokens; " if "num_tokens" in report else ""
     lines = [
         f"CSKV adapter: init {config.init}, keys {config.key_layout}, window {config.window} + {config.sinks} sinks",
-        f"fitted on {config.fit_report['num_tokens']:,} tokens; kv_dim {shape.kv_dim} "
-        f"({shape.num_key_value_heads} heads x {shape.head_dim})",
+        f"{fitted}kv_dim {shape.kv_dim} ({shape.num_key_value_heads} heads x {shape.head_dim})",
+    ]
+    if "trained" in report:
+        lines.append(f"fine-tuned after the fit, objective '{report['trained']}'")
+    lines += [
         "",
         "        channels kept      bits each       energy lost       lost in attention",
         "layer   keys  values   keys  values    keys    values     keys    values",
     ]
-    for layer in config.fit_report["layers"]:
+    unknown = False
+    for layer_idx in range(shape.num_hidden_layers):
+        keys, values = config.formats(layer_idx)
+        errors = layer_errors(config, layer_idx) or {}
+        lost = [f"{100 * errors[name]:>6.2f} %" if name in errors else f"{'-':>6}  " for name in ERRORS]
+        unknown |= not errors
         lines.append(
-            f"{layer['layer_idx']:>5}  {sum(layer['key_ranks']):>5}  {layer['value_rank']:>6}  "
-            f"{layer['key_bits']:>5.1f}  {layer['value_bits']:>6.1f} "
-            f"{100 * layer['key_error']:>6.2f} %  {100 * layer['value_error']:>6.2f} % "
-            f"{100 * layer['key_attention_error']:>6.2f} %  {100 * layer['value_attention_error']:>6.2f} %"
+            f"{layer_idx:>5}  {keys.rank:>5}  {values.rank:>6}  {mean_bits(keys):>5.1f}  {mean_bits(values):>6.1f} "
+            + " ".join(lost).rstrip()
         )
-    total = sum(layer["bytes_per_token"] for layer in config.fit_report["layers"]) + POSITION_BYTES
+    if unknown:
+        lines.append("- was not measured: the adapter was cut or trained after the fit")
+    total = config.bytes_per_token(shape)
     full = 2 * PLAIN_BYTES * shape.kv_dim * shape.num_hidden_layers
     lines.append("")
-    lines.append(
-        f"an old token takes {total:,.1f} of {full:,} bytes at 16 bits: {100 * total / full:.1f} % (position included)"
-    )
+    lines.append(f"an old token takes {total:,.1f} of {full:,} bytes at 16 bits: {100 * total / full:.1f} %")
+    lines.append("(its position included)")
     return "\n".join(lines)
 
 
 def format_evaluation(evaluation: dict[str, Any]) -> str:
-    """What was recorded in ``fit_report["evaluation"]``, as two lines of at most 80 columns."""
+    """What was recorded in ``fit_report["evaluation"]``, as lines of at most 80 columns."""
     return (
-        f"on {evaluation['tokens']:,} tokens of {evaluation['source']}: perplexity x {ratio_text(evaluation)},\n"
-        f"KL {evaluation['kl']:.5f} nats per token, same next token {100 * evaluation['agreement']:.2f} %"
+        textwrap.fill(f"on {evaluation['tokens']:,} tokens of {evaluation['source']}:", 80, break_on_hyphens=False)
+        + f"\nperplexity x {ratio_text(evaluation)}, KL {evaluation['kl']:.5f} nats per token,\n"
+        f"same next token {100 * evaluation['agreement']:.2f} %"
     )

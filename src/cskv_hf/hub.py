@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -27,14 +34,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .card import card_text
-from .config import CSKVConfig
-from .tuner import adapter_config, shrink, sidecars
+from .config import CSKVConfig, ModelShape
+from .tuner import adapter_config, check_can_add, shrink, sidecars
 
 logger = logging.get_logger(__name__)
 
 ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+WEIGHT = re.compile(r"\.layers\.(\d+)\.self_attn\.cskv\.(\w+)\.weight$")
 
 
 def load(
@@ -51,27 +59,46 @@ def load(
     """Load a CSKV adapter onto a model: `PeftModel.from_pretrained`, with the files checked first.
 
     Args:
-        model: the base model the adapter was fitted to.
+        model: the base model the adapter was fitted to; a `PeftModel` of CSKV adapters gets one more.
         adapter: directory or Hub id.
-        adapter_name: the name it gets.
+        adapter_name: the name it gets; it becomes the active one.
         compression: cut the adapter to this compression, which must be above the one it was fitted at; see [`shrink`].
         revision, subfolder, token: as everywhere on the Hub.
         kwargs: for `PeftModel.from_pretrained`; `cache_dir`, `local_files_only` and `force_download` go to the
             download.
 
     Raises:
-        ValueError: if a file is missing, truncated or corrupt, is no CSKV adapter, or belongs to another model.
+        ValueError: if a file is missing, truncated or corrupt, is no CSKV adapter, or belongs to another model; if the
+            name is taken, or `model` is a `PeftModel` of another method.
         huggingface_hub.errors.HfHubHTTPError: if the repository or revision is not there, or not for this token.
     """
     download = {
         name: kwargs.pop(name) for name in ("cache_dir", "local_files_only", "force_download") if name in kwargs
     }
+    check_can_add(model, adapter_name)
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        raise ValueError(
+            f"`adapter_name`='{adapter_name}' is the name of an adapter that this PeftModel has already. Give this "
+            f"one another, or take that one off with `delete_adapter('{adapter_name}')`."
+        )
     folder = local_adapter(adapter, revision=revision, subfolder=subfolder, token=token, **download)
     check_adapter_files(folder)
     with _dispatched_as_it_is(model):
-        peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, **kwargs)
+        if isinstance(model, PeftModel):
+            peft_model = model
+            peft_model.load_adapter(str(folder), adapter_name, **kwargs)
+            peft_model.set_adapter(adapter_name, inference_mode=not kwargs.get("is_trainable", False))
+        else:
+            peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, **kwargs)
     if compression is not None:
-        shrink(peft_model, compression, adapter_name=adapter_name)
+        try:
+            shrink(peft_model, compression, adapter_name=adapter_name)
+        except ValueError:
+            if peft_model is model:
+                model.delete_adapter(adapter_name)
+            else:
+                peft_model.unload()
+            raise
     return give_push(peft_model)
 
 
@@ -79,6 +106,7 @@ def load(
 def _dispatched_as_it_is(model: nn.Module) -> Iterator[None]:
     """Keep PEFT from taking accelerate's hooks off an offloaded model and dispatching it anew, which loses what is on
     disk. Our factors go where the projections run, so nothing needs to move."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     device_map = model.__dict__.pop("hf_device_map", None)
     try:
         yield
@@ -99,14 +127,21 @@ def local_adapter(adapter: str | os.PathLike, *, subfolder: str | None = None, *
     folder = Path(adapter) / (subfolder or "")
     if folder.is_dir():
         return folder
+    place = f"'{adapter}'" + (f", folder '{subfolder}'" if subfolder else "")
+    if Path(adapter).exists():
+        raise ValueError(f"{place} is no directory. Give the directory of an adapter, or a Hub id like 'user/name'.")
     if not REPO_ID.fullmatch(str(adapter)):
         raise ValueError(f"'{adapter}' is neither a directory nor a Hub id like 'user/name'.")
     try:
         files = [hf_hub_download(str(adapter), name, subfolder=subfolder, **download) for name in ADAPTER]
-    except LocalEntryNotFoundError:
-        raise  # not on this machine, and offline: says so itself
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError as error:
+        message = f"There is no directory '{adapter}' here, and it is not on the Hub, or private. {error}"
+        raise RepositoryNotFoundError(message, response=error.response) from error
+    except LocalEntryNotFoundError as error:
+        raise LocalEntryNotFoundError(f"There is no directory '{adapter}' here. {error}") from error
     except EntryNotFoundError as error:
-        place = f"'{adapter}'" + (f", folder '{subfolder}'" if subfolder else "")
         raise ValueError(
             f"{place} is no complete CSKV adapter: it needs {' and '.join(ADAPTER)}. Files of other formats, pickles "
             f"among them, are not read. ({str(error).strip().splitlines()[-1]})"
@@ -136,6 +171,8 @@ def check_adapter_files(folder: Path) -> None:
     Raises:
         ValueError: as described.
     """
+    if not folder.is_dir():
+        raise ValueError(f"There is no directory '{folder}'.")
     config_file, weights_file = (folder / name for name in ADAPTER)
     for file in (config_file, weights_file):
         if not file.is_file():
@@ -144,20 +181,56 @@ def check_adapter_files(folder: Path) -> None:
                 f"`save_pretrained`."
             )
     try:
-        peft_type = json.loads(config_file.read_text()).get("peft_type")
+        settings = json.loads(config_file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"'{config_file}' is not valid JSON ({error}). Save or download the adapter again."
         ) from error
+    peft_type = settings.get("peft_type") if isinstance(settings, dict) else None
+    if peft_type is None:
+        raise ValueError(f"'{config_file}' names no `peft_type`, so '{folder}' is no adapter.")
     if peft_type != "CSKV":
         raise ValueError(f"'{folder}' is a {peft_type} adapter, not a CSKV one.")
+    config = CSKVConfig.from_pretrained(str(folder))
     try:
         with safe_open(weights_file, "pt") as weights:
-            weights.keys()
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"'{weights_file}' is truncated or corrupt ({error}). Save or download the adapter again."
         ) from error
+    if config.is_fitted and config.model_shape is not None:
+        found = {(int(at[1]), at[2]): shape for name, shape in shapes.items() if (at := WEIGHT.search(name))}
+        _check_shapes(weights_file, found, factor_shapes(config))
+
+
+def factor_shapes(config: CSKVConfig) -> dict[tuple[int, str], tuple[int, int]]:
+    """The shape of every matrix that a fitted adapter consists of, by layer and name; see [`CSKVFactors`]."""
+    kv_dim, shapes = ModelShape(**config.model_shape).kv_dim, {}
+    for layer_idx, (key_ranks, value_rank) in enumerate(zip(config.key_ranks, config.value_ranks)):
+        key_rank, group_dim = sum(key_ranks), kv_dim // len(key_ranks)
+        shapes |= {
+            (layer_idx, "cskv_key_A"): (key_rank, group_dim),
+            (layer_idx, "cskv_key_B"): (group_dim, key_rank),
+            (layer_idx, "cskv_value_A"): (value_rank, kv_dim),
+            (layer_idx, "cskv_value_B"): (kv_dim, value_rank),
+            (layer_idx, "cskv_key_mean"): (1, kv_dim),
+            (layer_idx, "cskv_value_mean"): (1, kv_dim),
+            (layer_idx, "cskv_key_spectrum"): (1, key_rank),
+            (layer_idx, "cskv_value_spectrum"): (1, value_rank),
+        }
+    return shapes
+
+
+def _check_shapes(file: Path, found: dict[tuple[int, str], tuple], wanted: dict[tuple[int, str], tuple]) -> None:
+    for (layer_idx, name), shape in wanted.items():
+        given = found.get((layer_idx, name))
+        if given != shape:
+            raise ValueError(
+                f"'{file}' does not belong to the {CONFIG_NAME} beside it: `{name}` of layer {layer_idx} is "
+                f"{'missing' if given is None else given} in the file, {shape} by the config. Save or download the "
+                "adapter again."
+            )
 
 
 def push_to_hub(
@@ -196,8 +269,10 @@ def push_to_hub(
         The commit. Pushing the same again makes none, and returns the last.
 
     Raises:
-        ValueError: if the adapter has no factors, or its base model is known by a local path only.
+        ValueError: if the adapter has no factors or shares its name with one of another method, if its base model is
+            known by a local path only, or for `create_pr` with a `revision`.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+        ConnectionError: if it cannot be reached.
     """
     name = adapter_name or sidecars(model)[0].adapter_in_use
     config = adapter_config(model, name)
@@ -240,29 +315,37 @@ def push_folder(
     """
     check_adapter_files(folder)
     config = CSKVConfig.from_pretrained(str(folder))
-    base_model = base_model or config.base_model_name_or_path
-    if base_model is None or os.path.exists(base_model) or not REPO_ID.fullmatch(base_model):
+    if not config.is_fitted:
+        raise ValueError(f"The CSKV adapter in '{folder}' has no factors yet. Fit it before pushing it.")
+    if create_pr and revision not in (None, "main"):
         raise ValueError(
-            f"The adapter's base model is known as {base_model!r}, which is no Hub id, so nobody else could load the "
+            f"`create_pr` opens a pull request against the main branch, not `revision`='{revision}'. Leave `revision` "
+            "out, or push to the branch without `create_pr`."
+        )
+    known = base_model or config.base_model_name_or_path
+    if known is None or not REPO_ID.fullmatch(known) or (base_model is None and os.path.exists(known)):
+        raise ValueError(
+            f"The adapter's base model is known as {known!r}, which is no Hub id, so nobody else could load the "
             "adapter. Name it with `base_model='user/model'`."
         )
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    license = license or _license_of(base_model, api.token)
-    with tempfile.TemporaryDirectory() as staging:
+    with _connection(api), tempfile.TemporaryDirectory() as staging:
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        text = card_text(config, known, repo_id)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        data = ModelCardData(
+            library_name="peft",
+            base_model=known,
+            base_model_relation="adapter",
+            pipeline_tag="text-generation",
+            license=license or _license_of(known, api.token),
+            tags=sorted({"cskv", "kv-cache-compression", f"base_model:adapter:{known}", *(tags or [])}),
+        )
         for name in (*ADAPTER, *TOKENIZER):
             if (folder / name).is_file():
                 shutil.copy(folder / name, staging)
-        _write_config(Path(staging) / CONFIG_NAME, base_model)
-        data = ModelCardData(
-            library_name="peft",
-            base_model=base_model,
-            base_model_relation="adapter",
-            pipeline_tag="text-generation",
-            license=license,
-            tags=sorted({"cskv", "kv-cache-compression", f"base_model:adapter:{base_model}", *(tags or [])}),
-        )
-        text = card_text(config, base_model, repo_id)
+        _write_config(Path(staging) / CONFIG_NAME, known)
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(staging) / "README.md")
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -276,10 +359,36 @@ def push_folder(
         )
 
 
+@contextlib.contextmanager
+def _connection(api: HfApi) -> Iterator[None]:
+    """Say that the Hub is not to be had, where its client has an error for every way that a connection fails.
+
+    Raises:
+        ConnectionError: as described.
+    """
+    try:
+        yield
+    except HfHubHTTPError:
+        raise  # the Hub's answer
+    except HTTPError as error:
+        raise ConnectionError(
+            f"The Hub at {api.endpoint} cannot be reached ({error}). Push again where there is a network."
+        ) from error
+
+
 def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str | None = None) -> None:
     """Save one CSKV adapter to a directory, whatever else the model holds: a `PeftModel`, or a transformers model
-    with adapters inside."""
+    with adapters inside.
+
+    Raises:
+        ValueError: if an adapter of another method has the same name.
+    """
     name = adapter_name or sidecars(model)[0].adapter_in_use
+    if not isinstance(model.peft_config.get(name), CSKVConfig):
+        raise ValueError(
+            f"The CSKV adapter '{name}' cannot be saved: an adapter of another method was given its name, by which "
+            "PEFT saves. Add that one under another `adapter_name`."
+        )
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, selected_adapters=[name])
         if name != "default":  # PEFT saves any other name to a subdirectory

@@ -47,6 +47,18 @@ def plan(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> l
     return _allocated(config, shape, spectra) if config.allocates else _uniform(config, shape, spectra)
 
 
+def check_budget(config: CSKVConfig, shape: ModelShape) -> None:
+    """Refuse ranks that the model does not have, and a budget that leaves less than a channel to some layer.
+
+    Raises:
+        ValueError: naming what would fit.
+    """
+    if config.allocates:
+        config.check_room(shape, config.storage_bits or PACKED_LEVELS[0])
+    else:
+        config.layer_ranks(shape)
+
+
 def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
     bits, plans = config.storage_bits or 4, []
     for (key_rank, value_rank), (keys, values) in zip(config.layer_ranks(shape), spectra):
@@ -60,7 +72,7 @@ def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) 
         if config.init == "random":
             key_ranks = even_ranks(key_rank, len(keys))
         else:
-            padded = torch.full((len(keys), max(map(len, keys))), -1.0, dtype=torch.float64)
+            padded = torch.full((len(keys), max(map(len, keys))), -1.0, dtype=torch.float64)  # no channel
             for g, energies in enumerate(keys):
                 padded[g, : len(energies)] = energies.double()
             key_ranks = pooled_ranks(padded, key_rank)
@@ -70,6 +82,7 @@ def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) 
 
 
 def _allocated(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
+    check_budget(config, shape)
     blocks = []
     for (keys, values), (key_price, value_price) in zip(spectra, config.sensitivity):
         levelled = [_in_steps(e.double(), config.rank_multiple) for e in (*keys, values)]

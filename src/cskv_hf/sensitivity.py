@@ -12,6 +12,7 @@ models are probed on fewer tokens, which costs little (benchmarks/quality.py --t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -111,8 +112,18 @@ def _starting_at(layers: nn.ModuleList, index: int, hidden_states: torch.Tensor)
 
 
 def _divergence(full: torch.Tensor, cut: torch.Tensor) -> float:
-    """KL(full || cut) of log-probabilities (tokens, vocab), summed over tokens."""
-    return float((full.exp() * (full - cut)).sum())
+    """KL(full || cut) of log-probabilities (tokens, vocab), summed over tokens; 0 log 0 is 0."""
+    probability = full.exp()
+    return float(torch.where(probability > 0, probability * (full - cut), 0.0).sum())
+
+
+def _check_finite(finite: bool, what: str) -> None:
+    if not finite:
+        raise ValueError(
+            f"The model's logits {what} are NaN or infinite, so that `allocation`='auto' cannot measure what its "
+            "layers are worth. Load the model in bfloat16 or float32 rather than float16, check its weights, or use "
+            "`allocation`='uniform'."
+        )
 
 
 @torch.no_grad()
@@ -129,7 +140,7 @@ def measure_sensitivity(
         samples: (length,) input_ids to measure on; a deep model reads less of them, see [`probe_samples`].
 
     Raises:
-        ValueError: if there is no sample of two tokens or more.
+        ValueError: if there is no sample of two tokens or more, or the model puts out NaN or infinite values.
 
     Returns:
         Per layer ``[keys, values]``, in nats per token and unit of the spectra.
@@ -156,10 +167,13 @@ def measure_sensitivity(
     try:
         with _inputs_kept(layers) as inputs:
             reference = [log_probabilities(ids) for ids in batches]
+        for number, full in enumerate(reference):
+            _check_finite(not full.isnan().any(), f"of calibration sample {number}")  # -inf forbids a token
         probed = list(zip(layers, bases))
         for index, (layer, sides) in enumerate(tqdm(probed, desc="Probing", unit="layer", disable=not progress)):
             rates = []
-            for module, factors in zip((key_source(layer.self_attn), layer.self_attn.v_proj), sides):
+            modules = key_source(layer.self_attn), layer.self_attn.v_proj
+            for name, module, factors in zip(("keys", "values"), modules, sides):
                 projection, lost = probe_cut(factors)
                 handle = module.register_forward_hook(_replace_by(projection, factors.mean))
                 try:
@@ -169,6 +183,7 @@ def measure_sensitivity(
                             divergence += _divergence(full, log_probabilities(ids))
                 finally:
                     handle.remove()
+                _check_finite(math.isfinite(divergence), f"with cut {name} of layer {index}")
                 rates.append(max(divergence / tokens, LEAST) / max(lost, LEAST))
             sensitivity.append(rates)
     finally:

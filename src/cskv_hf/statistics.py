@@ -7,10 +7,11 @@ be saved and continued, and one set of them serves every compression, layout and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class KVStatistics:
         num_samples: samples consumed, where a continued pass takes up.
         model_shape: the sizes of the model.
         source: what the data was, in the caller's words; a continued pass must name the same.
+        weights: of the model, see [`weight_hashes`]; a continued pass must have the same.
     """
 
     key_moment: torch.Tensor
@@ -70,6 +72,7 @@ class KVStatistics:
     num_samples: int
     model_shape: dict[str, Any]
     source: str = ""
+    weights: dict[str, str | None] | None = None
 
     @classmethod
     def empty(cls, shape: ModelShape, hidden_size: int, source: str = "") -> KVStatistics:
@@ -113,7 +116,8 @@ class KVStatistics:
         """Write to a safetensors file; an existing one is replaced only once the new one is complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        numbers = {name: getattr(self, name) for name in ("num_tokens", "num_samples", "model_shape", "source")}
+        names = ("num_tokens", "num_samples", "model_shape", "source", "weights")
+        numbers = {name: getattr(self, name) for name in names}
         temporary = path.with_name(path.name + ".tmp")
         save_file(
             {name: getattr(self, name) for name in TENSORS},
@@ -210,9 +214,26 @@ def samples(
     """Calibration data of any accepted kind as (input_ids, attention_mask or None), both (batch, length).
 
     Raises:
-        TypeError: for a kind that is not accepted.
-        ValueError: for strings without a tokenizer.
+        TypeError: for a kind that is not accepted, and at once for a single string or mapping, whose elements would
+            be taken for samples.
+        ValueError: for strings without a tokenizer, and at once for a tensor of one dimension.
     """
+    if isinstance(data, (str, Mapping)):
+        raise TypeError(
+            f"`data` must be an iterable of samples, got a single {type(data).__name__}; put it in a list, or give "
+            "one of its parts."
+        )
+    if isinstance(data, torch.Tensor) and data.dim() < 2:
+        raise ValueError(
+            f"`data` must be an iterable of samples, got a tensor of shape {tuple(data.shape)}, each token of which "
+            "would be a sample; put it in a list, or give one of shape (batch, length)."
+        )
+    return _samples(data, tokenizer, max_length)
+
+
+def _samples(
+    data: Iterable[Any], tokenizer: Any, max_length: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     for sample in data:
         if isinstance(sample, dict) and "input_ids" not in sample and isinstance(sample.get("text"), str):
             sample = sample["text"]
@@ -261,16 +282,17 @@ def collect_statistics(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if the data is empty, leads to NaN or infinite values, `state_file` belongs to another model, or
-            the model is tensor-parallel.
-        TypeError: for data of an unknown kind.
+        ValueError: if the data is empty or a tensor of one dimension, leads to NaN or infinite values, `state_file`
+            belongs to another model, or the model is tensor-parallel.
+        TypeError: for data of an unknown kind, or a single string or mapping.
     """
     from tqdm.auto import tqdm
 
     decoder = decoder_of(model)
     refuse_tensor_parallelism(model, "`collect_statistics`")
-    shape = shape_of(model)
+    shape, pieces = shape_of(model), samples(data, tokenizer, max_length)
     statistics = KVStatistics.empty(shape, model.config.hidden_size, source)
+    statistics.weights = weights = weight_hashes(decoder)
     if state_file is not None and Path(state_file).exists():
         statistics = KVStatistics.load(state_file)
         if statistics.model_shape != vars(shape):
@@ -278,6 +300,16 @@ def collect_statistics(
                 f"'{state_file}' holds statistics of another model ({statistics.model_shape}); this one is "
                 f"{vars(shape)}. "
                 "Delete the file or choose another."
+            )
+        if statistics.weights is None:
+            raise ValueError(
+                f"'{state_file}' does not say of which weights its statistics are; an older version wrote it. Delete "
+                "the file to start over, or choose another."
+            )
+        if not _same_weights(statistics.weights, weights):
+            raise ValueError(
+                f"'{state_file}' holds statistics of another model: of the same sizes, but of other weights. Delete "
+                "the file to start over, or choose another."
             )
         if statistics.source != source:
             raise ValueError(
@@ -301,7 +333,7 @@ def collect_statistics(
         disable=not progress,
     )
     try:
-        for index, (input_ids, mask) in enumerate(samples(data, tokenizer, max_length)):
+        for index, (input_ids, mask) in enumerate(pieces):
             if index < statistics.num_samples:
                 continue
             if max_tokens is not None and statistics.num_tokens >= max_tokens:
@@ -345,14 +377,35 @@ def collect_statistics(
     return statistics
 
 
+def weight_hashes(decoder: nn.Module) -> dict[str, str | None]:
+    """By which statistics know their model: a short hash of up to 64 values of every weight, without those of CSKV;
+    None for what is not in memory (offloaded)."""
+    hashes: dict[str, str | None] = {}
+    for name, weight in decoder.named_parameters():
+        if ".cskv." not in name:
+            hashes[name] = None
+            if weight.device.type != "meta":
+                values = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].cpu().double()
+                hashes[name] = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:8]
+    return hashes
+
+
+def _same_weights(one: dict[str, str | None], other: dict[str, str | None]) -> bool:
+    return one.keys() == other.keys() and all(one[n] == other[n] for n in one if one[n] and other[n])
+
+
 def _check_finite(statistics: KVStatistics, index: int) -> None:
-    energy = statistics.key_moment.diagonal(dim1=-2, dim2=-1).sum(-1) + statistics.value_moment.diagonal(
-        dim1=-2, dim2=-1
-    ).sum(-1)
-    if not torch.isfinite(energy).all():
-        layer = int((~torch.isfinite(energy)).nonzero()[0])
+    moments = {
+        "attention inputs": statistics.input_scale,
+        "queries": statistics.query_moment.diagonal(dim1=-2, dim2=-1),
+        "keys": statistics.key_moment.diagonal(dim1=-2, dim2=-1),
+        "values": statistics.value_moment.diagonal(dim1=-2, dim2=-1),
+    }
+    wrong = torch.stack([~moment.flatten(1).isfinite().all(1) for moment in moments.values()])
+    if wrong.any():
+        layer = int(wrong.any(0).nonzero()[0])
+        names = ", ".join(name for name, w in zip(moments, wrong[:, layer]) if w)
         raise ValueError(
-            f"Calibration sample {index} leads to NaN or infinite keys or values in layer {layer}. Check the sample "
-            f"and the model's dtype "
-            "(bfloat16 or float32 rather than float16)."
+            f"Calibration sample {index} leads to NaN or infinite values in layer {layer} ({names}). Check the "
+            "sample, the model's weights and its dtype (bfloat16 or float32 rather than float16)."
         )

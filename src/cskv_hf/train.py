@@ -4,32 +4,52 @@ transformers `Trainer`.
 Per layer, with keys `k` before RoPE and values `v` of the frozen base, the loss is ``MSE(k, B_k Q(A_k k)) +
 MSE(v, B_v Q(A_v v))``. `Q` is the adapter's own storage: nothing for plain latents, and for packed ones the quantiser
 of inference with a straight-through gradient (quantisation-aware training). The base runs without autograd, so it
-may be quantised, and every layer's graph is a few matmuls. Without quantisation there is nothing to gain for factors
-fitted with ``init="mse"``: they are the optimum of this loss.
+may be quantised, and every layer's graph is a few matmuls; and without dropout, so that `k` and `v` are what a cache
+gets. Without quantisation there is nothing to gain for factors fitted with ``init="mse"``: they are the optimum of
+this loss.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
+from .config import CSKVConfig
 from .decompose import sqrt_and_inverse
 from .factors import CSKVFactors, LayerFactors
-from .families import attention_layers, decoder_of, key_source, refuse_tensor_parallelism
+from .families import attention_layers, decoder_of, in_eval_mode, key_source, refuse_tensor_parallelism
 from .fitting import error_weights
 from .latents import LatentFormat, PlainFormat
 from .statistics import KVStatistics, collect_statistics, samples
-from .tuner import adapter_config, sidecars
+from .tuner import adapter_config, forget_measurements, sidecars
 
 OBJECTIVES = ("mse", "attention")
-SAME_TO_RESUME = ("compression", "key_layout", "init", "bits", "key_ranks", "value_ranks", "key_bits", "value_bits")
+SAME_TO_RESUME = (
+    "compression",
+    "key_layout",
+    "init",
+    "center",
+    "asvd_alpha",
+    "bits",
+    "block_size",
+    "key_group",
+    "value_group",
+    "rank_multiple",
+    "key_ranks",
+    "value_ranks",
+    "key_bits",
+    "value_bits",
+)
+# of an instance whose forward is ours for a while, and what accelerate notes of a model that it has prepared
+OF_FORWARD = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def training_arguments(output_dir: str | Path, **overrides: Any) -> TrainingArguments:
@@ -61,8 +81,11 @@ def training_rows(
     The last row may be shorter, and is dropped if there are others.
 
     Raises:
-        ValueError: if there is no token.
+        ValueError: if there is no token, or for a `length` or `max_tokens` below 1.
     """
+    for name, value in (("length", length), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     rows, rest = [], torch.zeros(0, dtype=torch.long)
     for input_ids, mask in samples(data, tokenizer, max_length=2**30):
         for i, ids in enumerate(input_ids):
@@ -83,7 +106,11 @@ class CSKVTrainer(Trainer):
     """Trains the factors of the CSKV adapter in use; a `Trainer` in everything else.
 
     Checkpoints hold the adapter alone, `train(resume_from_checkpoint=True)` continues, and `accelerate launch` runs
-    it on several GPUs (data parallel). After `train` the factors are in the model's dtype again and frozen.
+    it on several GPUs (data parallel). After `train` the factors are in the model's dtype again and frozen, and what
+    the fit measured of the old ones is dropped from the adapter's ``fit_report``.
+
+    With an `eval_dataset`, `evaluate` returns the loss on it as ``eval_loss``, and the shares of energy lost as
+    ``eval_key_error`` and ``eval_value_error``, of all layers and of each.
 
     Args:
         model: with a fitted CSKV adapter in use.
@@ -92,7 +119,8 @@ class CSKVTrainer(Trainer):
             evaluate on.
         objective: ``"mse"`` (the paper's) or ``"attention"``, which weighs errors as the closed-form fit of that name
             does.
-        statistics: for ``"attention"``: what the fit collected; by default collected anew from `train_dataset`.
+        statistics: for ``"attention"``: what the fit collected; by default collected anew from `train_dataset`. Not
+            read for ``"mse"``.
 
     Raises:
         ValueError: without data, without a fitted adapter, for an unknown objective, under FSDP and DeepSpeed, which
@@ -124,44 +152,112 @@ class CSKVTrainer(Trainer):
         if not config.is_fitted:
             raise ValueError("The CSKV adapter has no factors yet. Fit it with `cskv_hf.fit` before training.")
         self.adapter_name, self.objective = sidecars(model)[0].adapter_in_use, objective
-        if objective == "attention" and statistics is None:
+        if objective == "mse":
+            statistics = None
+        elif statistics is None:
             statistics = collect_statistics(model, train_dataset, max_tokens=65536)
         self.loss_function = ReconstructionLoss(model, self.adapter_name, statistics)
-        self.errors: list[torch.Tensor] = []
+        self.errors: list[torch.Tensor] = []  # of training steps since the last log
+        self.evaluated: list[torch.Tensor] | None = None  # errors of the evaluation that is running
+        self._forward, self._is_measuring = self.loss_function, False
         args.remove_unused_columns = False
         args.label_names = []
-        self.factor_dtype = _unfreeze(model, self.adapter_name)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. An interrupted run leaves its last checkpoint and the factors as they are."""
-        model = self.model
-        model.forward = self.loss_function  # of this instance; data parallel calls it, and so synchronises gradients
+        self.errors = []
+        dtype = _unfreeze(self.model, self.adapter_name)
         try:
-            return super().train(*args, **kwargs)
+            with self._loss_as_forward():
+                return super().train(*args, **kwargs)
         finally:
-            del model.forward
-            _freeze(model, self.adapter_name, self.factor_dtype)
+            _freeze(self.model, self.adapter_name, dtype)
+
+    @contextlib.contextmanager
+    def _loss_as_forward(self) -> Iterator[None]:
+        """Let the model's forward be the loss: data parallel calls it, and so synchronises gradients."""
+        if self._is_measuring:
+            yield
+            return
+        own = self.model.__dict__  # of this instance
+        before = {name: own.pop(name) for name in OF_FORWARD if name in own}
+        self._is_measuring, self.model.forward = True, self._forward
+        try:
+            yield
+        finally:
+            self._is_measuring = False
+            self._forward = own["forward"]  # with the mixed precision that accelerate has put around it
+            for name in OF_FORWARD:
+                own.pop(name, None)
+            own.update(before)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, errors = model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
-        self.errors.append(errors)
+        if self.evaluated is None:
+            self.errors.append(errors)
+            self._note_training()
+        else:
+            self.evaluated.append(errors)
         return (loss, {"errors": errors}) if return_outputs else loss
 
+    def _note_training(self) -> None:
+        config = adapter_config(self.model, self.adapter_name)
+        report = config.fit_report or {}
+        if report.get("trained") != self.objective or "evaluation" in report:
+            forget_measurements(config, range(len(config.key_ranks)))
+            config.fit_report = {**(config.fit_report or {}), "trained": self.objective}
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self.evaluated = []
+        try:
+            with self._loss_as_forward():
+                output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            if self.evaluated:
+                errors = _named(self.accelerator.reduce(torch.stack(self.evaluated).mean(0), reduction="mean"))
+                output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in errors.items()})
+            return output
+        finally:
+            self.evaluated = None
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss; there are no labels and no logits."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the share of each layer's keys and values that is lost, averaged since the last log."""
-        if self.errors:
-            keys, values = torch.stack(self.errors).mean(0).unbind(1)
-            logs |= {"key_error": float(keys.mean()), "value_error": float(values.mean())}
-            for i, (key, value) in enumerate(zip(keys.tolist(), values.tolist())):
-                logs |= {f"layers/{i}/key_error": key, f"layers/{i}/value_error": value}
+        """Adds the share of each layer's keys and values that is lost, averaged over the training steps since the last
+        log."""
+        if self.errors and ("loss" in logs or "train_runtime" in logs):  # not to what `evaluate` logs
+            logs |= _named(torch.stack(self.errors).mean(0))
             self.errors = []
         super().log(logs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _check_same_adapter(Path(resume_from_checkpoint), adapter_config(self.model, self.adapter_name))
+        config = adapter_config(self.model, self.adapter_name)
+        _check_same_adapter(Path(resume_from_checkpoint), config, self.objective)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._note_training()
+
+
+def _named(errors: torch.Tensor) -> dict[str, float]:
+    """Shares of energy lost (layers, 2), as they are logged."""
+    keys, values = errors.unbind(1)
+    named = {"key_error": float(keys.mean()), "value_error": float(values.mean())}
+    for i, (key, value) in enumerate(zip(keys.tolist(), values.tolist())):
+        named |= {f"layers/{i}/key_error": key, f"layers/{i}/value_error": value}
+    return named
 
 
 class ReconstructionLoss:
@@ -169,6 +265,14 @@ class ReconstructionLoss:
 
     Called with `input_ids` and `attention_mask` (batch, length); returns the loss, summed over layers and averaged
     over tokens, and the share of energy lost (layers, 2), keys and values.
+
+    With packed latents, blocks are counted from the first column of the batch, and tokens behind the last whole one
+    are left out. A cache counts a row's real tokens, from behind the sinks. So a padded row is an approximation: its
+    blocks are shifted if the padding is on the left, and where padding and tokens meet in one, its ranges cover
+    both. [`training_rows`] makes rows without padding.
+
+    Raises:
+        ValueError: for rows without a whole block, and for a batch in which no real token is in one.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, statistics: KVStatistics | None) -> None:
@@ -205,6 +309,11 @@ class ReconstructionLoss:
         if attention_mask is not None:
             real = attention_mask[:, : exact.shape[1]].bool().to(exact.device)
             error, exact = error[real], exact[real]
+            if len(error) == 0:
+                raise ValueError(
+                    f"The batch has no real token among the {real.shape[1]} first of a row, which whole blocks cover; "
+                    "train on longer rows, or pad on the right."
+                )
         return error.square().mean(), exact.square().mean()
 
 
@@ -212,7 +321,8 @@ class ReconstructionLoss:
 def keys_and_values(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Every layer's keys before RoPE and values, (batch, num_key_value_heads, length, head_dim), without autograd."""
+    """Every layer's keys before RoPE and values, (batch, num_key_value_heads, length, head_dim), without autograd or
+    dropout."""
     decoder, states, handles = decoder_of(model), [], []
     for attention in attention_layers(model):
         held: dict[str, torch.Tensor] = {}
@@ -220,7 +330,8 @@ def keys_and_values(
         for name, module in (("keys", key_source(attention)), ("values", attention.v_proj)):
             handles.append(module.register_forward_hook(_keep(held, name, attention.head_dim)))
     try:
-        decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        with in_eval_mode(decoder):
+            decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -272,13 +383,17 @@ def straight_through(latents: torch.Tensor, format: LatentFormat) -> torch.Tenso
 
 
 def _unfreeze(model: nn.Module, adapter_name: str) -> torch.dtype:
-    """Make the factors float32 and trainable, and nothing else; returns the dtype they had."""
+    """Make the factors float32 and trainable, and nothing else; returns the dtype they had.
+
+    The parameters stay the same objects: an optimizer made in an earlier `train` holds them.
+    """
     model.requires_grad_(False)
     dtype = sidecars(model)[0].cskv_key_A[adapter_name].weight.dtype
     for sidecar in sidecars(model):
         for name in CSKVFactors.TRAINED:
             factor = getattr(sidecar, name)[adapter_name]
-            factor.weight = nn.Parameter(factor.weight.detach().float(), requires_grad=True)
+            factor.weight.data = factor.weight.data.float()
+            factor.weight.requires_grad_(True)
     return dtype
 
 
@@ -286,11 +401,13 @@ def _freeze(model: nn.Module, adapter_name: str, dtype: torch.dtype) -> None:
     for sidecar in sidecars(model):
         for name in CSKVFactors.TRAINED:
             factor = getattr(sidecar, name)[adapter_name]
-            factor.weight = nn.Parameter(factor.weight.detach().to(dtype), requires_grad=False)
+            factor.weight.grad = None  # of another dtype than the factors will have
+            factor.weight.data = factor.weight.data.to(dtype)
+            factor.weight.requires_grad_(False)
 
 
-def _check_same_adapter(checkpoint: Path, config: Any) -> None:
-    """Refuse to continue from a checkpoint of another adapter.
+def _check_same_adapter(checkpoint: Path, config: CSKVConfig, objective: str) -> None:
+    """Refuse to continue from a checkpoint of another adapter or objective.
 
     Raises:
         ValueError: naming what differs.
@@ -299,7 +416,10 @@ def _check_same_adapter(checkpoint: Path, config: Any) -> None:
     if not file.is_file():
         raise ValueError(f"'{checkpoint}' is no checkpoint of a CSKV adapter: it has no adapter_config.json.")
     saved = json.loads(file.read_text())
-    different = [name for name in SAME_TO_RESUME if saved.get(name) != getattr(config, name)]
+    mine = json.loads(json.dumps({name: getattr(config, name) for name in SAME_TO_RESUME}))  # tuples become lists
+    different = [name for name in SAME_TO_RESUME if saved.get(name) != mine[name]]
+    if (saved.get("fit_report") or {}).get("trained") != objective:
+        different.append("objective")
     if different:
         raise ValueError(
             f"The checkpoint '{checkpoint}' belongs to an adapter with other settings ({', '.join(different)}). "

@@ -8,6 +8,7 @@ below, and, in _peft_type.py, the members of the `PeftType` enum.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ from .config import CSKVConfig, ModelShape, num_key_groups
 from .factors import CSKVFactors
 from .families import attention_layers, decoder_of, shape_of
 from .patch import attach, detach
-from .plan import plan, store_plan
+from .plan import LayerPlan, plan, store_plan
+from .quantize import channel_bits
 from .sharding import head_shard
 
 logger = logging.get_logger(__name__)
 
 TARGET = "self_attn"
+OF_THE_DATA = ("layer_idx", "key_mean_share", "value_mean_share")  # of a fit's report on a layer; not of its factors
+OF_THE_RANKS = ("key_ranks", "value_rank", "key_error", "value_error", "key_attention_error", "value_attention_error")
 
 
 class CSKVModel(BaseTuner):
@@ -105,11 +109,14 @@ class CSKVModel(BaseTuner):
         if not self.peft_config[adapter_name].inference_mode:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "CSKV factors compress the cache and cannot be merged into the weights; use `unload()` to remove them."
+        )
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
-            raise ValueError(
-                "CSKV factors compress the cache and cannot be merged into the weights; use `unload()` to remove them."
-            )
+            self._check_merge_allowed()
         detach(self.model)
         for attention in attention_layers(self.model):
             if hasattr(attention, "cskv"):
@@ -156,16 +163,10 @@ def add_adapter(model: nn.Module, config: CSKVConfig, adapter_name: str) -> nn.M
     adapters inside.
 
     Raises:
-        ValueError: for a `PeftModel` of another method, which PEFT cannot mix with ours.
+        ValueError: as [`check_can_add`].
     """
+    check_can_add(model, adapter_name)
     if isinstance(model, PeftModel):
-        others = {str(c.peft_type.value) for c in model.peft_config.values()} - {"CSKV"}
-        if others:
-            raise ValueError(
-                f"This PeftModel holds {', '.join(sorted(others))} adapters and PEFT cannot mix methods in one "
-                f"PeftModel. Merge them first "
-                "(`model.merge_and_unload()`), or load both on the transformers model with `model.load_adapter`."
-            )
         model.add_adapter(adapter_name, config)
         model.set_adapter(adapter_name)
         return model
@@ -174,6 +175,29 @@ def add_adapter(model: nn.Module, config: CSKVConfig, adapter_name: str) -> nn.M
         model.set_adapter(adapter_name)
         return model
     return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def check_can_add(model: nn.Module, adapter_name: str) -> None:
+    """Refuse, before any work is done, a model that cannot get a CSKV adapter of that name.
+
+    Raises:
+        ValueError: for a `PeftModel` of another method, which PEFT cannot mix with ours, and for a name that an
+            adapter of another method has.
+    """
+    configs = getattr(model, "peft_config", {})
+    if isinstance(model, PeftModel):
+        others = {str(c.peft_type.value) for c in configs.values()} - {"CSKV"}
+        if others:
+            raise ValueError(
+                f"This PeftModel holds {', '.join(sorted(others))} adapters and PEFT cannot mix methods in one "
+                f"PeftModel. Merge them first "
+                "(`model.merge_and_unload()`), or load both on the transformers model with `model.load_adapter`."
+            )
+    if adapter_name in configs and not isinstance(configs[adapter_name], CSKVConfig):
+        raise ValueError(
+            f"`adapter_name`='{adapter_name}' is the name of a {configs[adapter_name].peft_type.value} adapter of "
+            "this model. Give the CSKV adapter another one."
+        )
 
 
 def sidecars(model: nn.Module) -> list[CSKVFactors]:
@@ -199,32 +223,80 @@ def adapter_config(model: nn.Module, adapter_name: str | None = None) -> CSKVCon
     return sidecar.configs[name]
 
 
+def use_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Make a CSKV adapter the one in use, for PEFT too, and freeze it; adapters of other methods stay as they are."""
+    if isinstance(model, PeftModel):
+        model.set_adapter(adapter_name, inference_mode=True)
+    for sidecar in sidecars(model):
+        sidecar.set_adapter(adapter_name, inference_mode=True)
+
+
+def forget_measurements(config: CSKVConfig, new_ranks: Collection[int]) -> None:
+    """Take out of the report of a fit what is not true of changed factors: the evaluation, storage (which the config
+    states), and the errors of the layers `new_ranks`."""
+    if config.fit_report:
+        report = {name: value for name, value in config.fit_report.items() if name != "evaluation"}
+        if "layers" in report:
+            report["layers"] = [
+                {
+                    name: layer[name]
+                    for name in (*OF_THE_DATA, *(() if layer["layer_idx"] in new_ranks else OF_THE_RANKS))
+                    if name in layer
+                }
+                for layer in report["layers"]
+            ]
+        config.fit_report = report
+
+
 @torch.no_grad()
 def shrink(
-    model: nn.Module, compression: float | None = None, *, adapter_name: str | None = None, **ranks: int
+    model: nn.Module,
+    compression: float | None = None,
+    *,
+    key_rank: int | None = None,
+    value_rank: int | None = None,
+    adapter_name: str | None = None,
 ) -> nn.Module:
     """Cut a fitted adapter, in place, to a higher compression or smaller ranks; no data needed (nested ranks).
 
     The factors of a fit are ordered by importance, so that cutting them equals fitting at the smaller rank on the
-    same data.
+    same data. What was measured of the adapter before is dropped from its ``fit_report``.
 
     Args:
         model: with a fitted CSKV adapter.
-        compression: the new fraction of KV bytes removed; or give `key_rank` and `value_rank`.
+        compression: the new fraction of KV bytes removed. An adapter that was fitted to ranks has nothing to allocate
+            by: all its layers get the same, in the bits it has.
+        key_rank, value_rank: instead of `compression`: the new ranks of every layer. Channels that stay keep their
+            bits.
         adapter_name: the adapter to cut; the one in use by default.
 
     Raises:
-        ValueError: if the adapter's ranks are smaller than asked for already.
+        ValueError: if the adapter's ranks are smaller than asked for already, if it is not fitted, or unless one kind
+            of budget is given; before anything is changed.
     """
     config = adapter_config(model, adapter_name)
     name = adapter_name or sidecars(model)[0].adapter_in_use
+    given = {"compression": compression, "key_rank": key_rank, "value_rank": value_rank}
+    stated = [field for field, value in given.items() if value is not None]
+    if stated not in (["compression"], ["key_rank", "value_rank"]):
+        got = ", ".join(f"`{field}`={value}" for field, value in given.items())
+        raise ValueError(f"`shrink` takes either `compression`, or `key_rank` and `value_rank`; got {got}.")
+    if not config.is_fitted:
+        raise ValueError(f"The CSKV adapter '{name}' has no factors yet. Fit it with `cskv_hf.fit` before cutting it.")
     if config.compression is not None and compression is not None and compression < config.compression:
         raise ValueError(
             f"This adapter was fitted at `compression`={config.compression} and cannot be cut to {compression}: a "
             "fitted adapter loads at its own or a smaller rank. Fit again for less compression."
         )
-    budget = {"compression": compression, "key_rank": None, "value_rank": None} | ranks
-    wanted = dataclasses.replace(config, **budget, allocation=None if ranks else config.allocation)
+    if compression is None:
+        settings = {"allocation": None, "rank_multiple": 1}
+    else:
+        unpacked = config.compression is None and config.key_bits is None  # which the new compression must not change
+        settings = {
+            "allocation": "uniform" if config.sensitivity is None else config.allocation,
+            "bits": 16 if unpacked else config.bits,
+        }
+    wanted = dataclasses.replace(config, **given, **settings)
     layers = sidecars(model)
     spectra = [
         (
@@ -234,10 +306,11 @@ def shrink(
         for s in layers
     ]
     kept = plan(wanted, ModelShape(**config.model_shape), spectra)
+    channels = [_first_channels(s.key_ranks[name], layer.key_ranks) for s, layer in zip(layers, kept)]
+    if compression is None and config.key_bits:
+        kept = [_as_stored(config, i, layer, keys) for i, (layer, keys) in enumerate(zip(kept, channels))]
     store_plan(wanted, kept)
-    for sidecar, layer in zip(layers, kept):
-        starts = torch.tensor([0, *sidecar.key_ranks[name]]).cumsum(0)[:-1].tolist()
-        keys = torch.cat([torch.arange(start, start + r) for start, r in zip(starts, layer.key_ranks)])
+    for sidecar, layer, keys in zip(layers, kept, channels):
         values = torch.arange(layer.value_rank)
         for module, index, dim in (
             (sidecar.cskv_key_A, keys, 0),
@@ -251,16 +324,26 @@ def shrink(
             module[name].weight = nn.Parameter(weight.index_select(dim, index.to(weight.device)), weight.requires_grad)
         sidecar.key_ranks[name] = layer.key_ranks
         sidecar.formats[name] = wanted.formats(sidecar.layer_idx)
-    changed = (
-        "compression",
-        "key_rank",
-        "value_rank",
-        "allocation",
-        "key_ranks",
-        "value_ranks",
-        "key_bits",
-        "value_bits",
-    )
-    for field in changed:
+    stored = ("key_ranks", "value_ranks", "key_bits", "value_bits")
+    if any(getattr(config, field) != getattr(wanted, field) for field in stored):
+        before, after = (list(zip(c.key_ranks, c.value_ranks)) for c in (config, wanted))
+        forget_measurements(config, [i for i, ranks in enumerate(after) if ranks != before[i]])
+    for field in (*given, *settings, *stored):
         setattr(config, field, getattr(wanted, field))
     return model
+
+
+def _first_channels(there: Sequence[int], kept: Sequence[int]) -> torch.Tensor:
+    """Which of a layer's key channels are kept: the first ones of every group."""
+    starts = torch.tensor([0, *there]).cumsum(0)[:-1].tolist()
+    return torch.cat([torch.arange(start, start + rank) for start, rank in zip(starts, kept)])
+
+
+def _as_stored(config: CSKVConfig, layer_idx: int, layer: LayerPlan, keys: torch.Tensor) -> LayerPlan:
+    """A plan for fewer channels, each in the bits that it has."""
+    key_bits, value_bits = channel_bits(config.key_bits[layer_idx]), channel_bits([config.value_bits[layer_idx]])
+    return dataclasses.replace(
+        layer,
+        key_bits=tuple(key_bits[channel] for channel in keys.tolist()),
+        value_bits=tuple(value_bits[: layer.value_rank]),
+    )

@@ -157,8 +157,12 @@ def run_demo(out: Path, num_records: int = 30, say: Callable[[str], None] = prin
 
     Raises:
         ImportError: without matplotlib.
+        ValueError: if `out` is a file.
     """
     check_plots()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`out`='{out}' is a file. Name a directory for demo.json and demo.png.")
+    out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_bundled()
     text, records = evaluation_text(tokenizer), evaluation_records(num_records)
     say(

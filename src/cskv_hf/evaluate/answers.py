@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from ..generation import CACHE_ARGUMENT
 from .cases import Answer, Case
+from .fingerprint import differences
 
 
 @torch.no_grad()
@@ -174,10 +175,10 @@ def _read_answers(path: Path, header: dict[str, Any]) -> dict[tuple[str, str], A
                 answers[entry["group"], entry["id"]] = Answer(**entry)
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ValueError(f"Line {number} of '{path}' is no answer; remove the file to start over.") from error
-        if number == 1 and entry != json.loads(json.dumps(header)):
+        if number == 1 and entry != (wanted := json.loads(json.dumps(header))):
             raise ValueError(
-                f"'{path}' holds answers under other settings ({entry}) than these ({header}). Give another folder, "
-                "or remove the file to start over."
+                f"'{path}' holds answers under other settings than these: {differences(entry, wanted)}. Give another "
+                "folder, or remove the file to start over."
             )
     return answers
 

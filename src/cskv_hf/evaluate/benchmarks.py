@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from ..generation import CACHE_ARGUMENT
 from .answers import answer_cases, own_generation_config
-from .cases import Case, summarize
+from .cases import Answer, Case, summarize
 from .divergence import compare_with_full_cache
 from .intervals import wilson_interval
 from .lines import LineRecord, line_retrieval
@@ -32,7 +32,8 @@ class Measurement:
         metric: what the number is.
         value, low, high: the number and its 95 % interval; None where nothing could be measured.
         total, skipped: questions or tokens behind it, and questions too long for the model.
-        details: JSON values.
+        details: what all questions of the group have in common, as JSON values; of questions that `--cut` may cut,
+            ``cases_cut``, how many of `total` it did.
     """
 
     group: str
@@ -145,14 +146,26 @@ class CaseBenchmark:
             model, tokenizer, self.cases, make_cache,
             batch_size=self.batch_size, path=path, settings=settings, context=self.context, description=self.name,
         )  # fmt: skip
-        details = {case.group: case.details for case in self.cases}
         scores = summarize(answers)
         if len(scores) > 1:
             scores += summarize([replace(answer, group=ALL) for answer in answers])
-        return [
-            Measurement(s.group, self.metric, s.value, s.low, s.high, s.total, s.skipped, details.get(s.group, {}))
-            for s in scores
-        ]
+        measured = []
+        for s in scores:
+            mine = [(c, a) for c, a in zip(self.cases, answers) if s.group in (c.group, ALL)]
+            details = shared_details(*zip(*mine))
+            measured.append(Measurement(s.group, self.metric, s.value, s.low, s.high, s.total, s.skipped, details))
+        return measured
+
+
+def shared_details(cases: Sequence[Case], answers: Sequence[Answer]) -> dict[str, Any]:
+    """Details that are equal in all cases; in the place of ``tokens_cut`` how many of those answered were cut."""
+    first, *others = [dict(case.details) for case in cases]
+    shared = {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
+    shared.pop("tokens_cut", None)
+    if any("tokens_cut" in case.details for case in cases):
+        answered = [case for case, answer in zip(cases, answers) if answer.score is not None]
+        shared["cases_cut"] = sum(case.details.get("tokens_cut", 0) > 0 for case in answered)
+    return shared
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def compare_with_full_cache(
                 losses[side, here] -= likelihood.gather(-1, targets)[..., 0].sum(1).double().cpu()
             divergence[here] += (full.exp() * (full - other)).sum((1, 2)).double().cpu()
             same[here] += (full.argmax(-1) == other.argmax(-1)).sum(1).double().cpu()
-    count = length - skip
+    count = length - max(skip, 1)  # the first token is predicted by nothing
     full, compressed = (Perplexity(loss / count, rows * count) for loss in losses)
     return Comparison(full, compressed, divergence / count, same / count)
 

@@ -1,9 +1,10 @@
-"""What results depend on, as short hashes: a model with its adapter, and files."""
+"""What results depend on: model, adapter and files as short hashes, versions of packages; and what differs in it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from ..config import CSKVConfig
 from ..factors import CSKVFactors
 
 
-def fingerprint(model: nn.Module, max_length: int) -> str:
-    """Short hash of what responses depend on: name, dtype, adapter, all factors, and a sample of every weight."""
+def fingerprint(model: nn.Module, max_length: int, *more: Any) -> str:
+    """Short hash of what responses depend on: name, dtype, adapter, all factors, a sample of every weight, and `more`,
+    JSON values."""
     config = active_config(model)
     settings = {} if config is None else {k: v for k, v in config.to_dict().items() if k != "fit_report"}
-    facts = [model.config.name_or_path, str(model.dtype), max_length, settings]
+    facts = [model.config.name_or_path, str(model.dtype), max_length, settings, *more]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=_jsonable).encode())
     for name, tensor in model.state_dict().items():
         if tensor.device.type != "meta":
@@ -39,6 +41,25 @@ def active_config(model: nn.Module) -> CSKVConfig | None:
 def file_fingerprint(path: Path) -> str:
     """Short hash of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Of the packages whose code makes the numbers."""
+    return {name: version(name.replace("_", "-")) for name in ("torch", "transformers", "peft", "cskv_hf")}
+
+
+def differences(held: Any, now: dict[str, Any]) -> str:
+    """What differs between settings read from a file and those of this run, by name, in words."""
+    there, here = _flat(held), _flat(now)
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(f"`{name}` {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested objects."""
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    return {k: v for name, value in settings.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
 
 
 def _jsonable(value: Any) -> Any:

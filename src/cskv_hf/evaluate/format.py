@@ -32,9 +32,11 @@ def text_tables(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(
                 f"{short:<{NAME_WIDTH}}{100 * own[0]['cache_share']:>5.1f} %" + "".join(f"{c:>{width}}" for c in cells)
             )
-        skipped = max(row["skipped"] for row in part)
+        skipped, cut = max(row["skipped"] for row in part), max(row["details"].get("cases_cut", 0) for row in part)
         if skipped:
             lines.append(f"skipped, too long for the model's context: {skipped}")
+        if cut:
+            lines.append(f"cut in the middle by --cut: {cut}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

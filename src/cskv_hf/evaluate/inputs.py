@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from ..config import ModelShape
+from ..demo import MODEL_PATH
 from ..files import full_rows, replace_file
 from ..generation import has_active_adapter
+from ..hub import ADAPTER, local_adapter
 from ..statistics import collect_statistics
 from ..tuner import adapter_config
 from . import longbench, longeval, lveval
@@ -97,11 +99,13 @@ def evaluate(
         raise ValueError(f"`--tables` fits adapters to a model; '{name}' is an adapter. Give its base model.")
     if not fitted and name != BUNDLED and data is None and specs:
         raise ValueError("Without an adapter, some are fitted first, which needs calibration text: give `--data`.")
-    files = [path for path in (Path(spec.partition(":")[2]) for spec in specs) if path.is_file()]
+    files = {spec: path for spec in specs if (path := Path(spec.partition(":")[2])).is_file()}
+    files |= {} if data is None else {"data": data}
+    files |= {"adapter": local_adapter(name) / ADAPTER[1]} if fitted else {}
     settings = {
         "model": name, "fingerprint": fingerprint(model, 0), "benchmarks": specs, "limit": limit, "length": length,
         "cut": cut, "batch_size": batch_size, "context": context, "data": None if data is None else data.name,
-        "files": {path.name: file_fingerprint(path) for path in [*files, *([] if data is None else [data])]},
+        "files": {spec: file_fingerprint(path) for spec, path in files.items()},
         "max_tokens": max_tokens, "epochs": epochs, "learning_rate": learning_rate,
         "chat_template": bool(getattr(tokenizer, "chat_template", None)),
     }  # fmt: skip
@@ -140,14 +144,13 @@ def evaluate(
 
 
 def load_model(name: str, dtype: str = "auto", device_map: str | None = None) -> tuple[nn.Module, Any]:
-    """A model and its tokenizer: ``bundled``, a base model, or an adapter (which loads its base)."""
+    """A model and its tokenizer: ``bundled`` (in float32 on the CPU by default), a base model, or an adapter (which
+    loads its base)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name == BUNDLED:
-        from ..demo.run import load_bundled
-
-        return load_bundled()
-    if device_map is None and torch.cuda.is_available():
+        name, dtype = str(MODEL_PATH), "float32" if dtype == "auto" else dtype
+    elif device_map is None and torch.cuda.is_available():
         device_map = "cuda"
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map).eval()
     try:

@@ -4,19 +4,25 @@ registers the harness's model ``cskv`` (lm_eval_model.py)."""
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, versions
 from .lm_eval_model import CSKVLM  # says what to install
 
 # isort: split
 import lm_eval
 from lm_eval.tasks import TaskManager
+
+RULER = Path(lm_eval.__file__).parent / "tasks" / "ruler"  # whose tasks make their texts themselves
+RULER_NEEDS = ("wonderwords", "nltk", "scipy")
+NO_SUCH_LENGTH = -1  # RULER's value of a length that no text has
 
 
 def run_lm_eval(
@@ -47,38 +53,45 @@ def run_lm_eval(
         num_fewshot: examples in the prompt; by default the task's own.
         apply_chat_template: put prompts into the tokenizer's chat template.
         use_cache: start of the name of a file for responses, to go on from when a run was interrupted. The harness
-            looks responses up by their request alone, so what else they depend on goes into the name.
-        metadata: for tasks that ask for it, ``{"max_seq_lengths": [4096]}`` for RULER.
+            looks responses up by their request alone, so what else they depend on, versions among it, goes into the
+            name.
+        metadata: for tasks that ask for it, ``{"max_seq_lengths": [4096]}`` for RULER. ``tokenizer`` is the model's
+            unless given.
         bootstrap_iters: for the standard error of metrics that have no formula for it.
         model_args: further arguments of [`CSKVLM`]: `peft`, `tokenizer`, `dtype`, `device`, `max_length`.
 
     Returns:
         ``{"model", "cache", "stride", "batch_size", "limit", "lm_eval", "results"}``, JSON values; `results` are
         dictionaries of ``task``, ``version``, ``metric``, ``filter``, ``value``, ``stderr`` (None where there is
-        none), ``higher_is_better`` and ``n`` (cases). Under a launcher with several processes an empty dictionary on
-        all but the first.
+        none), ``higher_is_better`` and ``n`` (cases). RULER's metrics are lengths, and ``n`` the cases of that length.
+        Under a launcher with several processes an empty dictionary on all but the first.
 
     Raises:
         ValueError: if a task is unknown, or an argument is not possible; before the model is loaded where it can be.
+        ImportError: if RULER is asked for without its packages, before the model is loaded.
     """
     name = os.fspath(model) if not isinstance(model, nn.Module) else model.config.name_or_path
-    manager = TaskManager(include_path=include_path, metadata={"pretrained": name, **(metadata or {})})
-    names = task_names(manager, tasks)
-    lm = CSKVLM(model, cache=cache, stride=stride, batch_size=batch_size, **model_args)
-    if use_cache is not None:
-        use_cache = f"{os.fspath(use_cache)}-{cache}-{stride}-{fingerprint(lm.model, lm.max_length)}"
-    raw = lm_eval.simple_evaluate(
-        lm,
-        tasks=names,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        use_cache=use_cache,
-        limit=limit,
-        bootstrap_iters=bootstrap_iters,
-        log_samples=False,
-        apply_chat_template=apply_chat_template,
-        task_manager=manager,
-    )
+    with tempfile.TemporaryDirectory() as tokenizer:
+        given = {"pretrained": name, "tokenizer": tokenizer, **(metadata or {})}
+        manager = TaskManager(include_path=include_path, metadata=given)
+        names = task_names(manager, tasks)
+        lm = CSKVLM(model, cache=cache, stride=stride, batch_size=batch_size, **model_args)
+        lm.tokenizer.save_pretrained(tokenizer)  # tasks load it by name, and an adapter may have none of its own
+        if use_cache is not None:
+            versioned = fingerprint(lm.model, lm.max_length, versions(), lm_eval.__version__)
+            use_cache = f"{os.fspath(use_cache)}-{cache}-{stride}-{versioned}"
+        raw = lm_eval.simple_evaluate(
+            lm,
+            tasks=names,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            use_cache=use_cache,
+            limit=limit,
+            bootstrap_iters=bootstrap_iters,
+            log_samples=any(is_ruler(manager, task) for task in names),  # which say of what length each case is
+            apply_chat_template=apply_chat_template,
+            task_manager=manager,
+        )
     if raw is None:
         return {}
     settings = {"model": name, "cache": cache, "stride": stride, "batch_size": batch_size, "limit": limit}
@@ -102,8 +115,16 @@ def format_results(*runs: dict[str, Any]) -> str:
 
 
 def check_tasks(tasks: str | Sequence[str]) -> None:
-    """Refuse unknown tasks, before a model is loaded; see [`task_names`]."""
+    """Refuse what cannot be run, before a model is loaded; see [`task_names`]."""
     task_names(TaskManager(), tasks)
+
+
+def is_ruler(manager: TaskManager, task: str) -> bool:
+    """Whether a task, group or tag is RULER's, or has some of it."""
+    entry = manager.task_index.get(task)
+    if entry is not None and entry.yaml_path is None:  # a tag, whose `tags` are its tasks
+        return any(is_ruler(manager, name) for name in entry.tags if name != task)
+    return (Path(task) if entry is None else entry.yaml_path).resolve().parent == RULER.resolve()
 
 
 def task_names(manager: TaskManager, tasks: str | Sequence[str]) -> list[str]:
@@ -111,6 +132,7 @@ def task_names(manager: TaskManager, tasks: str | Sequence[str]) -> list[str]:
 
     Raises:
         ValueError: if there is none, or one is unknown; names those that are spelled alike.
+        ImportError: if one is RULER's, and packages that it makes its texts with are missing.
     """
     asked = [task.strip() for task in (tasks.split(",") if isinstance(tasks, str) else tasks)]
     names: list[str] = []
@@ -126,17 +148,27 @@ def task_names(manager: TaskManager, tasks: str | Sequence[str]) -> list[str]:
         names += [name for name in found if name not in names]
     if not names:
         raise ValueError(f"`tasks` names no task, got {tasks!r}.")
+    missing = [package for package in RULER_NEEDS if importlib.util.find_spec(package) is None]
+    ruler = next((name for name in names if is_ruler(manager, name)), None)
+    if missing and ruler is not None:
+        raise ImportError(
+            f"The task '{ruler}' of lm-evaluation-harness makes its texts with packages that are not installed "
+            f'({", ".join(missing)}): `pip install "lm_eval[ruler]"`.'
+        )
     return names
 
 
 def plain_results(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """The harness's results, one dictionary per task, metric and filter; groups after the tasks."""
+    """The harness's results, one dictionary per task, metric and filter; groups after the tasks. Without the lengths
+    that RULER has no text of."""
     results = []
     for task, metrics in (raw["results"] | raw.get("groups", {})).items():
         cases = raw.get("n-samples", {}).get(task, {}).get("effective", metrics.get("sample_len"))
         for key, value in metrics.items():
             metric, separator, filter_name = key.partition(",")
             if not separator or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            if metric.isdecimal() and value == NO_SUCH_LENGTH:
                 continue
             stderr = metrics.get(f"{metric}_stderr,{filter_name}")
             results.append(
@@ -148,10 +180,21 @@ def plain_results(raw: dict[str, Any]) -> list[dict[str, Any]]:
                     "value": float(value),
                     "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
                     "higher_is_better": raw.get("higher_is_better", {}).get(task, {}).get(metric),
-                    "n": metrics.get("sample_count", {}).get(key, cases),
+                    "n": cases_of_length(raw, task, metric, filter_name)
+                    or metrics.get("sample_count", {}).get(key, cases),
                 }
             )
     return results
+
+
+def cases_of_length(raw: dict[str, Any], task: str, metric: str, filter_name: str) -> int:
+    """Cases behind one length of RULER, of a task or of all tasks of a group; 0 where it is no length or not known."""
+    tasks, samples = raw.get("group_subtasks", {}).get(task) or [task], raw.get("samples", {})
+    return sum(
+        metric.isdecimal() and case["filter"] == filter_name and case.get(metric, NO_SUCH_LENGTH) != NO_SUCH_LENGTH
+        for name in tasks
+        for case in samples.get(name, [])
+    )
 
 
 def _shorten(text: str, width: int) -> str:

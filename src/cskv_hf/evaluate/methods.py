@@ -121,19 +121,24 @@ def prepare(model: nn.Module, method: Method, calibration: Calibration | None) -
 
 def train_in_place(model: nn.Module, calibration: Calibration, objective: str) -> None:
     """A short training on the calibration rows, quantisation-aware for packed latents; leaves no files, and every
-    module in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
+    module in the mode and on the device it was in."""
+    modes, device = [(module, module.training) for module in model.modules()], model.device
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(
             folder, num_train_epochs=calibration.epochs, learning_rate=calibration.learning_rate,
             lr_scheduler_type="linear", disable_tqdm=True, save_strategy="no", logging_strategy="no",
+            use_cpu=device.type == "cpu",
         )  # fmt: skip
         rows = [{"input_ids": row} for row in calibration.rows]
         trainer = CSKVTrainer(model, arguments, rows, objective=objective, statistics=calibration.statistics)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    for module, mode in modes:
-        module.training = mode
+        try:
+            trainer.train()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            if model.device != device:  # the Trainer trains on the first GPU
+                model.to(device)
 
 
 def cache_maker(method: Method, model: nn.Module, length: int | None) -> Callable[[], Cache]:

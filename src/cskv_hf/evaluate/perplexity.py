@@ -70,4 +70,5 @@ def compressed_perplexity(
         likelihood = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         scored = torch.arange(start + 1, start + 1 + piece.shape[1], device=piece.device) >= skip
         loss -= (likelihood * scored).sum(1).double().cpu()
-    return Perplexity(loss / (length - skip), rows * (length - skip))
+    count = length - max(skip, 1)  # the first token is predicted by nothing
+    return Perplexity(loss / count, rows * count)

@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from ..config import POSITION_BYTES, CSKVConfig, ModelShape
 from ..files import replace_file
 from .benchmarks import Benchmark, Measurement
+from .fingerprint import differences, versions
 from .memory import cache_nbytes
 from .methods import Calibration, Method, bytes_of_old_token, cache_maker, prepare
 
@@ -32,11 +32,11 @@ class Suite:
         model: without an adapter, or with one, which then is what ``Method.settings=None`` stands for.
         out: folder of ``results.json`` and of answers.
         settings: what the results depend on besides the methods: model, data, sizes; an interrupted run goes on only
-            under the same.
+            under the same, and with the same versions of the packages.
         calibration: makes what adapters are fitted with; called once, when first needed.
 
     Raises:
-        ValueError: if `out` holds results under other settings, or a file that is none.
+        ValueError: if `out` holds results under other settings or of other versions, or a file that is none.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Suite:
         calibration: Callable[[], Calibration] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.benchmarks, self.out = model, tokenizer, benchmarks, out
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps({**settings, "versions": versions()}))
         self.make_calibration, self._calibration = calibration, None
         self.path = out / "results.json"
         self.rows: list[dict[str, Any]] = self._earlier_rows()
@@ -176,8 +176,8 @@ class Suite:
             raise ValueError(f"'{working}' is no file of measurements; remove it to start over.") from error
         if settings != self.settings:
             raise ValueError(
-                f"'{working}' was measured under other settings ({settings}) than these ({self.settings}). Give "
-                "another folder, or remove it to start over."
+                f"'{working}' was measured under other settings than these: {differences(settings, self.settings)}. "
+                "Give another folder, or remove this one to start over."
             )
         return rows
 
@@ -234,18 +234,20 @@ def _sizes(model: nn.Module, method: Method, make_cache: Callable, benchmark: Be
 
 def environment(model: nn.Module) -> dict[str, str]:
     """Versions and machine, as results carry them."""
-    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     return {
-        **versions, "cskv_hf": version("cskv-hf"), "python": platform.python_version(), "machine": platform.machine(),
-        "device": device, "dtype": str(model.dtype).removeprefix("torch."), "threads": str(torch.get_num_threads()),
+        **versions(), "python": platform.python_version(), "machine": platform.machine(), "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."), "threads": str(torch.get_num_threads()),
     }  # fmt: skip
 
 
 def describe(model: nn.Module, name: str) -> dict[str, Any]:
+    """Whose numbers these are: `name` as it was given, an adapter's or a model's, and the base model it has."""
     shape = ModelShape.from_model_config(model.config)
     return {
         "name": name,
+        "base_model": model.config.name_or_path,
+        "model_type": shape.model_type,
         "layers": shape.num_hidden_layers,
         "num_key_value_heads": shape.num_key_value_heads,
         "head_dim": shape.head_dim,

@@ -102,14 +102,14 @@ def load() -> bool:
     if platform.system() != "Linux" or not path.exists():
         if any(path.parent.glob("*.so")):
             logger.warning_once(
-                f"CSKV's kernels for CPUs in '{path.parent}' were compiled for another torch, processor or version, so "
-                "attention runs slower. Compile them again with `cskv kernels --build`."
+                f"CSKV's kernels for CPUs in '{path.parent}' were compiled for another torch, processor or version, "
+                "so attention runs slower. Compile them again with `cskv kernels --build`."
             )
         return False
     if _others_may_write(path):
         logger.warning_once(
-            f"CSKV's kernels for this CPU are not loaded, and attention runs slower: '{path}' or its folder belongs to "
-            "another user, or others may write to it. Make them your own (`chown`, `chmod go-w`), or set "
+            f"CSKV's kernels for this CPU are not loaded, and attention runs slower: '{path}' or its folder belongs "
+            "to another user, or others may write to it. Make them your own (`chown`, `chmod go-w`), or set "
             "TORCH_EXTENSIONS_DIR to a folder of yours and run `cskv kernels --build`."
         )
         return False

@@ -117,7 +117,7 @@ def layers_section(data: dict[str, Any]) -> Section:
     note = "Errors are those of the ranks, on the calibration data, as the fit measured them: "
     note += "before quantisation and any training."
     if any(layer["key_error"] is None for layer in layers):
-        note += " Layers without errors were cut since, or fitted by a version that did not record them."
+        note += " Layers without errors were cut since or trained, or fitted by a version that did not record them."
     parts += [tag("p", note, class_="note"), _layer_table(layers)]
     return Section("layers", "Layers", join(parts))
 

@@ -19,10 +19,14 @@ from safetensors import safe_open
 
 from .. import __version__
 from ..config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape
+from ..demo import MODEL_PATH
+from ..evaluate.fingerprint import file_fingerprint
 from ..fitting import mean_bits
-from ..hub import ADAPTER, check_adapter_files
+from ..hub import ADAPTER, REPO_ID, check_adapter_files
 from ..latents import LatentFormat, PlainFormat
+from .rows import ANOTHER, THIS, has_size_of
 
+BUNDLED = "bundled"  # what `cskv eval` calls the model in MODEL_PATH
 VERSION = 1  # of report.json, and of the results files it reads
 CONTEXTS = (1024, 8192, 32768, 131072)
 TEXTS = ("table", "method", "benchmark", "metric")  # that every row has
@@ -43,7 +47,9 @@ def report_data(adapter_dir: str | os.PathLike, results_paths: Sequence[str | os
 
     Returns:
         An object of JSON values without NaN: ``version``, ``adapter``, ``results`` (environment, model and settings
-        of each file), ``rows`` (of all files), ``cskv_hf``.
+        of each file; ``name`` and ``base``, what was measured and its base model; ``same_model`` and ``same_adapter``,
+        whether they are the adapter's base model and the adapter, None where the files do not say), ``rows`` (of all
+        files), ``cskv_hf``.
 
     Raises:
         ValueError: if a file is missing, broken, of another format or about another model; it names the file.
@@ -57,14 +63,17 @@ def report_data(adapter_dir: str | os.PathLike, results_paths: Sequence[str | os
         raise ValueError(
             f"The adapter in '{adapter_dir}' has no factors yet, there is nothing to report. Fit it first."
         )
-    files = [read_results(Path(path), ModelShape(**config.model_shape)) for path in results_paths]
+    adapter, weights = adapter_data(config, folder), file_fingerprint(folder / ADAPTER[1])
+    base = config.base_model_name_or_path or ""
+    files = [read_results(Path(path), ModelShape(**config.model_shape), base) for path in results_paths]
+    files = [_of_adapter(file, adapter, weights) for file in files]
     rows = {key: row for file in files for key, row in _identified(file["rows"])}
-    results = [{k: file[k] for k in ("file", "environment", "model", "settings", "tables")} for file in files]
+    results = [{k: value for k, value in file.items() if k != "rows"} for file in files]
     return _without_nan(
         {
             "version": VERSION,
             "cskv_hf": __version__,
-            "adapter": adapter_data(config, folder),
+            "adapter": adapter,
             "results": results,
             "rows": list(rows.values()),
         }
@@ -83,7 +92,7 @@ def adapter_data(config: CSKVConfig, folder: Path) -> dict[str, Any]:
     base = config.base_model_name_or_path or ""
     return {
         "name": folder.resolve().name,
-        "base_model": Path(base).name if os.path.isabs(base) or os.path.isdir(base) else base,
+        "base_model": public_name(base),
         "model": vars(shape) | {"kv_dim": shape.kv_dim},
         "compression": config.compression,
         "init": config.init,
@@ -183,8 +192,11 @@ def spectra_data(config: CSKVConfig, weights_file: Path) -> list[dict[str, Any]]
     return layers
 
 
-def read_results(path: Path, shape: ModelShape) -> dict[str, Any]:
+def read_results(path: Path, shape: ModelShape, base_model: str = "") -> dict[str, Any]:
     """A results file of `cskv eval`, every row with all of its fields.
+
+    Args:
+        shape, base_model: of the adapter; the name as it was recorded, empty where it was not.
 
     Raises:
         ValueError: naming the file, what is wrong and what is expected.
@@ -208,6 +220,7 @@ def read_results(path: Path, shape: ModelShape) -> dict[str, Any]:
             raise ValueError(f"`{name}` of the results file '{path}' is no object; expected {expected}.")
     model = data.get("model", {})
     mine = {
+        "model_type": shape.model_type,
         "layers": shape.num_hidden_layers,
         "num_key_value_heads": shape.num_key_value_heads,
         "head_dim": shape.head_dim,
@@ -224,9 +237,55 @@ def read_results(path: Path, shape: ModelShape) -> dict[str, Any]:
         )
     rows = [_row(path, number, row) for number, row in enumerate(data["rows"], 1)]
     tables = list(dict.fromkeys(row["table"] for row in rows))
-    return {"file": path.name, "rows": rows, "tables": tables} | {
+    measured = str(model.get("base_model") or ("" if "adapter" in tables else model.get("name")) or "")
+    same = same_model(base_model, measured)
+    if same is False:
+        raise ValueError(
+            f"The results file '{path}' is about another model than the adapter (adapter '{base_model}', file "
+            f"'{measured}'). Give results of the adapter's model."
+        )
+    name = public_name(str(model.get("name") or "")) or "a model without a name"
+    names = {"name": name, "base": public_name(measured) or name, "same_model": same}
+    return {"file": path.name, "rows": rows, "tables": tables, **names} | {
         k: data.get(k, {}) for k in ("environment", "model", "settings")
     }
+
+
+def same_model(one: str, other: str) -> bool | None:
+    """Whether two names are of one model. None where they do not tell: a folder may hold any, and a Hub id of another
+    user's with the same name a copy."""
+    if not one or not other:
+        return None
+    if _known(one) == _known(other):
+        return True
+    ids = [REPO_ID.fullmatch(name) and "/" in name and not os.path.isdir(name) for name in (one, other)]
+    return False if all(ids) and Path(one).name.lower() != Path(other).name.lower() else None
+
+
+def public_name(name: str) -> str:
+    """A model's name without the folders of this machine."""
+    name = _known(name)
+    return Path(name).name if os.path.isabs(name) or os.path.isdir(name) else name
+
+
+def _known(name: str) -> str:
+    """The bundled model's short name for its folder, wherever that was installed."""
+    name = name.rstrip("/")
+    return BUNDLED if Path(name).parts[-3:] == MODEL_PATH.parts[-3:] else name
+
+
+def _of_adapter(file: dict[str, Any], adapter: dict[str, Any], weights: str) -> dict[str, Any]:
+    """A results file with rows of "this adapter" that are of another under that name; `weights` is the fingerprint of
+    the adapter's file."""
+    recorded = file["settings"].get("files")
+    recorded = recorded.get("adapter") if isinstance(recorded, dict) else None
+    other = {"method": ANOTHER, "name": f"{ANOTHER}, {file['name']}"}
+    mine = [row["method"].lower() == THIS for row in file["rows"]]
+    same = [recorded in (None, weights) and has_size_of(adapter, row) for row in file["rows"]]
+    rows = [row | other if m and not s else row for row, m, s in zip(file["rows"], mine, same)]
+    every = all(s for m, s in zip(mine, same) if m)
+    unknown = every and (recorded is None or not any(mine))
+    return file | {"rows": rows, "same_adapter": None if unknown else every}
 
 
 def _row(path: Path, number: int, row: Any) -> dict[str, Any]:
@@ -264,7 +323,6 @@ def _identified(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[str, int
         "benchmark",
         "group",
         "metric",
-        "details",
     )
     seen: Counter[str] = Counter()
     for row in rows:

@@ -14,7 +14,6 @@ from .formats import (
     exact,
     interval,
     is_number,
-    is_ours,
     measured,
     metric_of,
     percent,
@@ -22,7 +21,7 @@ from .formats import (
     size,
 )
 from .markup import Safe, join, tag
-from .rows import FULL, Row, facet_of, facets, is_placed, of_table, value_of
+from .rows import FULL, THIS, Row, cut_text, facet_of, facets, has_settings_of, is_placed, of_table, value_of
 from .sections import (
     Section,
     all_rows,
@@ -39,6 +38,9 @@ from .tables import Head, Line, table
 
 STYLE = Path(__file__).with_name("style.css")
 HEADLINE_CONTEXT = 32768  # tokens, of the tile in the summary
+OPTIONS = (  # of `cskv eval`, as its settings call them
+    "limit", "length", "cut", "context", "batch_size", "data", "max_tokens", "epochs", "learning_rate",
+)  # fmt: skip
 INITS = {
     "attention": "factors optimal for attention scores and outputs",
     "mse": "factors of the least mean square error",
@@ -64,9 +66,7 @@ def page(data: dict[str, Any]) -> str:
     ]
     shown = [section for section in sections if section is not None]
     whole = [Section("summary", "Summary", summary(data, shown)), *shown, environment_section(data)]
-    named = [_public(str(result["model"]["name"])) for result in data["results"] if result["model"].get("name")]
-    name = data["adapter"]["name"]
-    base = next((n for n in named if n != name), data["adapter"]["base_model"])  # an adapter may have been measured
+    name, base = data["adapter"]["name"], data["adapter"]["base_model"]
     title = f"CSKV report: {name}"
     contents = [tag("a", section.title, href=f"#{section.id}") for section in whole]
     body = tag(
@@ -204,25 +204,18 @@ def _evaluation_rows(data: dict[str, Any]) -> list[Row]:
 
 
 def _headline_rows(data: dict[str, Any]) -> list[Row]:
-    """Measurements of ours at this adapter's compression and window: of the table of methods, then of the fit."""
-    adapter = data["adapter"]
-
-    def fits(row: Row) -> bool:
-        same = is_number(row["removed"]) and is_number(adapter["compression"])
-        same = same and abs(row["removed"] - adapter["compression"]) < 1e-6
-        return is_ours(row["method"]) and same and row["window"] in (None, adapter["window"])
-
-    mine = [row for row in of_table(data["rows"], "adapter") if row["method"] == "this adapter"]
-    methods = [row for row in of_table(data["rows"], "methods") if fits(row)]
+    """Measurements of this adapter, else of ours with its settings; then those that the fit recorded."""
+    mine = [row for row in of_table(data["rows"], "adapter") if row["method"].lower() == THIS]
+    methods = [row for row in of_table(data["rows"], "methods") if has_settings_of(data["adapter"], row)]
     plain = [row for row in methods if "+" not in row["method"]]
-    found = [*mine, *(plain or methods), *(row for row in _evaluation_rows(data) if row["method"] != FULL)]
+    found = [*(mine or plain or methods), *(row for row in _evaluation_rows(data) if row["method"] != FULL)]
     return [row for row in found if not is_placed(row)]
 
 
 def _quality_table(data: dict[str, Any]) -> Safe:
     rows = _headline_rows(data)
     if not rows:
-        return missing("No quality of this adapter's compression was measured.", "text", data)
+        return missing("No quality of this adapter was measured.", "text", data)
     full = {
         facet_of(r): r
         for r in [*_evaluation_rows(data), *of_table(data["rows"], "adapter", "methods")]
@@ -232,7 +225,7 @@ def _quality_table(data: dict[str, Any]) -> Safe:
     for facet in facets(rows):
         for row in (r for r in rows if facet_of(r) == facet):
             other = value_of(full[facet]) if facet in full else MISSING
-            cases = count(row["total"]) if is_number(row["total"]) else ""
+            total = count(row["total"]) if is_number(row["total"]) else ""
             lines.append(
                 Line(
                     [
@@ -240,16 +233,15 @@ def _quality_table(data: dict[str, Any]) -> Safe:
                         metric_of(facet.metric).name,
                         value_of(row),
                         other,
-                        cases,
+                        (total, cut_text(row)),
                     ]
                 )
             )
-    asked = data["adapter"]["compression"]
-    name = f"ours, {short_percent(asked)} removed" if is_number(asked) else "this adapter"
+    fitted = any(row["table"] == "methods" for row in rows)
     heads = [
         Head("benchmark", text=True),
         Head("measure", text=True),
-        Head(name),
+        Head(THIS, "or one that cskv eval fitted with its settings" if fitted else ""),
         Head("full cache"),
         Head("n"),
     ]
@@ -262,6 +254,7 @@ def _measured_or_not(data: dict[str, Any], sections: list[Section]) -> Safe:
     absent = [tag("a", s.title, href=f"#{s.id}") for s in sections if s.measured is False]
     files = ", ".join(f"{r['file']}" for r in data["results"]) or "no results file was given"
     lines = []
+    doubts = [tag("li", text) for result in data["results"] for text in whose(result, data["adapter"])]
     if measured_:
         lines.append(tag("li", tag("strong", "Measured: "), join(measured_, ", "), f" ({files})."))
     if absent:
@@ -278,7 +271,25 @@ def _measured_or_not(data: dict[str, Any], sections: list[Section]) -> Safe:
                 f"{count(data['adapter']['evaluation'].get('tokens'))} tokens.",
             ),
         )
-    return tag("ul", lines, class_="measured")
+    return tag("ul", [*lines, *doubts], class_="measured")
+
+
+def whose(result: dict[str, Any], adapter: dict[str, Any]) -> list[str]:
+    """What is to be known about whose numbers a results file holds, where they are not surely the adapter's."""
+    file, name, texts = result["file"], result["name"], []
+    if result["same_model"] is None:
+        fitted = f"was fitted to {adapter['base_model']}" if adapter["base_model"] else "does not say what it was fitted to"
+        texts.append(
+            f"{file} was measured on {result['base']}, the adapter {fitted}: the same sizes, but names do not tell "
+            "whether they are the same model."
+        )
+    if result["same_adapter"] is False:
+        texts.append(f"{file} was measured on another adapter, {name}, and is shown as that.")
+    elif result["same_adapter"] is None and "adapter" in result["tables"]:
+        texts.append(
+            f"{file} was measured on {name}, an adapter of the same size, and does not say whether it is this one."
+        )
+    return texts
 
 
 def environment_section(data: dict[str, Any]) -> Section:
@@ -313,15 +324,10 @@ def eval_command(result: dict[str, Any]) -> str:
     tables = [name for name in result["tables"] if name != "adapter"]
     if tables:
         words += ["--tables", ",".join(tables)]
-    for name in ("limit", "length", "data", "max_tokens", "epochs", "learning_rate"):
+    for name in OPTIONS:
         if settings.get(name) is not None:
             words += [f"--{name.replace('_', '-')}", str(settings[name])]
     return shlex.join([*words, "--out", "FOLDER"])
-
-
-def _public(name: str) -> str:
-    """A model's name without the folders of this machine."""
-    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _words(value: object) -> str:

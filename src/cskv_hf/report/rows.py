@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from .formats import (
     benchmark_name,
     exact,
     is_number,
+    is_ours,
     measured,
     metric_of,
     percent,
@@ -26,6 +28,7 @@ from .scales import linear_domain, log_domain
 
 Row = dict[str, Any]
 FULL, WINDOW = "full cache", "window + sinks"
+THIS, ANOTHER = "this adapter", "another adapter"
 ALL, MOST_GROUPS = "all", 6  # the group of all groups; groups with a chart each
 WIDE_RATIO = 30.0  # between the largest and the smallest value, from which on an axis is logarithmic
 DASHES = (None, "7 3", "2 3", "9 3 2 3", "4 2")
@@ -101,6 +104,23 @@ def length_of(row: Row) -> float | None:
     return next((value for value in found if is_number(value)), None)
 
 
+def has_size_of(adapter: dict[str, Any], row: Row) -> bool:
+    """Whether a row is of an adapter of the same compression and bytes per token."""
+    pairs = [(row["removed"], adapter["compression"]), (row["bytes_per_token"], adapter["bytes_per_token"])]
+    return all(math.isclose(a, b, rel_tol=1e-6) if is_number(a) and is_number(b) else a is b for a, b in pairs)
+
+
+def has_settings_of(adapter: dict[str, Any], row: Row) -> bool:
+    """Whether a row of ours is of an adapter of the same size and window."""
+    return is_ours(row["method"]) and has_size_of(adapter, row) and row["window"] in (None, adapter["window"])
+
+
+def named(adapter: dict[str, Any], row: Row) -> tuple[str, str]:
+    """The method, and in small that it is another adapter, where it is one of ours with other settings."""
+    other = is_ours(row["method"]) and not has_settings_of(adapter, row)
+    return row["method"], ANOTHER if other else ""
+
+
 def removed(row: Row) -> str:
     """What was asked for, as a share removed."""
     return short_percent(row["removed"])
@@ -140,6 +160,12 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=rank)
 
 
+def cut_text(row: Row) -> str:
+    """How many of the questions lost their middle to `--cut`, where some did."""
+    cut = row["details"].get("cases_cut")
+    return f"{cut:,} cut" if is_number(cut) and cut else ""
+
+
 def detail_text(row: Row) -> str:
     """The details that are a number or a text."""
     plain = {k: v for k, v in row["details"].items() if isinstance(v, (str, int, float)) and v != ""}
@@ -160,7 +186,7 @@ def tooltip(row: Row) -> str:
         parts.append(f"{exact(row['bytes_per_token'])}{SPACE}bytes per old token")
     if is_number(row["total"]):
         parts.append(f"n{SPACE}={SPACE}{row['total']:,}")
-    return "; ".join(parts)
+    return "; ".join([*parts, *filter(None, [cut_text(row)])])
 
 
 def value_axis(facet: Facet, rows: Sequence[Row]) -> Axis:

@@ -34,6 +34,7 @@ from .rows import (
     in_order,
     is_placed,
     length_of,
+    named,
     of_table,
     place_of,
     removed,
@@ -96,6 +97,9 @@ def quality_section(data: dict[str, Any]) -> Section:
         rows = first_of_each([row for row in rows if not is_placed(row)])
         charts = [quality_chart(facet, rows, data) for facet in charted(rows)]
         if charts:
+            if any(named(data["adapter"], row)[1] for row in rows):
+                note += " Those called ours are adapters that cskv eval fitted; where it is marked so, with other "
+                note += "settings than this one's."
             parts.append(tag("p", f"{note} Whiskers and bands are 95", "\u00a0", "% intervals.", class_="note"))
             if any(share_of(row, data["adapter"]["full_bytes_per_token"]) in (0, None) for row in rows):
                 text = "A window alone stands where its bytes are equal, a cache without bytes per token at its share "
@@ -223,8 +227,7 @@ def quantisation_section(data: dict[str, Any]) -> Section:
     charts = [quality_chart(facet, rows, data) for facet in charted(rows)]
     tables = [storage_table(facet, [row for row in rows if facet_of(row) == facet]) for facet in facets(rows)]
     parts = [note, grid(charts), tag("div", tables, class_="tables")]
-    full_bytes = data["adapter"]["full_bytes_per_token"]
-    heads, names = byte_columns(rows, full_bytes)
+    heads, names = byte_columns(rows, data["adapter"])
     parts.append(pivot("Ways of storing, by bytes", heads, names, rows, groups=True))
     return Section("quantisation", "Quantisation", join(parts), True)
 
@@ -243,7 +246,7 @@ def storage_table(facet: Facet, rows: Sequence[Row]) -> Safe:
     return table(facet.title, heads, lines)
 
 
-def byte_columns(rows: Sequence[Row], full_bytes: float) -> tuple[list[Head], list[tuple[object, ...]]]:
+def byte_columns(rows: Sequence[Row], adapter: dict[str, Any]) -> tuple[list[Head], list[tuple[object, ...]]]:
     """The first columns of a table of methods: name, what was removed, bytes."""
     heads = [
         Head("method", text=True), Head("removed"), Head("bytes", "per old token"),
@@ -254,10 +257,9 @@ def byte_columns(rows: Sequence[Row], full_bytes: float) -> tuple[list[Head], li
         cache = percent(row["cache_share"]) if is_number(row["cache_share"]) else ""
         if cache and is_number(row["context_tokens"]):
             cache += f" of {count(row['context_tokens'])} tokens"
-        share = percent(share_of(row, full_bytes))
-        names.append(
-            (row["method"], removed(row), exact(row["bytes_per_token"]), share, (size(row["cache_bytes"]), cache))
-        )
+        share = percent(share_of(row, adapter["full_bytes_per_token"]))
+        bytes_held = (size(row["cache_bytes"]), cache)
+        names.append((named(adapter, row), removed(row), exact(row["bytes_per_token"]), share, bytes_held))
     return heads, names
 
 
@@ -309,7 +311,7 @@ def comparison_section(data: dict[str, Any]) -> Section:
     parts = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         mine = [row for row in rows if row["benchmark"] == benchmark]
-        heads, names = byte_columns(mine, data["adapter"]["full_bytes_per_token"])
+        heads, names = byte_columns(mine, data["adapter"])
         parts.append(tag("h3", benchmark_name(benchmark)))
         parts.append(pivot(f"All methods: {benchmark_name(benchmark)}", heads, names, mine, groups=True))
     return Section("comparison", "All methods", join(parts), True)
