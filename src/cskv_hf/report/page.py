@@ -278,7 +278,8 @@ def whose(result: dict[str, Any], adapter: dict[str, Any]) -> list[str]:
     """What is to be known about whose numbers a results file holds, where they are not surely the adapter's."""
     file, name, texts = result["file"], result["name"], []
     if result["same_model"] is None:
-        fitted = f"was fitted to {adapter['base_model']}" if adapter["base_model"] else "does not say what it was fitted to"
+        base = adapter["base_model"]
+        fitted = f"was fitted to {base}" if base else "does not say what it was fitted to"
         texts.append(
             f"{file} was measured on {result['base']}, the adapter {fitted}: the same sizes, but names do not tell "
             "whether they are the same model."
