@@ -340,6 +340,8 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     rows = of_results("gpu-kernels")["rows"]
     (one,) = (row for row in rows if row["cache"] == "95% head 4 bit" and row["batch"] == 1)
     assert f"the four kernels themselves are {100 * sum(one['kernels'].values()) / one['seconds']:.0f} %" in page
+    launch = [1e6 * (r["seconds"] - sum(r["kernels"].values())) for r in rows if r["batch"] == 1 and "kernels" in r]
+    assert f"the launch of the graph: {min(launch):.0f} to {max(launch):.0f} microseconds" in page
     errors = [row["error"] for row in rows if "error" in row]
     assert f"of one row, is {min(errors):.4f} to {max(errors):.4f}." in page
     by_name = {row["cache"]: row["seconds"] for row in rows if row["batch"] == 16}
