@@ -195,6 +195,21 @@ class Factor(nn.Module):
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
+def factor_shapes(key_ranks: Sequence[int], value_rank: int, kv_dim: int) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer, as [`CSKVFactors`] names them."""
+    key_rank, group_dim = sum(key_ranks), kv_dim // len(key_ranks)
+    return {
+        "cskv_key_A": (key_rank, group_dim),
+        "cskv_key_B": (group_dim, key_rank),
+        "cskv_value_A": (value_rank, kv_dim),
+        "cskv_value_B": (kv_dim, value_rank),
+        "cskv_key_mean": (1, kv_dim),
+        "cskv_value_mean": (1, kv_dim),
+        "cskv_key_spectrum": (1, key_rank),
+        "cskv_value_spectrum": (1, value_rank),
+    }
+
+
 class CSKVFactors(nn.Module, BaseTunerLayer):
     """The sidecar ``self_attn.cskv``: the factors of every CSKV adapter of one attention layer.
 
@@ -238,16 +253,8 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         self.key_ranks[adapter_name] = tuple(key_ranks)
         if config.is_fitted:
             self.formats[adapter_name] = config.formats(self.layer_idx)
-        kv_dim = self.num_key_value_heads * self.head_dim
-        group_dim, key_rank = kv_dim // len(key_ranks), sum(key_ranks)
-        self.cskv_key_A[adapter_name] = Factor(key_rank, group_dim)
-        self.cskv_key_B[adapter_name] = Factor(group_dim, key_rank)
-        self.cskv_value_A[adapter_name] = Factor(value_rank, kv_dim)
-        self.cskv_value_B[adapter_name] = Factor(kv_dim, value_rank)
-        self.cskv_key_mean[adapter_name] = Factor(1, kv_dim)
-        self.cskv_value_mean[adapter_name] = Factor(1, kv_dim)
-        self.cskv_key_spectrum[adapter_name] = Factor(1, key_rank)
-        self.cskv_value_spectrum[adapter_name] = Factor(1, value_rank)
+        for name, shape in factor_shapes(key_ranks, value_rank, self.num_key_value_heads * self.head_dim).items():
+            getattr(self, name)[adapter_name] = Factor(*shape)
         for (
             name
         ) in self.adapter_layer_names:  # defined values until a fit or a file replaces them; never used to generate

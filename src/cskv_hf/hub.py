@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 from .card import card_text
 from .config import CSKVConfig, ModelShape
+from .factors import factor_shapes
 from .tuner import adapter_config, check_can_add, shrink, sidecars
 
 logger = logging.get_logger(__name__)
@@ -201,36 +202,20 @@ def check_adapter_files(folder: Path) -> None:
         ) from error
     if config.is_fitted and config.model_shape is not None:
         found = {(int(at[1]), at[2]): shape for name, shape in shapes.items() if (at := WEIGHT.search(name))}
-        _check_shapes(weights_file, found, factor_shapes(config))
+        _check_shapes(weights_file, found, config)
 
 
-def factor_shapes(config: CSKVConfig) -> dict[tuple[int, str], tuple[int, int]]:
-    """The shape of every matrix that a fitted adapter consists of, by layer and name; see [`CSKVFactors`]."""
-    kv_dim, shapes = ModelShape(**config.model_shape).kv_dim, {}
-    for layer_idx, (key_ranks, value_rank) in enumerate(zip(config.key_ranks, config.value_ranks)):
-        key_rank, group_dim = sum(key_ranks), kv_dim // len(key_ranks)
-        shapes |= {
-            (layer_idx, "cskv_key_A"): (key_rank, group_dim),
-            (layer_idx, "cskv_key_B"): (group_dim, key_rank),
-            (layer_idx, "cskv_value_A"): (value_rank, kv_dim),
-            (layer_idx, "cskv_value_B"): (kv_dim, value_rank),
-            (layer_idx, "cskv_key_mean"): (1, kv_dim),
-            (layer_idx, "cskv_value_mean"): (1, kv_dim),
-            (layer_idx, "cskv_key_spectrum"): (1, key_rank),
-            (layer_idx, "cskv_value_spectrum"): (1, value_rank),
-        }
-    return shapes
-
-
-def _check_shapes(file: Path, found: dict[tuple[int, str], tuple], wanted: dict[tuple[int, str], tuple]) -> None:
-    for (layer_idx, name), shape in wanted.items():
-        given = found.get((layer_idx, name))
-        if given != shape:
-            raise ValueError(
-                f"'{file}' does not belong to the {CONFIG_NAME} beside it: `{name}` of layer {layer_idx} is "
-                f"{'missing' if given is None else given} in the file, {shape} by the config. Save or download the "
-                "adapter again."
-            )
+def _check_shapes(file: Path, found: dict[tuple[int, str], tuple], config: CSKVConfig) -> None:
+    kv_dim = ModelShape(**config.model_shape).kv_dim
+    for layer_idx, ranks in enumerate(zip(config.key_ranks, config.value_ranks)):
+        for name, shape in factor_shapes(*ranks, kv_dim).items():
+            given = found.get((layer_idx, name))
+            if given != shape:
+                raise ValueError(
+                    f"'{file}' does not belong to the {CONFIG_NAME} beside it: `{name}` of layer {layer_idx} is "
+                    f"{'missing' if given is None else given} in the file, {shape} by the config. Save or download "
+                    "the adapter again."
+                )
 
 
 def push_to_hub(
