@@ -1,22 +1,29 @@
 """A whole decode step of a model, compiled and not: python benchmarks/step.py [--device cuda]
 
-A Llama of 8B's layers, fewer of them, with random weights, fitted to random tokens; the first context is random too.
+A Llama of 8B's layers, fewer of them by default, with random weights, fitted to random tokens; the first context is
+random too. All models share their weights. On a GPU a growing cache of keys and values is timed with PyTorch's flash
+attention as well: cuDNN's, which PyTorch may prefer, plans anew for every length.
 What is timed are windows of 32 tokens: in each of them every layer of a growing CSKV cache encodes and appends one
 block, wherever the window begins. Caches of fixed size are compiled as well (`mode="reduce-overhead"`: CUDA graphs on
 a GPU), which takes minutes; `--backend recorded` makes a CUDA graph of the same operations as they are. On a GPU the
 profiler says how much of such a window its kernels are busy: a step that waits for launches is busy for a part of it.
+
+The whole of Llama-3.1-8B, on a GPU: ``--backend recorded --layers 32 --vocabulary 128256 --length 32768 --bits 4``;
+with `--bits` all layers are alike, so that kernels are compiled once and not for many layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from common import BLOCK, kernel_seconds, machine, medians_by_turn, save
 from torch._dynamo.utils import counters
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig, CSKVStaticCache
@@ -26,18 +33,23 @@ WARM_UP = 3  # steps before one is recorded
 BACKENDS = {"inductor": "compiled", "recorded": "recorded"}
 
 
-def make_model(layers: int, tiny: bool, device: str) -> LlamaForCausalLM:
+def make_model(layers: int, vocabulary: int, tiny: bool, device: str) -> LlamaForCausalLM:
     """A Llama with random weights."""
     sizes = dict(
         hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128
     )
     if tiny:
         sizes = {name: max(2, size // 16) if name != "head_dim" else 32 for name, size in sizes.items()}
-    config = LlamaConfig(vocab_size=4096, num_hidden_layers=layers, max_position_embeddings=131072, **sizes)
+    sizes |= dict(vocab_size=vocabulary, num_hidden_layers=layers, max_position_embeddings=131072)
+    config = LlamaConfig(dtype=torch.float32 if device == "cpu" else torch.bfloat16, **sizes)
     config.rope_parameters["rope_theta"] = 500000.0
     torch.manual_seed(0)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return LlamaForCausalLM(config).to(device, dtype).eval()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def with_same_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
 
 def steps_of(model, cache: Cache, prompt: torch.Tensor, backend: str | None = None) -> Callable[[], None]:
@@ -83,6 +95,14 @@ def compiled_step(model, cache: Cache, token: torch.Tensor, position: torch.Tens
         step_without_mark()
 
     return step
+
+
+def with_flash(run: Callable[[], None]) -> Callable[[], None]:
+    def run_with_flash() -> None:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            run()
+
+    return run_with_flash
 
 
 class Recorded:
@@ -141,10 +161,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of the context")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens there are")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compression", type=float, nargs="+", default=[0.8, 0.95], help="with the default packing")
+    parser.add_argument("--compression", type=float, nargs="+", default=[0.8, 0.95])
+    parser.add_argument("--bits", type=int, help="of every channel, in layers that are alike; or the default packing")
     parser.add_argument(
         "--backend", default="inductor", choices=BACKENDS, help="of torch.compile, or a CUDA graph without it"
     )
@@ -159,29 +181,35 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     about = {"machine": machine(args.threads), "settings": settings, "tokens": STEPS}
-    full = make_model(args.layers, args.tiny, args.device)
-    prompt = torch.randint(3, 4096, (args.batch, args.length), device=args.device)
+    full = make_model(args.layers, args.vocabulary, args.tiny, args.device)
+    prompt = torch.randint(3, args.vocabulary, (args.batch, args.length), device=args.device)
     room = args.length + STEPS * (2 * (args.rounds + 1) + 2)  # for the turns, the profiler, and what is not timed
     how = BACKENDS[args.backend]
     contestants = {
         "DynamicCache": steps_of(full, DynamicCache(), prompt),
+        **({"DynamicCache, flash": with_flash(steps_of(full, DynamicCache(), prompt))} if on_gpu else {}),
         f"StaticCache, {how}": steps_of(full, StaticCache(full.config, max_cache_len=room), prompt, args.backend),
     }
     for compression in args.compression:
-        model = make_model(args.layers, args.tiny, args.device)
-        model = cskv_hf.fit(model, [prompt[0, :1024]], CSKVConfig(compression=compression), progress=False)
-        name = f"{compression:.0%} packed"
+        config = CSKVConfig(compression=compression)
+        if args.bits is not None:
+            config = CSKVConfig(compression=compression, bits=args.bits, allocation="uniform")
+        model = cskv_hf.fit(with_same_weights(full), [prompt[0, :1024]], config, progress=False)
+        name = f"{compression:.0%} {'packed' if args.bits is None else f'{args.bits} bit'}"
         contestants[name] = steps_of(model, CSKVCache(), prompt)
         contestants[f"{name}, {how}"] = steps_of(model, CSKVStaticCache(room), prompt, args.backend)
-    busy = {}
+    busy, kernels = {}, {}
     for turns, medians in enumerate(medians_by_turn(contestants, args.rounds), 1):
         if on_gpu and args.backend == "inductor":
             refuse_skipped_graphs()
         seconds = {name: t / STEPS for name, t in medians.items()}
         save(args.out, about | {"rounds": turns, "seconds": seconds, "busy": busy})
     for name, run in contestants.items():
-        busy[name] = sum(kernel_seconds(run).values()) / STEPS if on_gpu else None
-        save(args.out, about | {"rounds": args.rounds, "seconds": seconds, "busy": busy})
+        busy[name] = None
+        if on_gpu:
+            kernels[name] = {kernel: t / STEPS for kernel, t in kernel_seconds(run).items()}
+            busy[name] = sum(kernels[name].values())
+        save(args.out, about | {"rounds": args.rounds, "seconds": seconds, "busy": busy, "kernels": kernels})
     print(f"{args.layers} layers, {args.length} tokens x {args.batch}")
     print(f"{'cache':<26}{'ms a step':>11}{'x Dynamic':>11}{'% busy':>8}")
     for name, t in seconds.items():

@@ -160,3 +160,11 @@ def lossy(model, compression=0.6, **settings):
 @pytest.fixture(params=list(FAMILIES))
 def family(request):
     return request.param
+
+
+@pytest.fixture
+def uninitialised_is_nan():
+    """So that nothing can be read that was not written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -114,3 +114,8 @@ def check_quantizer(quantize_by_kernels, block_size, times, group_channels, devi
     torch.testing.assert_close(ranges, expected_ranges, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes[:, 1:], expected_codes[:, 1:])  # all blocks but the one with NaN
     assert torch.equal(codes[1], expected_codes[1])
+
+
+def as_added(mask, dtype):
+    """A mask of what is seen, as one to be added to scores."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

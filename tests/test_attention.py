@@ -116,7 +116,8 @@ def test_turning_pairs_is_rotating_halves(dtype):
     assert turned.dtype == dtype
     tolerance = torch.finfo(dtype).eps * 8
     torch.testing.assert_close(turned.to(expected.dtype), expected, atol=tolerance, rtol=tolerance)
-    starts, within = (torch.complex(*turn) for turn in step.old_turn_in_tiles("cpu", 16, torch.float32))
+    in_tiles = step.old_turn_in_tiles("cpu", 16, torch.float32)
+    (starts,), within = torch.complex(*in_tiles.starts), torch.complex(*in_tiles.within)
     product = (starts[:, None] * within).flatten(0, 1)[:40]
     torch.testing.assert_close(product, step.old_turn("cpu", torch.float32)[0], atol=1e-5, rtol=1e-5)
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import lossy, make_model, prompt
-from random_past import CASES, DEVICE, check_quantizer, error_against_torch, layer, past
+from random_past import CASES, DEVICE, as_added, check_quantizer, error_against_torch, layer, past
 
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVStaticCache, kernels
@@ -40,13 +40,71 @@ def test_equal_to_the_torch_path(case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_positions_of_each_row_and_token(dtype):
-    """Positions with gaps, other ones in each row: no tile can be turned as a whole."""
+    """Positions with gaps, other ones in each row: not every tile can be turned as a whole."""
     factors = layer(*CASES["packed, head"], dtype)
-    positions = torch.stack([torch.arange(64) * 3, torch.arange(64) + 40])
-    kv = past(factors, 2, 64, dtype, positions)
-    assert kv.step.old_turn_in_tiles(torch.device(DEVICE), 64, torch.float16) is None
+    positions = torch.stack([torch.arange(160) * 3, torch.arange(160) + 40])
+    positions[1, 100:] += 7
+    kv = past(factors, 2, 160, dtype, positions)
     query = torch.randn(2, 4, 1, 32).to(DEVICE, dtype)
     assert relative_error(query, kv, None, None) < TOLERANCE[dtype]
+
+
+def masks_of_old_tokens(rows=4, num_old=160):
+    """bool: blocks from the first on, tokens that end within a block, holes, and nothing."""
+    mask = torch.arange(num_old) < torch.tensor([[96], [num_old], [75], [0]])
+    mask[1, 40:50] = False
+    return mask[:rows, None, None].to(DEVICE)
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["bool", "added"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["plain, joint", "packed, head"])
+def test_one_query_under_a_mask(case, dtype, added, uninitialised_is_nan):
+    """Of each row another part is seen, and nothing is read that was not written."""
+    factors, mask = layer(*CASES[case], dtype), masks_of_old_tokens()
+    positions = 50 * torch.arange(4)[:, None] + torch.arange(160)
+    positions[2, 64:] += 3  # between tiles
+    kv = past(factors, 4, 160, dtype, positions)
+    query = torch.randn(4, 2 * factors.num_key_value_heads, 1, factors.head_dim).to(DEVICE, dtype)
+    mask = as_added(mask, dtype) if added else mask
+    assert relative_error(query, kv, None, mask) < TOLERANCE[dtype]
+    bias = torch.randn(mask.shape, device=DEVICE, dtype=dtype)  # neither seen nor not
+    assert relative_error(query, kv, None, bias) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("span", [64, 256])
+def test_what_is_told_of_tiles(span):
+    """By the definition, token by token: a tile is told of if its seen tokens are whole blocks from its first on,
+    each at its place from the first token of its span."""
+    from cskv_hf.kernels.tiles import OTHERWISE, tokens_seen
+
+    torch.manual_seed(0)
+    counts, num_old = set(), 5 * 64 + 32
+    for _ in range(40):
+        blocks = (torch.rand(2, 1, 1, num_old // 32) < 0.7).repeat_interleave(32, dim=-1)
+        mask = blocks & (torch.rand(2, 1, 1, num_old) > 0.0005)
+        positions = torch.arange(num_old) + 10 * (torch.rand(1, num_old) < 0.003).long().cumsum(1)
+        added = torch.where(mask, 0.0, -1e9)
+        added[0, 0, 0, 7] = -1.0
+        for given in (mask, added, None):
+            seen, last = tokens_seen(given, positions, num_old, span)
+            for row in range(len(seen)):
+                visible = mask[row, 0, 0] if given is mask else added[row, 0, 0] > -1e4
+                visible = torch.ones(num_old, dtype=torch.bool) if given is None else visible
+                expected = []
+                for first in range(0, num_old, 64):
+                    tokens = range(first, min(first + 64, num_old))
+                    there = [t for t in tokens if visible[t]]
+                    told = there == [*range(first, first + len(there))] and len(there) % 32 == 0
+                    for t in there:
+                        start = t // span * span
+                        told &= bool(positions[0, t] - positions[0, start] == t - start)
+                    told &= not (given is added and row == 0 and first == 0)
+                    expected.append(len(there) if told else OTHERWISE)
+                assert seen[row].tolist() == expected
+                assert last[row] == max([i + 1 for i, count in enumerate(expected) if count != 0], default=0)
+                counts |= {*expected}
+    assert counts == {0, 32, 64, OTHERWISE}
 
 
 def test_many_queries_masks_and_groups_of_ranges():
@@ -127,10 +185,12 @@ def test_a_model_generates_the_same(settings, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_cache_of_fixed_size(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_cache_of_fixed_size(dtype, monkeypatch):
     """Several tokens and one, over latents that are not all there yet."""
     sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
-    model = lossy(make_model(dtype=torch.float32, **sizes), bits=None, allocation=None, block_size=8).to(DEVICE)
+    model = lossy(make_model(dtype=torch.float32, **sizes), bits=None, allocation=None, block_size=8)
+    model = model.to(DEVICE, dtype)
     ids, outputs, calls = prompt(2, 64).to(DEVICE), [], []
     for served in (None, "gpu"):
         monkeypatch.setattr(kernels, "choose", lambda *_, served=served: calls.append(served) or served)
@@ -138,17 +198,20 @@ def test_a_cache_of_fixed_size(monkeypatch):
         parts = [model(part, past_key_values=cache).logits for part in ids.split([58, 5, 1], dim=1)]
         outputs.append(torch.cat(parts[1:], dim=1))
     assert calls.count("gpu") == calls.count(None) == 2
-    torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
+    tolerance = 2e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
 
 
 @torch.no_grad()
-def test_in_a_compiled_step(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_in_a_compiled_step(dtype, monkeypatch):
     """A compiler calls the kernels as operations, for attention and for packing: one graph for all steps, which gives
     what the kernels give."""
     from cskv_hf.kernels.triton_quantize import quantize_as_operation
 
     sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
-    model = lossy(make_model(dtype=torch.float32, **sizes), bits=None, allocation=None, block_size=8).to(DEVICE)
+    model = lossy(make_model(dtype=torch.float32, **sizes), bits=None, allocation=None, block_size=8)
+    model = model.to(DEVICE, dtype)
     monkeypatch.setattr(kernels, "choose", lambda *_: "gpu")
     monkeypatch.setattr(kernels, "quantizer", lambda *_: quantize_as_operation)
     ids, outputs, graphs = prompt(2, 69).to(DEVICE), [], []  # at 67 a block is old that was packed in the graph
@@ -157,7 +220,8 @@ def test_in_a_compiled_step(monkeypatch):
         cache = CSKVStaticCache(90)
         model(ids[:, :65], past_key_values=cache)
         outputs.append(torch.cat([step(token, past_key_values=cache).logits for token in ids[:, 65:].split(1, dim=1)]))
-    torch.testing.assert_close(*outputs, atol=2e-5, rtol=2e-5)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
     (graph,) = graphs
     called = [str(node.target) for node in graph.graph.nodes]
     assert "cskv_hf.gpu_attend.default" in called and called.count("cskv_hf.gpu_quantize.default") == 2
@@ -169,15 +233,17 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import cskv_hf.kernels.gpu as gpu
+import cskv_hf.kernels.tiles as tiles
 import cskv_hf.kernels.triton_kernels as kernels
 from cskv_hf.latents import PackedFormat, PlainFormat
 from cskv_hf.quantize import PackedLayout
 
 MODEL = ("query", "mask", "merged", "exact_keys", "exact_values", "value_B", "value_mean", "out")
-WORK = ("weights", "key_B", "cos", "sin", "tile_cos", "tile_sin")
-FP32 = ("maxima", "sums", "summed", "split_maxima")
-KINDS = dict.fromkeys(MODEL, "*bf16") | dict.fromkeys(FP32, "*fp32") | {"scaling": "fp32", "pieces": "*i32"}
-KINDS |= {"order": "*i64"}
+WORK = ("weights", "key_B", "cos", "sin", "start_cos", "start_sin")
+FP32 = ("maxima", "sums", "summed", "split_maxima", "inv_freq")
+KINDS = dict.fromkeys(MODEL, "*bf16") | dict.fromkeys(FP32, "*fp32")
+KINDS |= dict.fromkeys(("scaling", "attention_scaling"), "fp32") | {"order": "*i64"}
+KINDS |= dict.fromkeys(("pieces", "positions", "seen", "last"), "*i32")
 
 
 def compile_for_all(function, constants, warps=gpu.WARPS, on_hopper=None, **kinds):
@@ -192,11 +258,12 @@ def compile_for_all(function, constants, warps=gpu.WARPS, on_hopper=None, **kind
         ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
         tensor_cores = "mma" in ptx or kinds["query"] == "*fp32" or function is kernels.merge_kernel
         in_registers = ".local" not in ptx or constants.get("HEAD_DIM") == 256
+        in_registers |= constants.get("TURNS") == tiles.FROM_POSITIONS  # cos and sin of large angles
         print(function.__name__, capability, shared, tensor_cores, in_registers, shared <= ROOM)
 
 
 def compile_scores(bits, head_dim, stored, kinds, work=torch.float16, least=None, **how):
-    how = dict(IN_TILES=True, MASK=0, HEADS_PER_GROUP=1, ROWS=8, ALL_ROWS=True) | how
+    how = dict(TURNS=tiles.IN_TILES, RUN=tiles.ONLY, MASK=0, HEADS_PER_GROUP=1, ROWS=8, ALL_ROWS=True, PART=16) | how
     format = PackedFormat(PackedLayout(bits, 32, 32, 4)) if isinstance(bits, tuple) else PlainFormat(bits)
     ranks = (format.rank,) if least is None else (format.rank - least, least)
     words = stored is in_words
@@ -222,18 +289,22 @@ compile_scores(FEW, 128, in_words, CODES | HALF, least=14)
 compile_scores(MIXED, 128, as_bytes, BYTES | HALF)
 for rank in (30, 100, 300):
     compile_scores(rank, 128, as_bytes, PLAIN | BF16)
-compile_scores(MIXED, 64, in_words, CODES | HALF, IN_TILES=False, MASK=1, ROWS=16, ALL_ROWS=False)  # of other models
+compile_scores(MIXED, 64, in_words, CODES | HALF, TURNS=tiles.TABLES, MASK=1, ROWS=16, ALL_ROWS=False)  # other models
 compile_scores(FEW, 256, in_words, CODES | HALF, MASK=2)
-compile_scores(MANY, 256, in_words, CODES | WIDE, torch.float32, IN_TILES=False)
-how = dict(ROWS=32, PART=16, CHUNK=gpu.VALUE_CHUNK, TILE=gpu.TILE)
+compile_scores(MANY, 256, in_words, CODES | WIDE, torch.float32, TURNS=tiles.TABLES)
+compile_scores(MIXED, 128, in_words, CODES | HALF, RUN=tiles.FIRST)
+for mask, part in ((0, 16), (1, 64)):
+    again = dict(TURNS=tiles.FROM_POSITIONS, RUN=tiles.SECOND, MASK=mask, PART=part)
+    compile_scores(MIXED, 128, in_words, CODES | HALF, **again)
+how = dict(TOLD=False, ROWS=32, PART=16, CHUNK=gpu.VALUE_CHUNK, TILE=gpu.TILE)
 for bits, stored, kinds in (
     (FEW, in_words, CODES | HALF), (MIXED, in_words, CODES | HALF), (MIXED, as_bytes, BYTES | HALF),
     (MIXED, in_words, CODES | WIDE),
 ):
     compile_for_all(kernels.value_kernel, how | stored(PackedFormat(PackedLayout(bits, 32, 32, 4))), **kinds)
 compile_for_all(kernels.value_kernel, how | as_bytes(PlainFormat(100)), **PLAIN | BF16)
-compile_for_all(kernels.value_kernel, how | in_words(PackedFormat(PackedLayout(FEW, 32, 32, 4))) | dict(PART=64),
-                **CODES | HALF)
+compile_for_all(kernels.value_kernel, how | in_words(PackedFormat(PackedLayout(FEW, 32, 32, 4))) |
+                dict(PART=64, TOLD=True), **CODES | HALF)
 compile_for_all(kernels.merge_kernel, dict(SPLITS=128, CHUNK=64))
 compile_for_all(kernels.finish_kernel, dict(MASK=2, HEAD_DIM=128, ROWS=16, TILE=64, CHUNK=64), 8)
 compile_for_all(kernels.finish_kernel, dict(MASK=1, HEAD_DIM=256, ROWS=16, TILE=16, CHUNK=16), 8, **WIDE)
@@ -248,7 +319,7 @@ def test_compiles_for_gpus_that_are_not_here():
     out = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     compiled = [line.split() for line in out.stdout.splitlines()]
-    assert len(compiled) == 2 * (12 + 6 + 3) and all(line[3:] == ["True"] * 3 for line in compiled), out.stdout
+    assert len(compiled) == 2 * (15 + 6 + 3) and all(line[3:] == ["True"] * 3 for line in compiled), out.stdout
 
 
 COMPILE_QUANTIZER = """
@@ -305,8 +376,8 @@ def test_a_past_that_fills_no_tile(num_old):
     """As after the first block, in 16 bits, where all tiles share one table: it is that of a whole tile."""
     factors = layer(*CASES["packed, head"], torch.float16)
     kv = past(factors, 2, num_old, torch.float16)
-    starts, within = kv.step.old_turn_in_tiles(torch.device(DEVICE), 64, torch.float16)
-    assert [t.shape[0] for t in (*starts, *within)] == [(num_old + 63) // 64] * 2 + [64] * 2
+    starts, within, *_ = kv.step.old_turn_in_tiles(torch.device(DEVICE), 64, torch.float16)
+    assert [t.shape[-2] for t in (*starts, *within)] == [(num_old + 63) // 64] * 2 + [64] * 2
     assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE, torch.float16), kv, None, None) < 4e-3
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_past import DEVICE, error_against_torch, layer, past
+from random_past import DEVICE, as_added, error_against_torch, layer, past
 
 import cskv_hf.attention as attention
 
@@ -93,16 +93,34 @@ def test_programs_that_share_the_past(rank, served, monkeypatch):
     assert weights[2] == 41  # tiles of 64: of eleven of 256, six and five
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["bool", "added"])
+@pytest.mark.parametrize("rank", [13, 76])
+def test_a_part_of_each_row(rank, added, served, uninitialised_is_nan):
+    """Masks and positions of each row; tiles with holes, and such that do not follow the first of 256 tokens, are
+    scored again by the kernel for all GPUs."""
+    num_old = 256 + 96
+    mask = torch.arange(num_old) < torch.tensor([[96], [num_old], [300], [0]])
+    mask[1, 40:50] = False
+    positions = 50 * torch.arange(4)[:, None] + torch.arange(num_old)
+    positions[2, 64:] += 3
+    factors = factors_of(((4,) * rank,), torch.float16, heads=1)
+    kv = past(factors, 4, num_old, torch.float16, positions)
+    query, mask = query_of(factors, 4, 2, torch.float16), mask[:, None, None].to(DEVICE)
+    mask = as_added(mask, torch.float16) if added else mask
+    assert error_against_torch(attention._attend_on_gpu, query, kv, None, mask) < 4e-3
+    assert relative(query, kv) < 4e-3
+    assert len(served) == 2
+
+
 def test_what_it_leaves_to_others(served):
-    """Other blocks, float32, masks, rows of more queries, many channels that cannot be read by fours, positions with
-    gaps: the kernel for all GPUs."""
+    """Other blocks, float32, masks of each query, rows of more queries, many channels that cannot be read by fours: the
+    kernel for all GPUs."""
     half = torch.float16
     factors = factors_of(FEW, half)
     query, kv = query_of(factors, 1, 2, half), past(factors, 1, 64, half)
-    seen = torch.ones(1, 1, 1, 64, dtype=torch.bool, device=DEVICE)
-    assert error_against_torch(attention._attend_on_gpu, query, kv, None, seen) < 4e-3
-    gaps = (torch.arange(64) * 3)[None]
-    assert relative(query, past(factors, 1, 64, half, gaps)) < 4e-3
+    two, seen = query_of(factors, 1, 2, half, 2), torch.ones(1, 1, 2, 64, dtype=torch.bool, device=DEVICE)
+    seen[:, :, 0, 60:] = False
+    assert error_against_torch(attention._attend_on_gpu, two, past(factors, 1, 64, half, num_new=2), None, seen) < 4e-3
     assert relative(query_of(factors, 1, 9, half), kv) < 4e-3
     small = layer("head", FEW, (4,) * 5, 2, 64, half, block_size=16)
     assert relative(query_of(small, 1, 2, half), past(small, 1, 64, half)) < 4e-3
@@ -163,7 +181,7 @@ from cskv_hf.quantize import PackedLayout
 
 KINDS = dict.fromkeys(("query",), "*bf16") | dict.fromkeys(("words", "ranges", "groups"), "*i32")
 KINDS |= dict.fromkeys(("key_B", "cos", "sin", "start_cos", "start_sin", "weights"), "*fp16")
-KINDS |= {"maxima": "*fp32", "scaling": "fp32"}
+KINDS |= {"maxima": "*fp32", "scaling": "fp32"} | dict.fromkeys(("seen", "last"), "*i32")
 
 
 class Recorder:
@@ -185,11 +203,12 @@ KERNEL, hopper.hopper_score_kernel = hopper.hopper_score_kernel, Recorder()
 MIXED = (6,) * 20 + (4,) * 30 + (3,) * 20 + (2,) * 10
 CASES = (((4,) * 49, (36, 13), 4, 128), ((4,) * 45, (14, 31), 8, 64), ((4,) * 60, (60,), 1, 128),
          ((4,) * 240, (240,), 4, 128), (MIXED, (40, 40), 2, 64), ((8, 7, 5, 3, 1), (5,), 4, 128))
-for bits, ranks, rows, head_dim in CASES:
+for i, (bits, ranks, rows, head_dim) in enumerate(CASES):
     layout = PackedLayout(bits, 32, 32, 4)
     query, weights = torch.empty(1, 2, rows, head_dim), torch.empty(1, 1, 1, 64)
     codes, ranges = torch.empty(1, 1, 4, dtype=torch.int32), torch.empty(1, 1, 1, dtype=torch.int32)
-    hopper.launch(query, codes, ranges, layout, ranks, lambda *_: None, (None,) * 4, 1.0, weights, None)
+    seen = [torch.empty(1, 1, dtype=torch.int32)] * 2 if i % 2 else [None] * 2
+    hopper.launch(query, codes, ranges, layout, ranks, lambda *_: None, (None,) * 4, 1.0, *seen, weights, None)
 """
 
 

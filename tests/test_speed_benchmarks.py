@@ -59,12 +59,12 @@ def prompt():
 
 @pytest.fixture(scope="module")
 def plain(scripts):
-    return scripts["step"].make_model(1, True, "cpu")
+    return scripts["step"].make_model(1, 4096, True, "cpu")
 
 
 @pytest.fixture(scope="module")
 def fitted(scripts, prompt):
-    model = scripts["step"].make_model(1, True, "cpu")
+    model = scripts["step"].make_model(1, 4096, True, "cpu")
     with torch.no_grad():
         return cskv_hf.fit(model, [prompt[0]], CSKVConfig(compression=0.8), progress=False)
 

@@ -25,7 +25,7 @@ from .factors import LayerFactors, compute_dtype, without_autocast
 from .kernels import cpu
 from .rope import paired, rotate_paired
 from .static_tokens import StaticStep
-from .tokens import Step
+from .tokens import Step, once_for
 
 PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
 CPU_TILE, GPU_TILE = 2**20, 2**24  # elements of a tile of keys or latents: about a CPU's caches; enough for a GPU
@@ -226,7 +226,8 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor | None, shared: int) -> tor
 def column_masks(
     attention_mask: Any, step: Step | StaticStep, sliding_window: int | None, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The masks of the exact and of the compressed columns, from whatever mask the model made over slots.
+    """The masks of the exact and of the compressed columns, from whatever mask the model made over slots; made once
+    for all layers that are given the same.
 
     Args:
         attention_mask: a 4-D tensor over slots (eager, sdpa, or given by the user), a 2-D padding mask (flash), or
@@ -234,6 +235,13 @@ def column_masks(
         step: of the cache.
         sliding_window: of the layer; used where the mask is not 4-D.
     """
+    found = once_for(step.made, f"masks of {sliding_window} tokens on {device}", attention_mask)
+    if not found:
+        found += _column_masks(attention_mask, step, sliding_window, device)
+    return tuple(found)
+
+
+def _column_masks(attention_mask, step: Step | StaticStep, sliding_window, device) -> tuple:
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         return tuple(
             _gather_columns(attention_mask, slots.to(device)) for slots in (step.exact_slots(), step.old_slots())

@@ -15,8 +15,8 @@ from transformers.cache_utils import CacheLayerMixin
 from .factors import Fingerprint, LayerFactors, compute_dtype, without_autocast
 from .latents import Latents
 from .offload import Copies, copy_ahead, copy_now, to_cpu
-from .rope import RotaryFrequencies, cos_sin, rotate, rotate_back
-from .tokens import Eviction, Index, Step, take
+from .rope import RotaryFrequencies, rotate, turn_back
+from .tokens import Eviction, Index, Step, once_for, take
 
 MISSING_FACTORS = (
     "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "
@@ -186,7 +186,7 @@ class CSKVLayer(CacheLayerMixin):
 
     def _evict(self, keys: torch.Tensor, values: torch.Tensor, eviction: Eviction, staged: Staged) -> None:
         evicted = take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2)
-        new = encode(*evicted, eviction.positions, eviction.frequencies, staged.factors)
+        new = encode(*evicted, eviction.positions, eviction.frequencies, staged)
         old = [held.append(latents.to(held.device)) for held, latents in zip(self._latents(), new)]
         if eviction.old_blocks is not None:
             old = [latents.take(self._held(eviction.old_blocks)) for latents in old]
@@ -316,15 +316,17 @@ def encode(
     value_states: torch.Tensor,
     positions: torch.Tensor,
     frequencies: RotaryFrequencies,
-    factors: LayerFactors,
+    staged: Staged,
 ) -> tuple[Latents, Latents]:
     """Store exact keys (after RoPE, at the given positions and frequencies) and values as latents; whole blocks.
 
-    Keys are rotated back in float32 or wider.
+    Keys are rotated back in float32 or wider, by what is computed once for all layers of the step.
     """
-    dtype = torch.promote_types(key_states.dtype, torch.float32)
-    cos, sin = cos_sin(positions.to(key_states.device), frequencies, key_states.dtype)
-    unrotated = rotate_back(key_states.to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype))
+    dtype, factors, device = torch.promote_types(key_states.dtype, torch.float32), staged.factors, key_states.device
+    back = once_for(staged.step.made, f"turn back of {key_states.dtype} on {device}", positions)
+    if not back:
+        back += turn_back(positions.to(device), frequencies, key_states.dtype)
+    unrotated = rotate(key_states.to(dtype), back[0][:, None], back[1][:, None])
     matmul_dtype = compute_dtype(key_states)
     return (
         Latents.of(factors.key_format, factors.encode_keys(unrotated, matmul_dtype), key_states.dtype),

@@ -110,10 +110,13 @@ def rotate_paired(states: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return wide.to(states.dtype)
 
 
-def rotate_back(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Undo [`rotate`] exactly: RoPE with -sin, divided by ``cos² + sin²``.
+def turn_back(
+    positions: torch.Tensor, frequencies: RotaryFrequencies, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`cos_sin`] of the turn that undoes [`rotate`] exactly: -sin, divided by ``cos² + sin²``; in float32 or wider.
 
     That is the square of the rope's attention scaling, but for the rounding of cos and sin, which matters in 16 bits.
     """
+    cos, sin = widened(cos_sin(positions, frequencies, dtype))
     norm = cos.square() + sin.square()
-    return rotate(states, cos / norm, -sin / norm)
+    return cos / norm, -sin / norm

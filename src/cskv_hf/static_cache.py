@@ -20,7 +20,7 @@ from .factors import Fingerprint, LayerFactors, without_autocast
 from .latents import LatentFormat, Latents
 from .rope import RotaryFrequencies
 from .static_tokens import StaticStep, StaticTable
-from .tokens import take
+from .tokens import once_for, take
 
 
 class CSKVStaticLayer(CacheLayerMixin):
@@ -120,13 +120,14 @@ class CSKVStaticLayer(CacheLayerMixin):
             take(values, step.evicted, 2),
             step.positions,
             step.frequencies,
-            staged.factors,
+            staged,
         )
-        blocks = step.blocks.to(self.device)
-        rows = torch.arange(len(blocks), device=self.device)[:, None]
+        where = once_for(step.made, f"where to on {self.device}")
+        if not where:
+            where += torch.arange(len(step.blocks), device=self.device)[:, None], step.blocks.to(self.device)
         for latents, block in zip((self.key_latents, self.value_latents), new):
             for target, source in zip(latents.held, block.held):
-                target[rows, blocks] = source
+                target[where[0], where[1]] = source
 
     def get_seq_length(self) -> torch.Tensor | int:
         return 0 if self.table.is_empty else self.table.length.clone()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .rope import RotaryFrequencies, cos_sin, widened
-from .tokens import take
+from .tokens import TurnInTiles, take
 
 FULL = "a CSKVStaticCache is full: it got more tokens than its `max_cache_len`"  # from within a compiled graph
 HIDDEN = -1e4  # what is added to the score of a token that is not seen, at most; a bias is less far from 0
@@ -149,6 +149,7 @@ class StaticStep:
         kept: (batch, places), for several new tokens, the columns of the exact states and the new ones that stay.
         evicted: (batch, tokens), the columns of the same that are encoded; if there is one new token, of the places.
         blocks: (batch, num_blocks), where to.
+        made: what layers make of the step for all that follow.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class StaticStep:
             exact_slots = torch.cat([exact_slots, new_slots], dim=1)
         self.slots = exact_slots.long(), old_slots.masked_fill(~is_old, -1).long()
         self.num_blocks = num_blocks
+        self.made: list = []
         self._turn: dict = {}
 
     def _move(self, order: torch.Tensor, num_old: torch.Tensor) -> None:
@@ -263,9 +265,15 @@ class StaticStep:
             self._turn[key] = torch.stack([cos, sin], dim=-1) if compiling else torch.complex(cos, sin)
         return self._turn[key]
 
-    def old_turn_in_tiles(self, device: torch.device, tile: int, dtype: torch.dtype, starts: int = 1) -> None:
-        """Positions are not known to follow one another."""
-        return None
+    def old_turn_in_tiles(
+        self, device: torch.device, tile: int, dtype: torch.dtype, starts: int = 1
+    ) -> TurnInTiles:
+        """[`old_turn`] as a product, see `Step`; positions are not known to follow one another."""
+        key = (device, tile, dtype, starts)
+        if key not in self._turn:
+            positions = self.table.positions[:, self.old].to(device).contiguous()
+            self._turn[key] = TurnInTiles.of(positions, self.frequencies, tile, dtype, starts)
+        return self._turn[key]
 
 
 def _real_ones(valid: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +31,37 @@ def take(states: torch.Tensor, index: Index, dim: int) -> torch.Tensor:
     shape = [1] * states.ndim
     shape[0], shape[dim] = index.shape
     return states.gather(dim, index.view(shape).expand(*states.shape[:dim], index.shape[1], *states.shape[dim + 1 :]))
+
+
+class TurnInTiles(NamedTuple):
+    """What has turned the latents' keys, as a product, each factor rounded to the dtype that it was asked for in.
+
+    Attributes:
+        starts: cos and sin of the first tokens of each tile, (batch or 1, tiles * starts, head_dim / 2).
+        within: cos and sin of a tile's tokens, from the first, (tile, head_dim / 2). The tile is whole, also of a
+            shorter past.
+        positions: (batch or 1, tokens) int32, if they are not known to follow one another, and the product may not be
+            what turned all; else None.
+        inv_freq: float32, (head_dim / 2,), compact.
+        attention_scaling: of the rotary frequencies.
+    """
+
+    starts: tuple[torch.Tensor, torch.Tensor]
+    within: tuple[torch.Tensor, torch.Tensor]
+    positions: torch.Tensor | None
+    inv_freq: torch.Tensor
+    attention_scaling: float
+
+    @classmethod
+    def of(
+        cls, positions: torch.Tensor, frequencies: RotaryFrequencies, tile: int, dtype: torch.dtype, starts: int
+    ) -> TurnInTiles:
+        device, once = positions.device, frequencies._replace(attention_scaling=1.0)
+        firsts = (positions[:, ::tile, None] + torch.arange(starts, device=device)).flatten(1)
+        cos, sin = cos_sin(torch.arange(tile, device=device)[None], frequencies, dtype)
+        inv_freq = frequencies.inv_freq.to(device).float().contiguous()
+        scaling = frequencies.attention_scaling
+        return cls(cos_sin(firsts, once, dtype), (cos[0], sin[0]), positions, inv_freq, scaling)
 
 
 @dataclass
@@ -66,6 +98,7 @@ class Step:
         old_positions, old_frequencies: of the latents.
         eviction: what to move afterwards, if anything.
         num_dropped: latents that a layer with a sliding window has dropped, before the ``num_old`` that it holds.
+        made: what layers make of the step for all that follow, see [`once_for`].
     """
 
     start: int
@@ -78,6 +111,7 @@ class Step:
     old_frequencies: RotaryFrequencies
     eviction: Eviction | None = None
     num_dropped: int = 0
+    made: list = field(default_factory=list)
     _turn: dict = field(default_factory=dict)
     _without: dict = field(default_factory=dict)
 
@@ -119,6 +153,7 @@ class Step:
                 old_positions=self.old_positions[:, held],
                 old_frequencies=self.old_frequencies.columns(held),
                 num_dropped=num_dropped,
+                made=[],
                 _turn={},
                 _without={},
             )
@@ -167,26 +202,33 @@ class Step:
 
     def old_turn_in_tiles(
         self, device: torch.device, tile: int, dtype: torch.dtype, starts: int = 1
-    ) -> tuple[tuple[torch.Tensor, ...], ...] | None:
-        """[`old_turn`] as a product, where positions follow one another and all tokens share their frequencies: what
-        turns the first tokens of each tile, as many as `starts`, cos and sin (tiles * starts, head_dim / 2), and what
-        turns a tile's tokens from the first, (tile, head_dim / 2).
-
-        Each rounded to `dtype` once. The tile is whole, also of a shorter past. None where it is no such product.
-        """
+    ) -> TurnInTiles | None:
+        """[`old_turn`] as a product of what turns the first tokens of each tile, as many as `starts`, and what turns a
+        tile's tokens from the first. None where tokens have frequencies of their own."""
+        if self.old_frequencies.inv_freq.ndim > 1:
+            return None
         key = (device, tile, dtype, starts)
         if key not in self._turn:
-            positions = self.old_positions.to(device)
-            steps = torch.arange(self.num_old, device=device)
-            product = self.slots is None and self.old_frequencies.inv_freq.ndim == 1
-            if product and bool((positions == positions[:1, :1] + steps).all()):
-                once = self.old_frequencies._replace(attention_scaling=1.0)
-                firsts = (positions[:1, ::tile, None] + torch.arange(starts, device=device)).flatten(1)
-                parts = (firsts, once), (torch.arange(tile, device=device)[None], self.old_frequencies)
-                self._turn[key] = tuple(tuple(t[0] for t in cos_sin(*part, dtype)) for part in parts)
-            else:
-                self._turn[key] = None
+            positions = self._positions_by_row().to(device, torch.int32).contiguous()
+            turn = TurnInTiles.of(positions, self.old_frequencies, tile, dtype, starts)
+            if self.slots is None and len(positions) == 1:
+                steps = torch.arange(self.num_old, device=device)
+                if bool((positions == positions[:, :1] + steps).all()):
+                    turn = turn._replace(positions=None)
+            self._turn[key] = turn
         return self._turn[key]
+
+
+def once_for(made: list, what: str, *of: object) -> list:
+    """Where a step keeps what was made of some objects, the very same ones: empty until it is put there.
+
+    A list that is searched, since a compiler knows no `id`.
+    """
+    for name, objects, found in made:
+        if name == what and len(objects) == len(of) and all(a is b for a, b in zip(objects, of)):
+            return found
+    made.append((what, of, []))
+    return made[-1][2]
 
 
 class TokenTable:

@@ -24,8 +24,10 @@ from ..cache_layer import CompressedKV
 from ..factors import LayerFactors
 from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from ..quantize import PackedLayout
+from ..tokens import once_for
 from .pieces import Pieces, cut
-from .triton_kernels import PART, finish_kernel, merge_kernel, score_kernel, value_kernel
+from .tiles import FIRST, FROM_POSITIONS, IN_TILES, ONLY, SECOND, TABLES, TILE, row_stride, tokens_seen
+from .triton_kernels import finish_kernel, merge_kernel, score_kernel, value_kernel
 from .triton_latents import PLANES, THOUSANDS
 from .triton_quantize import tables_of
 
@@ -36,7 +38,8 @@ except (ImportError, AttributeError):
 
 INTERPRETED = not isinstance(score_kernel, triton.JITFunction)
 
-TILE = 64  # tokens at a time
+PART = 16  # tokens whose exponentials are relative to one maximum: those of a warp, see `score_kernel`
+ON_HOPPER = -1  # a way to turn keys that is not the Triton kernel's
 KEY_CHUNK = VALUE_CHUNK = 64  # channels at a time, at most
 MOST_HELD, MOST_AHEAD = 8, 32  # pieces that are held; registers of a thread for what is read ahead
 KEY_PROGRAMS, VALUE_PROGRAMS = 2048, 512  # at least, if there are tokens enough
@@ -63,22 +66,42 @@ def attend(
         (batch, num_key_value_heads, rows, head_dim) in the dtype of `query`.
     """
     factors, step = kv.factors, kv.step
-    # float32 keeps the model's own cos and sin; in 16 bits a product of two turns is as near to the true one
-    work = _working_dtype(query.dtype, kv.key_latents.format, kv.value_latents.format)
-    in_tiles = None
-    if query.dtype != torch.float32:
-        on_hopper = served_on_hopper(query, kv.key_latents.format, factors.key_ranks, work, old_mask)
-        how = (hopper.TILE, work, hopper.STARTS) if on_hopper else (TILE, work)
-        in_tiles = step.old_turn_in_tiles(query.device, *how)
-    turn = step.old_cos_sin(query.device, kv.exact_keys.dtype) if in_tiles is None else in_tiles[1]
-    starts = turn if in_tiles is None else in_tiles[0]
+    key_format = _description(kv.key_latents)
     launch = gpu_attend if torch.compiler.is_compiling() else _attend
     return launch(
         query, kv.exact_keys.to(query.dtype), kv.exact_values.to(query.dtype), exact_mask, old_mask, scaling,
-        *_stored(kv.key_latents), *_description(kv.key_latents), factors.key_ranks, factors.key_B, factors.key_mean,
-        *turn, *starts, in_tiles is not None,
+        *_stored(kv.key_latents), *key_format, factors.key_ranks, factors.key_B, factors.key_mean,
+        *_turns(query, kv, old_mask, key_format),
         *_stored(kv.value_latents), *_description(kv.value_latents), factors.value_B, factors.value_mean,
     )  # fmt: skip
+
+
+def _turns(query: torch.Tensor, kv: CompressedKV, old_mask: torch.Tensor | None, key_format: tuple) -> tuple:
+    """What turns the keys, and what is seen of them, as `_attend` takes it."""
+    step, all_alike = kv.step, old_mask is None or old_mask.shape[2] == 1
+    in_tiles = on_hopper = None
+    if query.dtype != torch.float32:  # which keeps the model's own cos and sin; in 16 bits a product is as near
+        work = _working_dtype(query.dtype, kv.key_latents.format, kv.value_latents.format)
+        on_hopper = work == torch.float16 and all_alike and bool(key_format[0])
+        on_hopper = on_hopper and served_on_hopper(
+            *key_format, kv.factors.key_ranks, *query.shape[2:], query.device
+        )
+        how = (hopper.TILE, work, hopper.STARTS) if on_hopper else (TILE, work)
+        in_tiles = step.old_turn_in_tiles(query.device, *how)
+    if in_tiles is None:
+        return TABLES, *step.old_cos_sin(query.device, kv.exact_keys.dtype), *[None] * 4, 1.0, None, None
+    positions, *rope = in_tiles[2:]
+    if not all_alike and positions is not None:
+        return FROM_POSITIONS, *[None] * 4, positions, *rope, None, None
+    seen = []
+    if all_alike and (positions is not None or old_mask is not None):
+        seen = once_for(step.made, f"seen of {how}", old_mask, positions)
+        if not seen:
+            seen += tokens_seen(old_mask, positions, kv.key_latents.num_tokens, how[0])
+    where = ON_HOPPER if on_hopper else IN_TILES
+    if positions is None and seen:  # for the second run
+        positions, _ = step.old_rope(query.device)
+    return where, *in_tiles.within, *in_tiles.starts, positions, *rope, *(seen or (None, None))
 
 
 # A compiler does not look into the following, and calls it as an operation. So latents are described by tensors and
@@ -90,23 +113,27 @@ def _attend(
     query: torch.Tensor, exact_keys: torch.Tensor, exact_values: torch.Tensor, exact_mask: torch.Tensor | None,
     old_mask: torch.Tensor | None, scaling: float,
     key_data: torch.Tensor, key_ranges: torch.Tensor, key_bits: Sequence[int], key_rank: int, key_sizes: Sequence[int],
-    key_ranks: Sequence[int], key_B: torch.Tensor, key_mean: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-    tile_cos: torch.Tensor, tile_sin: torch.Tensor, in_tiles: bool,
+    key_ranks: Sequence[int], key_B: torch.Tensor, key_mean: torch.Tensor,
+    turns: int, cos: torch.Tensor | None, sin: torch.Tensor | None, start_cos: torch.Tensor | None,
+    start_sin: torch.Tensor | None, positions: torch.Tensor | None, inv_freq: torch.Tensor | None,
+    attention_scaling: float, seen: torch.Tensor | None, last: torch.Tensor | None,
     value_data: torch.Tensor, value_ranges: torch.Tensor, value_bits: Sequence[int], value_rank: int,
     value_sizes: Sequence[int], value_B: torch.Tensor, value_mean: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():  # where Triton launches
         return _launch(
             query, exact_keys, exact_values, exact_mask, old_mask, scaling, key_data, key_ranges, key_bits, key_rank,
-            key_sizes, key_ranks, key_B, key_mean, cos, sin, tile_cos, tile_sin, in_tiles, value_data, value_ranges,
-            value_bits, value_rank, value_sizes, value_B, value_mean,
+            key_sizes, key_ranks, key_B, key_mean,
+            turns, cos, sin, start_cos, start_sin, positions, inv_freq, attention_scaling, seen, last,
+            value_data, value_ranges, value_bits, value_rank, value_sizes, value_B, value_mean,
         )  # fmt: skip
 
 
 def _launch(
     query, exact_keys, exact_values, exact_mask, old_mask, scaling, key_data, key_ranges, key_bits, key_rank,
-    key_sizes, key_ranks, key_B, key_mean, cos, sin, tile_cos, tile_sin, in_tiles, value_data, value_ranges,
-    value_bits, value_rank, value_sizes, value_B, value_mean,
+    key_sizes, key_ranks, key_B, key_mean,
+    turns, cos, sin, start_cos, start_sin, positions, inv_freq, attention_scaling, seen, last,
+    value_data, value_ranges, value_bits, value_rank, value_sizes, value_B, value_mean,
 ):  # fmt: skip
     batch, heads, rows, head_dim = query.shape
     query, num_blocks = query.contiguous(), key_data.shape[1]
@@ -116,23 +143,26 @@ def _launch(
     work, words = _working_dtype(query.dtype, format, value_format), _in_words(format, value_format)
     all_rows, num_tiles = heads * rows, triton.cdiv(num_blocks * format.block_size, TILE)
     new = functools.partial(torch.empty, device=query.device)
-    on_hopper = in_tiles and hopper is not None and len(cos) == hopper.TILE  # as `attend` chose
-    part = TILE if on_hopper else PART.value  # of a tile, that a maximum is of
+    part = TILE if turns == ON_HOPPER else PART  # of a tile, that a maximum is of
     weights = new(batch, all_rows, num_tiles, TILE, dtype=work)
     maxima = new(batch, all_rows, num_tiles, TILE // part, dtype=torch.float32)
     base_2 = scaling / math.log(2)
-    if on_hopper:
+    rope = cos, sin, start_cos, start_sin, positions, inv_freq, attention_scaling
+    launch = functools.partial(
+        _launch_scores, query, key_data, key_ranges, format, key_ranks, key_B, key_mean, rope, base_2, words, weights,
+        maxima, seen, last
+    )  # fmt: skip
+    if turns == ON_HOPPER:
         hopper.launch(
             query, key_data, key_ranges, format.layout, tuple(key_ranks),
-            functools.partial(with_mean, key_B, key_mean), (cos, sin, tile_cos, tile_sin), base_2, weights, maxima,
+            functools.partial(with_mean, key_B, key_mean), rope[:4], base_2, seen, last, weights, maxima,
         )  # fmt: skip
     else:
-        _launch_scores(
-            query, key_data, key_ranges, format, key_ranks, key_B, key_mean, cos, sin, tile_cos, tile_sin, in_tiles,
-            old_mask, base_2, words, weights, maxima,
-        )  # fmt: skip
+        launch(turns, *((ONLY, old_mask) if seen is None else (FIRST, None)))
+    if seen is not None:
+        launch(FROM_POSITIONS, SECOND, old_mask)
     merged, old_maxima, old_sums = _sum_values(
-        weights, maxima, value_data, value_ranges, value_format, heads, words, query.dtype
+        weights, maxima, value_data, value_ranges, value_format, heads, words, last, query.dtype
     )
     out, row_tile, wide = torch.empty_like(query), 16, head_dim * query.element_size()
     finish_kernel[triton.cdiv(rows, row_tile), heads, batch](
@@ -146,23 +176,27 @@ def _launch(
 
 
 def _launch_scores(
-    query, data, ranges, format, key_ranks, key_B, key_mean, cos, sin, tile_cos, tile_sin, in_tiles, old_mask, base_2,
-    words, weights, maxima,
+    query, data, ranges, format, key_ranks, key_B, key_mean, rope, base_2, words, weights, maxima, seen, last, turns,
+    run, old_mask,
 ):  # fmt: skip
     batch, heads, rows, head_dim = query.shape
     num_blocks, num_tiles, work, form = data.shape[1], weights.shape[2], weights.dtype, _form(format, words)
-    turn_stride = cos.stride(0) if cos.ndim == 3 and len(cos) > 1 else 0
-    as_measured = words and in_tiles and work == torch.float16 and head_dim <= 128 and rows <= 8 and old_mask is None
+    cos, sin, start_cos, start_sin, positions, inv_freq, attention_scaling = rope
+    by_row = {TABLES: cos, IN_TILES: start_cos, FROM_POSITIONS: positions}[turns]
+    rope = (query if t is None else t for t in (cos, sin, start_cos, start_sin, positions, inv_freq))  # never read
+    as_measured = words and turns == IN_TILES and work == torch.float16 and head_dim <= 128 and rows <= 8
+    as_measured = as_measured and old_mask is None
     pieces, held, ahead = key_pieces(format, tuple(key_ranks), head_dim * work.itemsize, words, query.device)
     tiles_each = tiles_of_program(num_tiles, heads * batch, KEY_PROGRAMS)
     score_kernel[triton.cdiv(num_tiles, tiles_each), heads, batch](
         query, _codes(data, words), _as_pairs(ranges), pieces.table,
-        with_mean(key_B, key_mean, pieces.order, work), cos, sin, tile_cos, tile_sin, *_mask_start(old_mask, query),
-        weights, maxima, base_2, rows, _num_queries(old_mask), num_blocks, format.rank, *_block_sizes(format),
-        num_tiles, tiles_each, turn_stride, *_mask_strides(old_mask), THOUSANDS,
-        IN_TILES=in_tiles, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim,
-        ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held,
-        AHEAD=ahead, TILE=TILE, FORM=form, num_warps=WARPS, num_stages=1, **FUSED,
+        with_mean(key_B, key_mean, pieces.order, work), *rope, *_mask_start(old_mask, query), *_told(seen, last, query),
+        weights, maxima, base_2, attention_scaling, rows, _num_queries(old_mask), num_blocks, format.rank,
+        *_block_sizes(format), num_tiles, tiles_each, row_stride(by_row), *_mask_strides(old_mask), row_stride(seen),
+        THOUSANDS, TURNS=turns, RUN=run, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks),
+        HEAD_DIM=head_dim, ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least,
+        HELD=held, AHEAD=ahead, TILE=TILE, PART=TILE // maxima.shape[3], FORM=form,
+        num_warps=WARPS, num_stages=1, **FUSED,
         **(few_registers(pieces, form[PLANES.value], query.device) if as_measured else {}),
     )  # fmt: skip
 
@@ -174,19 +208,16 @@ def _working_dtype(dtype: torch.dtype, *formats: LatentFormat) -> torch.dtype:
     return torch.float16 if packed and dtype != torch.float32 else dtype
 
 
+@torch.compiler.assume_constant_result
 def served_on_hopper(
-    query: torch.Tensor,
-    format: LatentFormat,
-    key_ranks: Sequence[int],
-    work: torch.dtype,
-    old_mask: torch.Tensor | None,
-) -> bool:
-    """Whether the kernel of hopper.py scores these queries, if positions follow one another."""
-    if torch.compiler.is_compiling() or hopper is None or not is_hopper(query.device):
+    bits: tuple[int, ...], rank: int, sizes: tuple[int, ...], key_ranks: tuple[int, ...], rows: int, head_dim: int,
+    device: torch.device,
+) -> bool:  # fmt: skip
+    """Whether the kernel of hopper.py scores `rows` of queries of a KV head against such packed keys."""
+    if hopper is None or not is_hopper(device):
         return False
-    if old_mask is not None or work != torch.float16 or not isinstance(format, PackedFormat):
-        return False
-    return hopper.serves(format.layout, tuple(key_ranks), *query.shape[2:]) and hopper.compiles_here()
+    layout = _format(bits, rank, *sizes).layout
+    return hopper.serves(layout, key_ranks, rows, head_dim) and hopper.compiles_here()
 
 
 @functools.cache
@@ -207,7 +238,7 @@ def tiles_of_program(num_tiles: int, beside: int, programs: int) -> int:
     return triton.cdiv(num_tiles, splits)
 
 
-def _sum_values(weights, maxima, data, ranges, format, heads, words, dtype):
+def _sum_values(weights, maxima, data, ranges, format, heads, words, last, dtype):
     """The mean of latents for each KV head, (heads, batch * rows, rank) in `dtype`, and the maximum and the sum of
     exponentials that it is weighted by, (heads, batch, rows) float32."""
     batch, all_rows, num_tiles, _ = weights.shape
@@ -221,9 +252,10 @@ def _sum_values(weights, maxima, data, ranges, format, heads, words, dtype):
     summed = maxima.new_empty(splits, batch, all_rows, format.rank + 1)
     split_maxima = maxima.new_empty(splits, batch, all_rows)
     value_kernel[num_pieces, splits, batch * row_tiles](
-        weights, maxima, _codes(data, words), _as_pairs(ranges), pieces.table, pieces.order, summed, split_maxima,
-        all_rows, data.shape[1], format.rank, *_block_sizes(format), num_tiles, tiles_each, row_tiles, THOUSANDS,
-        ROWS=value_rows, PART=TILE // maxima.shape[3], TILE=TILE, CHUNK=VALUE_CHUNK, FORM=_form(format, words),
+        weights, maxima, _codes(data, words), _as_pairs(ranges), pieces.table, pieces.order,
+        weights if last is None else last, summed, split_maxima, all_rows, data.shape[1], format.rank,
+        *_block_sizes(format), num_tiles, tiles_each, row_tiles, row_stride(last), THOUSANDS,
+        TOLD=last is not None, ROWS=value_rows, PART=TILE // maxima.shape[3], TILE=TILE, CHUNK=VALUE_CHUNK, FORM=_form(format, words),
         num_warps=WARPS, num_stages=1, **FUSED,
     )  # fmt: skip
     merged = weights.new_empty(heads, batch * all_rows // heads, format.rank, dtype=dtype)
@@ -356,6 +388,10 @@ def _keep(
 def _as_pairs(ranges: torch.Tensor) -> torch.Tensor:
     """Minimum and step, 16 bits each, as one number; plain latents have none."""
     return ranges.contiguous().view(torch.int32) if ranges.dtype == torch.float16 and ranges.shape[-1] == 2 else ranges
+
+
+def _told(seen: torch.Tensor | None, last: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (like, like) if seen is None else (seen, last)
 
 
 def _mask_start(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor]:

@@ -24,14 +24,15 @@ COLUMNS = gl.constexpr(8)  # of queries that a product takes, at least
 NOTHING = gl.constexpr(-1e30)  # the score of a token that is not there
 
 # Numbers that change while a model generates, or that layers differ in: no kernel is compiled for each.
-CHANGING = ["num_blocks", "num_tiles", "tiles_each", "block_words", "block_ranges", "thousands"]
+CHANGING = ["num_blocks", "num_tiles", "tiles_each", "turn_stride", "seen_stride", "block_words", "block_ranges"]
+CHANGING += ["thousands"]
 
 
 @gluon.jit(do_not_specialize=CHANGING)
 def hopper_score_kernel(
-    query, words, ranges, groups, key_B, cos, sin, start_cos, start_sin, weights, maxima,
-    scaling, rows, num_blocks, block_words, block_ranges, num_tiles, tiles_each, thousands,
-    HEADS_PER_GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, TIERS: gl.constexpr,
+    query, words, ranges, groups, key_B, cos, sin, start_cos, start_sin, seen, last, weights, maxima,
+    scaling, rows, num_blocks, block_words, block_ranges, num_tiles, tiles_each, turn_stride, seen_stride, thousands,
+    TOLD: gl.constexpr, HEADS_PER_GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, TIERS: gl.constexpr,
     WAYS: gl.constexpr, GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr, TOGETHER: gl.constexpr,
     STAGED: gl.constexpr,
 ):  # fmt: skip
@@ -45,7 +46,9 @@ def hopper_score_kernel(
         groups: int32 (groups, TIERS, 8), a `Share` of hopper.py each.
         key_B: (channels, HEADS_PER_GROUP * HEAD_DIM).
         cos, sin: (TOKENS, HEAD_DIM / 2), what turns a token from the first of its tile.
-        start_cos, start_sin: (tiles * PARTS, HEAD_DIM / 2), what turns the first `PARTS` tokens of every tile.
+        start_cos, start_sin: (batch or 1, tiles * PARTS, HEAD_DIM / 2), what turns the first `PARTS` tokens of every
+            tile.
+        seen, last: see tiles.py; `TOLD` if there are any.
         weights: (batch, heads * rows, num_tiles, 64) float16, tokens in the order of `token_in_tile`.
         maxima: (batch, heads * rows, num_tiles) float32.
         num_tiles: of 64 tokens; `tiles_each`: of 256, that a program takes.
@@ -68,20 +71,26 @@ def hopper_score_kernel(
     row_0 = (batch * gl.num_programs(1) + head) * rows
     queries = query + row_0 * HEAD_DIM, rows, scaling
     key_B += head % HEADS_PER_GROUP * HEAD_DIM
-    turns = cos, sin, start_cos, start_sin
-    out = weights + row_0 * num_tiles * 64, maxima + row_0 * num_tiles
-    tiles = split * tiles_each, gl.minimum((split + 1) * tiles_each, (num_tiles + 3) // 4), num_tiles
+    turns = cos, sin, start_cos + batch * turn_stride, start_sin + batch * turn_stride
+    out = weights + row_0 * num_tiles * 64, maxima + row_0 * num_tiles, seen + batch * seen_stride
+    first, end = split * tiles_each, gl.minimum((split + 1) * tiles_each, (num_tiles + 3) // 4)
+    if TOLD:
+        end = gl.minimum(end, (gl.load(last + gl.where(seen_stride > 0, batch, 0)) + 3) // 4)
+    tiles = first, end, num_tiles
     for way in gl.static_range(len(WAYS)):
-        if len(WAYS) == 1 or (shares[0][3] >= _room(WAYS, way - 1)) & (shares[0][3] < _room(WAYS, way)):
+        here = first < end
+        if len(WAYS) > 1:
+            here = here & (shares[0][3] >= _room(WAYS, way - 1)) & (shares[0][3] < _room(WAYS, way))
+        if here:
             _tiles(
-                tiles, stored, shares, key_B, turns, queries, out, thousands,
+                tiles, stored, shares, key_B, turns, queries, out, thousands, TOLD,
                 HEADS_PER_GROUP * HEAD_DIM, HEAD_DIM, ROWS, WAYS, way, GROUP_CHANNELS, FOURS, TOGETHER, STAGED,
             )  # fmt: skip
 
 
 @gluon.jit
 def _tiles(
-    tiles, stored, shares, key_B, turns, queries, out, thousands,
+    tiles, stored, shares, key_B, turns, queries, out, thousands, TOLD: gl.constexpr,
     GROUP_DIM: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, WAYS: gl.constexpr, WAY: gl.constexpr,
     GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr, TOGETHER: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
@@ -149,7 +158,7 @@ def _tiles(
                 for i in gl.static_range(NUM):
                     sums = warpgroup_mma(latents[i], factors[i], sums, use_acc=i > 0)
                 scores = scores + (_scores(sums, c, s, of_tile.slice(part * COLUMNS, COLUMNS), ROWS),)
-        _exponentials(scores, tile, num_tiles, stored[2], queries[1], out, ROWS)
+        _exponentials(scores, tile, num_tiles, stored[2], queries[1], out, TOLD, ROWS)
 
 
 # What a thread holds. Lanes 0 and 1 (the bits of its number in the warp) stand for neighbours in a row of a product,
@@ -312,19 +321,24 @@ def _turned(x, c, y, s, MINUS: gl.constexpr):
 
 
 @gluon.jit
-def _exponentials(scores, tile, num_tiles, num_blocks, rows, out, ROWS: gl.constexpr):
+def _exponentials(scores, tile, num_tiles, num_blocks, rows, out, TOLD: gl.constexpr, ROWS: gl.constexpr):
     """Writes what [`hopper_score_kernel`] makes of the scores (64, ROWS) of all parts of a tile."""
     OUT: gl.constexpr = _out_layout(ROWS)
-    weights, maxima = out
+    weights, maxima, seen = out
     # warp, half of the block, eight; rows; the two bits of a part
     x = gl.reshape(gl.join(gl.join(scores[0], scores[1]), gl.join(scores[2], scores[3])), (4, 2, 8, ROWS, 2, 2))
     x = gl.convert_layout(gl.reshape(gl.permute(x, (3, 0, 2, 1, 4, 5)), (ROWS, 4, 64)), OUT, True)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, OUT)))[:, None]
     of_64 = tile * 4 + gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, OUT)))[None, :]
     place = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))[None, None, :]
-    if (tile + 1) * (TOKENS // 32) > num_blocks:  # the last
+    if TOLD:
+        count = gl.load(seen + of_64, mask=of_64 < num_tiles, other=0)
+        x = gl.where(place < count[:, :, None], x, float("-inf"))
+    elif (tile + 1) * (TOKENS // 32) > num_blocks:  # the last
         x = gl.where(of_64[:, :, None] * 2 + place // 32 < num_blocks, x, NOTHING)
     maximum = gl.max(x, axis=2)
+    if TOLD:
+        maximum = gl.maximum(maximum, NOTHING)
     x = gl.exp2(x - maximum[:, :, None]).to(gl.float16)
     there, at = (row < rows) & (of_64 < num_tiles), row * num_tiles + of_64
     gl.store(maxima + at, maximum, mask=there)

@@ -11,31 +11,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import tiles
 from .triton_latents import fetch, latents_of, of_row, piece_at, token_in_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are to base 2
 NOTHING = tl.constexpr(-1e30)  # the maximum of no scores; finite, so that differences of two are
-PART = tl.constexpr(16)  # tokens whose exponentials are relative to one maximum: those of a warp, see `score_kernel`
+IN_TILES, FROM_POSITIONS = tl.constexpr(tiles.IN_TILES), tl.constexpr(tiles.FROM_POSITIONS)
+FIRST, SECOND = tl.constexpr(tiles.FIRST), tl.constexpr(tiles.SECOND)
 
 # Numbers that change while a model generates; a kernel compiled for each kind of them would interrupt it.
-CHANGING = ["num_queries", "num_blocks", "num_tiles", "tiles_each", "turn_stride", "mask_batch", "mask_query"]
+CHANGING = ["num_queries", "num_blocks", "num_tiles", "tiles_each"]
+CHANGING += ["turn_stride", "mask_batch", "mask_query", "seen_stride"]
 # Numbers that layers differ in, and that nothing is gained of by knowing more.
 OF_LAYER = ["block_bytes", "block_ranges", "thousands"]
 
 
 @triton.jit(do_not_specialize=CHANGING + OF_LAYER)
 def score_kernel(
-    query, data, ranges, pieces, key_B, cos, sin, tile_cos, tile_sin, mask, weights, maxima,
-    scaling, rows, num_queries, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each,
-    turn_stride, mask_batch, mask_query, thousands,
-    IN_TILES: tl.constexpr, MASK: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    query, data, ranges, pieces, key_B, cos, sin, start_cos, start_sin, positions, inv_freq, mask, seen, last,
+    weights, maxima,
+    scaling, attention_scaling, rows, num_queries, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each,
+    turn_stride, mask_batch, mask_query, seen_stride, thousands,
+    TURNS: tl.constexpr, RUN: tl.constexpr, MASK: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, ALL_ROWS: tl.constexpr, SIZES: tl.constexpr, LEAST: tl.constexpr, HELD: tl.constexpr,
-    AHEAD: tl.constexpr, TILE: tl.constexpr, FORM: tl.constexpr,
+    AHEAD: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Exponentials (to base 2) of the scores of one KV head against some tiles of old tokens, relative to the maximum
     of each part of a tile, and that maximum.
 
     Args:
+        seen, last: see tiles.py; of the first and the second run. The second takes all tiles of a program that has any
+            that the first could not.
         SIZES: of a head's pieces.
         LEAST: pieces that the head of the fewest needs; heads of fewer than there are take a way of their own.
         HELD: whether what rebuilds keys from all pieces is held ready; else pieces are taken one by one.
@@ -47,20 +53,42 @@ def score_kernel(
     group, head_in_group = head // HEADS_PER_GROUP, head % HEADS_PER_GROUP
     row = of_row(data, ranges, batch, num_blocks, rank, block_bytes, block_ranges, FORM)
     base = (batch * tl.num_programs(1) + head) * rows
-    tiles = split * tiles_each, tl.minimum((split + 1) * tiles_each, num_tiles), num_tiles
-    turns = cos + batch * turn_stride, sin + batch * turn_stride, tile_cos, tile_sin
+    first, end = split * tiles_each, tl.minimum((split + 1) * tiles_each, num_tiles)
+    if RUN != 0:
+        seen += batch * seen_stride
+        end = tl.minimum(end, tl.load(last + tl.where(seen_stride > 0, batch, 0)))
+    if RUN == SECOND:
+        end = tl.where(_any_left(seen, first, end), end, first)
+    tiles = first, end, num_tiles
+    at = batch * turn_stride
+    if TURNS == IN_TILES:
+        turns = cos, sin, start_cos + at, start_sin + at
+    elif TURNS == FROM_POSITIONS:
+        turns = positions + at, inv_freq, attention_scaling, 0
+    else:
+        turns = cos + at, sin + at, 0, 0
     queries = query + base * HEAD_DIM, rows, scaling
-    masked = mask, batch * mask_batch, mask_query, num_queries
+    masked = mask, batch * mask_batch, mask_query, num_queries, seen
     out = weights + base * num_tiles * TILE, maxima + base * num_tiles * (TILE // PART)
     NUM: tl.constexpr = len(SIZES)
     pieces += group * NUM * 8
     key_B += head_in_group * HEAD_DIM
     for n in tl.static_range(LEAST, NUM + 1):
-        if LEAST == NUM or _pieces_needed(pieces, LEAST, NUM) == n:
+        if (RUN == 0 or first < end) and (LEAST == NUM or _pieces_needed(pieces, LEAST, NUM) == n):
             _score_tiles(
-                tiles, row, pieces, key_B, turns, queries, masked, out, thousands, IN_TILES, MASK,
-                HEADS_PER_GROUP * HEAD_DIM, HEAD_DIM, ROWS, ALL_ROWS, SIZES, n, HELD, AHEAD, TILE, FORM,
+                tiles, row, pieces, key_B, turns, queries, masked, out, thousands, TURNS, RUN, MASK,
+                HEADS_PER_GROUP * HEAD_DIM, HEAD_DIM, ROWS, ALL_ROWS, SIZES, n, HELD, AHEAD, TILE, PART, FORM,
             )  # fmt: skip
+
+
+@triton.jit
+def _any_left(seen, first, end):
+    """Whether there is a tile that a first run could not do."""
+    found = tl.zeros([32], dtype=tl.int32)
+    for tile_0 in range(first, end, 32):
+        tile = tile_0 + tl.arange(0, 32)
+        found = tl.minimum(found, tl.load(seen + tile, mask=tile < end, other=0))
+    return tl.min(found, axis=0) < 0
 
 
 @triton.jit
@@ -74,22 +102,24 @@ def _pieces_needed(pieces, LEAST: tl.constexpr, NUM: tl.constexpr):
 
 @triton.jit
 def _score_tiles(
-    tiles, row, pieces, key_B, turns, queries, masked, out, thousands, IN_TILES: tl.constexpr, MASK: tl.constexpr,
-    GROUP_DIM: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr, SIZES: tl.constexpr,
-    NUM: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr, TILE: tl.constexpr, FORM: tl.constexpr,
+    tiles, row, pieces, key_B, turns, queries, masked, out, thousands, TURNS: tl.constexpr, RUN: tl.constexpr,
+    MASK: tl.constexpr, GROUP_DIM: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, ALL_ROWS: tl.constexpr,
+    SIZES: tl.constexpr, NUM: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr, TILE: tl.constexpr,
+    PART: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """[`score_kernel`] with a number of pieces that the compiler knows."""
     HALF: tl.constexpr = HEAD_DIM // 2
     DTYPE: tl.constexpr = out[0].dtype.element_ty
     SUMS: tl.constexpr = tl.float16 if DTYPE == tl.float16 else tl.float32  # noqa: SIM300
-    cos, sin, tile_cos, tile_sin = turns
     query, rows, scaling = queries
     first_tile, end_tile, num_tiles = tiles
     num_tokens = row[2]
     pair, in_tile = tl.arange(0, HALF), token_in_tile(tl.arange(0, TILE), FORM)
-    if IN_TILES:  # the same of all tiles
+    if TURNS == IN_TILES:  # the same of all tiles
         turn_at = in_tile[:, None] * HALF + pair[None, :]
-        c, s = _as_summed(tl.load(cos + turn_at).to(DTYPE)), _as_summed(tl.load(sin + turn_at).to(DTYPE))
+        c, s = _as_summed(tl.load(turns[0] + turn_at).to(DTYPE)), _as_summed(tl.load(turns[1] + turn_at).to(DTYPE))
+    elif TURNS == FROM_POSITIONS:
+        inv_freq = tl.load(turns[1] + pair)
     if ALL_ROWS:
         straight = _queries(query, tl.arange(0, ROWS), rows, scaling, HEAD_DIM, DTYPE)
     known, factors, ahead = (), (), ()
@@ -102,22 +132,26 @@ def _score_tiles(
         if not AHEAD:
             following = fetch(row, known[0], first_tile, FORM, TILE, SIZES[0])
     back_ahead = 0, 0
-    if IN_TILES:
+    if TURNS == IN_TILES:
         turns_at = first_tile * HALF + pair
-        back_ahead = tl.load(tile_cos + turns_at), tl.load(tile_sin + turns_at)
+        back_ahead = tl.load(turns[2] + turns_at), tl.load(turns[3] + turns_at)
     for tile in range(first_tile, end_tile):
         token = tile * TILE + in_tile
         now, ahead, back = ahead, (), back_ahead
         if AHEAD:
             for i in tl.static_range(NUM):
                 ahead = ahead + (fetch(row, known[i], tl.minimum(tile + 1, num_tiles - 1), FORM, TILE, SIZES[i]),)
-        if IN_TILES:
+        if TURNS == IN_TILES:
             turns_at = tl.minimum(tile + 1, num_tiles - 1) * HALF + pair
-            back_ahead = tl.load(tile_cos + turns_at), tl.load(tile_sin + turns_at)
+            back_ahead = tl.load(turns[2] + turns_at), tl.load(turns[3] + turns_at)
+        elif TURNS == FROM_POSITIONS:
+            position = tl.load(turns[0] + token, mask=token < num_tokens, other=0).to(tl.float32)
+            angle = position[:, None] * inv_freq[None, :]
+            c, s = (tl.cos(angle) * turns[2]).to(DTYPE), (tl.sin(angle) * turns[2]).to(DTYPE)
         else:
             live, turn_at = token < num_tokens, token[:, None].to(tl.int64) * HALF + pair[None, :]
-            c = tl.load(cos + turn_at, mask=live[:, None], other=0).to(DTYPE)
-            s = tl.load(sin + turn_at, mask=live[:, None], other=0).to(DTYPE)
+            c = tl.load(turns[0] + turn_at, mask=live[:, None], other=0).to(DTYPE)
+            s = tl.load(turns[1] + turn_at, mask=live[:, None], other=0).to(DTYPE)
         keys = tl.zeros([TILE, HEAD_DIM], dtype=SUMS)
         if HELD:
             for i in tl.static_range(NUM):
@@ -137,13 +171,14 @@ def _score_tiles(
         first, second = tl.split(tl.permute(tl.reshape(keys.to(DTYPE), (TILE, 2, HALF)), (0, 2, 1)))
         turned = first * c - second * s, second * c + first * s
         if ALL_ROWS:
-            scores = _scores(turned, straight, back, IN_TILES)
-            _exponentials(scores, tl.arange(0, ROWS), rows, tile, num_tiles, token, num_tokens, masked, out, MASK)
+            scores = _scores(turned, straight, back, TURNS)
+            some = tl.arange(0, ROWS)
+            _exponentials(scores, some, rows, tile, num_tiles, token, num_tokens, masked, out, RUN, MASK, PART)
         else:
             for row_0 in range(0, rows, ROWS):
                 some = row_0 + tl.arange(0, ROWS)
-                scores = _scores(turned, _queries(query, some, rows, scaling, HEAD_DIM, DTYPE), back, IN_TILES)
-                _exponentials(scores, some, rows, tile, num_tiles, token, num_tokens, masked, out, MASK)
+                scores = _scores(turned, _queries(query, some, rows, scaling, HEAD_DIM, DTYPE), back, TURNS)
+                _exponentials(scores, some, rows, tile, num_tiles, token, num_tokens, masked, out, RUN, MASK, PART)
 
 
 @triton.jit
@@ -169,13 +204,16 @@ def _as_summed(x):
 
 @triton.jit
 def _exponentials(
-    scores, row, rows, tile, num_tiles, token, num_tokens, masked, out, MASK: tl.constexpr
+    scores, row, rows, tile, num_tiles, token, num_tokens, masked, out, RUN: tl.constexpr, MASK: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """Writes what [`score_kernel`] makes of scores (TILE, rows) of a tile."""
     weights, maxima = out
-    mask, mask_start, mask_query, num_queries = masked
+    mask, mask_start, mask_query, num_queries, seen = masked
     TILE: tl.constexpr = scores.shape[0]
-    if MASK != 0:
+    if RUN == FIRST:
+        scores = tl.where((token - tile * TILE < tl.load(seen + tile))[:, None], scores, float("-inf"))
+    elif MASK != 0:
         of_query = mask_start + (row % num_queries)[None, :] * mask_query
         scores = _masked(scores, mask, of_query, token[:, None], (token < num_tokens)[:, None], MASK)
     elif (tile + 1) * TILE > num_tokens:  # the last
@@ -184,7 +222,7 @@ def _exponentials(
     PARTS: tl.constexpr = TILE // PART
     scores = tl.reshape(scores, (PARTS, PART, ROWS))
     maximum = tl.max(scores, axis=1)
-    if MASK != 0:
+    if RUN == FIRST or MASK != 0:
         maximum = tl.maximum(maximum, NOTHING)
     exponentials = tl.exp2(scores - maximum[:, None, :]).to(weights.dtype.element_ty)
     of_tile = (row * num_tiles + tile)[None, :]
@@ -205,10 +243,10 @@ def _queries(query, row, rows, scaling, HEAD_DIM: tl.constexpr, DTYPE: tl.conste
 
 
 @triton.jit
-def _scores(turned, queries, back, IN_TILES: tl.constexpr):
+def _scores(turned, queries, back, TURNS: tl.constexpr):
     """(TILE, rows) scores of some queries against turned keys."""
     first, second = queries
-    if IN_TILES:  # turn the few queries back to where the tile starts, not all its keys on
+    if TURNS == IN_TILES:  # turn the few queries back to where the tile starts, not all its keys on
         straight, c, s = first, back[0].to(first.dtype)[:, None], back[1].to(first.dtype)[:, None]
         first = straight * c + second * s
         second = second * c - straight * s
@@ -228,14 +266,18 @@ def _masked(scores, mask, of_query, column, there, MASK: tl.constexpr):
     return tl.where(there, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_tiles", "tiles_each", *OF_LAYER])
+@triton.jit(do_not_specialize=["num_blocks", "num_tiles", "tiles_each", "last_stride", *OF_LAYER])
 def value_kernel(
-    weights, maxima, data, ranges, pieces, order, summed, split_maxima,
-    rows, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each, row_tiles, thousands,
-    ROWS: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, FORM: tl.constexpr,
+    weights, maxima, data, ranges, pieces, order, last, summed, split_maxima,
+    rows, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each, row_tiles, last_stride, thousands,
+    TOLD: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """One piece of the channels of the weighted sum of latents, over one split of the old tokens, relative to the
-    split's maximum. The last channel is always one, and its sum that of the weights."""
+    split's maximum. The last channel is always one, and its sum that of the weights.
+
+    Args:
+        last: see tiles.py; `TOLD` if there is one.
+    """
     index, split = tl.program_id(0), tl.program_id(1)
     batch, num_batch = (tl.program_id(2) // row_tiles).to(tl.int64), tl.num_programs(2) // row_tiles
     row = tl.program_id(2) % row_tiles * ROWS + tl.arange(0, ROWS)
@@ -247,6 +289,8 @@ def value_kernel(
     weights += (batch * rows + row)[:, None] * num_tiles * TILE
     maxima += (batch * rows + row)[:, None] * num_tiles * PARTS
     begin, end = split * tiles_each, tl.minimum((split + 1) * tiles_each, num_tiles)
+    if TOLD:
+        end = tl.minimum(end, tl.load(last + batch * last_stride))
     found = tl.zeros([ROWS, 32], dtype=tl.float32) + NOTHING
     for part_0 in range(begin * PARTS, end * PARTS, 32):
         part = part_0 + tl.arange(0, 32)
