@@ -52,7 +52,7 @@ def quantizer(latents: torch.Tensor, layout: PackedLayout) -> Callable | None:
         return None
     if latents.device.type == "cpu":
         return _quantizer_on_cpu() if not torch.compiler.is_compiling() and _on_cpu() else None
-    if latents.is_cuda and HAS_TRITON and _triton_version() >= OLDEST_TRITON:
+    if latents.is_cuda and HAS_TRITON and not _triton_is_old():
         return _quantizer_on_gpu(layout)
     return None
 
@@ -77,13 +77,13 @@ def _on_cpu() -> bool:
     return load()
 
 
-@torch.compiler.assume_constant_result
-def _triton_version() -> tuple[int, ...]:
-    return _installed_triton()
+@torch.compiler.assume_constant_result  # a compiler of PyTorch 2.11 cannot compare versions
+def _triton_is_old() -> bool:
+    return _triton_version() < OLDEST_TRITON
 
 
 @functools.cache
-def _installed_triton() -> tuple[int, ...]:
+def _triton_version() -> tuple[int, ...]:
     import triton  # whose distribution has other names, too
 
     return Version(triton.__version__).release[:2]
@@ -93,7 +93,7 @@ def why_not(query: torch.Tensor) -> str | None:
     """Why the kernels cannot serve `query`, or None if they can."""
     if not HAS_TRITON:
         return "Triton is not installed (`pip install cskv-hf[kernels]`)"
-    if _triton_version() < OLDEST_TRITON:
+    if _triton_is_old():
         found, oldest = (".".join(map(str, version)) for version in (_triton_version(), OLDEST_TRITON))
         return f"they need Triton {oldest} or newer, this is {found}"
     if query.shape[-1] not in HEAD_DIMS:
