@@ -151,7 +151,7 @@ class FilledCache:
 
     def __init__(self, setting: Setting, sizes: Sizes, num_layers: int, length: int, states: RandomStates) -> None:
         self.batch = states.batch
-        self.config = planned(setting, sizes, num_layers)
+        self.config = planned(setting, sizes)  # the same of every layer
         self.factors = random_factors(self.config, sizes, states.device, states.dtype)
         self.frequencies = rotary(sizes, states.device)
         self.cache, self.length, self.num_layers = CSKVCache(), 0, num_layers

@@ -19,11 +19,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RECORDED = "benchmarks/step.py --backend recorded --out {out}"
 COMMANDS = {
-    "kernels": "benchmarks/gpu_kernels.py --out {out}",
+    "tests of fixed sizes": "-m pytest tests/test_gpu_kernels.py -k 'fixed_size or under_a_mask or compiles_by_itself'",
     "tests of Hopper": "-m pytest tests/test_hopper_kernel.py",
+    "kernels": "benchmarks/gpu_kernels.py --out {out}",
+    "step-8b": RECORDED + " --layers 32 --vocabulary 128256 --length 32768 --compression 0.95 --bits 4 --rounds 2",
+    "step-rows": RECORDED + " --layers 4 --length 32768 --batch 8 --compression 0.95 --bits 4 --rounds 2",
+    "step-recorded": RECORDED + " --layers 2 --rounds 3",
     "tests of packing": "-m pytest tests/test_gpu_kernels.py -k quantises",
-    "step-recorded": "benchmarks/step.py --backend recorded --layers 2 --compression 0.95 --out {out}",
     "prefill": "benchmarks/prefill.py --length 8192 --out {out}",
     "memory": "benchmarks/memory.py --out {out}",
     "decode": "benchmarks/decode.py --lengths 32768 --batch 1 16 --out {out}",

@@ -7,6 +7,7 @@ What is timed are windows of 32 tokens: in each of them every layer of a growing
 block, wherever the window begins. Caches of fixed size are compiled as well (`mode="reduce-overhead"`: CUDA graphs on
 a GPU), which takes minutes; `--backend recorded` makes a CUDA graph of the same operations as they are. On a GPU the
 profiler says how much of such a window its kernels are busy: a step that waits for launches is busy for a part of it.
+How much logits of a step with a cache of fixed size differ from those with a growing one is printed first.
 
 The whole of Llama-3.1-8B, on a GPU: ``--backend recorded --layers 32 --vocabulary 128256 --length 32768 --bits 4``;
 with `--bits` all layers are alike, so that kernels are compiled once and not for many layers.
@@ -95,6 +96,16 @@ def compiled_step(model, cache: Cache, token: torch.Tensor, position: torch.Tens
         step_without_mark()
 
     return step
+
+
+def difference(model, prompt: torch.Tensor) -> float:
+    """Of a step's logits with a cache of fixed size from those with a growing one, relative; a part of the allocated
+    tokens is not there yet."""
+    logits = []
+    for cache in (CSKVCache(), CSKVStaticCache(2 * prompt.shape[1])):
+        model(prompt[:, :-1], past_key_values=cache, logits_to_keep=1)
+        logits.append(model(prompt[:, -1:], past_key_values=cache).logits.float())
+    return float((logits[1] - logits[0]).norm() / logits[0].norm())
 
 
 def with_flash(run: Callable[[], None]) -> Callable[[], None]:
@@ -190,12 +201,14 @@ def main() -> None:
         **({"DynamicCache, flash": with_flash(steps_of(full, DynamicCache(), prompt))} if on_gpu else {}),
         f"StaticCache, {how}": steps_of(full, StaticCache(full.config, max_cache_len=room), prompt, args.backend),
     }
+    differences = {}
     for compression in args.compression:
         config = CSKVConfig(compression=compression)
         if args.bits is not None:
             config = CSKVConfig(compression=compression, bits=args.bits, allocation="uniform")
         model = cskv_hf.fit(with_same_weights(full), [prompt[0, :1024]], config, progress=False)
         name = f"{compression:.0%} {'packed' if args.bits is None else f'{args.bits} bit'}"
+        differences[name] = difference(model, prompt[:, :1024])
         contestants[name] = steps_of(model, CSKVCache(), prompt)
         contestants[f"{name}, {how}"] = steps_of(model, CSKVStaticCache(room), prompt, args.backend)
     busy, kernels = {}, {}
@@ -203,14 +216,17 @@ def main() -> None:
         if on_gpu and args.backend == "inductor":
             refuse_skipped_graphs()
         seconds = {name: t / STEPS for name, t in medians.items()}
-        save(args.out, about | {"rounds": turns, "seconds": seconds, "busy": busy})
+        about |= {"differences": differences, "seconds": seconds}
+        save(args.out, about | {"rounds": turns, "busy": busy})
     for name, run in contestants.items():
         busy[name] = None
         if on_gpu:
             kernels[name] = {kernel: t / STEPS for kernel, t in kernel_seconds(run).items()}
             busy[name] = sum(kernels[name].values())
-        save(args.out, about | {"rounds": args.rounds, "seconds": seconds, "busy": busy, "kernels": kernels})
+        save(args.out, about | {"rounds": args.rounds, "busy": busy, "kernels": kernels})
     print(f"{args.layers} layers, {args.length} tokens x {args.batch}")
+    for name, of_logits in differences.items():
+        print(f"{name}: logits with a cache of fixed size differ by {of_logits:.1e}")
     print(f"{'cache':<26}{'ms a step':>11}{'x Dynamic':>11}{'% busy':>8}")
     for name, t in seconds.items():
         share = "" if busy[name] is None else f"{100 * busy[name] / t:.0f}"

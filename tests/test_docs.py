@@ -310,6 +310,22 @@ def test_tables_of_the_speed_page_are_the_results(documented):
         documented("speed-gpu", name, "roofline", roof)
         size = gpu["plans"][name]["bytes_per_token"] if by_kernel else 4 * 8 * 128
         documented("speed-gpu", name, "bytes", f"{size:.0f}")
+    later = of_results("gpu-kernels-h200")["rows"]
+    full = {row["batch"]: row["seconds"] for row in later if row["cache"] == "SDPA, ready cache"}
+    for row in later:
+        rows = f"{row['batch']} rows" if row["batch"] > 1 else "1 row"
+        documented("speed-gpu-h200", row["cache"], f"{rows}, ms", f"{1000 * row['seconds']:.3f}")
+        ratio = f"{row['seconds'] / full[row['batch']]:.2f}"
+        documented("speed-gpu-h200", row["cache"], f"{rows}, x SDPA", ratio)
+    for file, what in (("step-8b-gpu", "8B, 1 row"), ("step-rows-gpu", "4 layers, 8 rows")):
+        step = of_results(file)
+        flash = step["seconds"]["DynamicCache, flash"]
+        for name, seconds in step["seconds"].items():
+            documented("speed-gpu-whole", name, f"{what}, ms", f"{1000 * seconds:.2f}")
+            documented("speed-gpu-whole", name, f"{what}, x flash", f"{seconds / flash:.2f}")
+            if file == "step-rows-gpu":
+                busy = f"{100 * step['busy'][name] / seconds:.0f} %"
+                documented("speed-gpu-whole", name, f"{what}, GPU busy", busy)
     (steps,) = of_results("decode-gpu")["runs"]
     ready = {row["batch"]: row["seconds"] for row in steps if row["cache"] == "SDPA, ready cache"}
     for row in steps:
@@ -342,6 +358,11 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     assert f"the four kernels themselves are {100 * sum(one['kernels'].values()) / one['seconds']:.0f} %" in page
     launch = [1e6 * (r["seconds"] - sum(r["kernels"].values())) for r in rows if r["batch"] == 1 and "kernels" in r]
     assert f"the launch of the graph: {min(launch):.0f} to {max(launch):.0f} microseconds" in page
+    alone = 1000 * of_results("step-8b-gpu")["busy"]["DynamicCache"]
+    assert f"kernels alone take {alone:.1f} ms of one row's step" in page
+    recorded = of_results("step-recorded-gpu")
+    shares = {name: recorded["busy"][name] / t for name, t in recorded["seconds"].items()}
+    assert all(share > 0.9 if "recorded" in name else share < 0.15 for name, share in shares.items())
     errors = [row["error"] for row in rows if "error" in row]
     assert f"of one row, is {min(errors):.4f} to {max(errors):.4f}." in page
     by_name = {row["cache"]: row["seconds"] for row in rows if row["batch"] == 16}

@@ -227,6 +227,29 @@ def test_in_a_compiled_step(dtype, monkeypatch):
     assert "cskv_hf.gpu_attend.default" in called and called.count("cskv_hf.gpu_quantize.default") == 2
 
 
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE == "cpu", reason="There is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_generate_compiles_by_itself(dtype):
+    """As `generate` does on a GPU with a cache of fixed size: the logits are those with a growing cache, until
+    rounding makes another token of them."""
+    sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_hidden_layers=2)
+    model = lossy(make_model(dtype=torch.float32, **sizes), bits=None, allocation=None, block_size=32)
+    model = model.to(DEVICE, dtype)
+    ids = prompt(2, 150).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    how = dict(attention_mask=mask, max_new_tokens=70, min_new_tokens=70, do_sample=False, pad_token_id=0)
+    how |= dict(output_logits=True, return_dict_in_generate=True)
+    growing, fixed = (model.generate(ids, past_key_values=cache, **how) for cache in (CSKVCache(), CSKVStaticCache(300)))
+    differ = (growing.sequences != fixed.sequences).any(0)[ids.shape[1] :].nonzero().flatten().tolist()
+    steps = min(differ, default=len(growing.logits) - 1) + 1
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    for one, other in zip(growing.logits[:steps], fixed.logits[:steps]):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+    assert steps > 40 or dtype != torch.float32
+
+
 COMPILE = """
 import torch
 import triton.language as tl

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from .rope import RotaryFrequencies, cos_sin, widened
-from .tokens import TurnInTiles, take
+from .tokens import HIDDEN, TurnInTiles, take
 
 FULL = "a CSKVStaticCache is full: it got more tokens than its `max_cache_len`"  # from within a compiled graph
-HIDDEN = -1e4  # what is added to the score of a token that is not seen, at most; a bias is less far from 0
 
 
 def may_read() -> bool:

@@ -19,6 +19,7 @@ import torch
 from .rope import RotaryFrequencies, cos_sin, widened
 
 ROLLBACK_TOKENS = 64  # assisted decoding proposes 20 tokens by default
+HIDDEN = -1e4  # what is added to the score of a token that is not seen, at most; a bias is less far from 0
 TURN_CHUNK = 2**17  # cos that are computed at a time; intermediates are several times the result
 Index = torch.Tensor | slice  # columns to take: a slice for all rows, or (batch, n) with -1 for "nothing here"
 
