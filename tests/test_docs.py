@@ -360,6 +360,9 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     assert f"the launch of the graph: {min(launch):.0f} to {max(launch):.0f} microseconds" in page
     alone = 1000 * of_results("step-8b-gpu")["busy"]["DynamicCache"]
     assert f"kernels alone take {alone:.1f} ms of one row's step" in page
+    busy = of_results("step-rows-gpu")["busy"]
+    more = 1000 * (busy["95% 4 bit, recorded"] - busy["95% 4 bit"])
+    assert f"take {more:.1f} ms more than those of `CSKVCache`" in page
     recorded = of_results("step-recorded-gpu")
     shares = {name: recorded["busy"][name] / t for name, t in recorded["seconds"].items()}
     assert all(share > 0.9 if "recorded" in name else share < 0.15 for name, share in shares.items())

@@ -235,6 +235,8 @@ def column_masks(
         step: of the cache.
         sliding_window: of the layer; used where the mask is not 4-D.
     """
+    if attention_mask is None and _sees_all(step, sliding_window):
+        return None, None
     found = once_for(step.made, f"masks of {sliding_window} tokens on {device}", attention_mask)
     if not found:
         found += _column_masks(attention_mask, step, sliding_window, device)
@@ -246,9 +248,6 @@ def _column_masks(attention_mask, step: Step | StaticStep, sliding_window, devic
         return tuple(
             _gather_columns(attention_mask, slots.to(device)) for slots in (step.exact_slots(), step.old_slots())
         )
-    within = sliding_window is None or step.num_slots <= sliding_window
-    if step.num_new == 1 and step.slots is None and within and attention_mask is None:
-        return None, None
     queries = step.start + torch.arange(step.num_new, device=device)[:, None]
     masks = []
     for slots in (step.exact_slots().to(device), step.old_slots().to(device)):
@@ -260,6 +259,12 @@ def _column_masks(attention_mask, step: Step | StaticStep, sliding_window, devic
             visible = visible & real.gather(1, slots.clamp_min(0).expand(real.shape[0], -1))[:, None]
         masks.append(visible[:, None])
     return tuple(masks)
+
+
+def _sees_all(step: Step | StaticStep, sliding_window: int | None) -> bool:
+    """Whether a causal query sees all that is held."""
+    within = sliding_window is None or step.num_slots <= sliding_window
+    return step.num_new == 1 and step.slots is None and within
 
 
 def _gather_columns(mask: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

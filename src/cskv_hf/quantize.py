@@ -70,6 +70,8 @@ class PackedLayout:
         group_channels: channels of a tier that share a range.
         tiers: by falling bits.
         pieces: the channels in their own order as slices (start, stop) of the tiers' channels laid end to end.
+        code_bytes: of a block, for one row.
+        num_ranges: groups of a block, for one row.
     """
 
     bits: tuple[int, ...]
@@ -92,6 +94,13 @@ class PackedLayout:
         # attributes, not fields, which files would hold; nor cached properties, which a compiler cannot trace
         object.__setattr__(self, "tiers", self._tiers())
         object.__setattr__(self, "pieces", self._pieces())
+        num_ranges = sum(tier.num_groups for tier in self.tiers) * (self.block_size // self.group_tokens)
+        object.__setattr__(self, "code_bytes", sum(self.bits) * self.block_size // 8)
+        object.__setattr__(self, "num_ranges", num_ranges)
+        object.__setattr__(self, "_hash", hash((self.bits, self.block_size, self.group_tokens, self.group_channels)))
+
+    def __hash__(self) -> int:
+        return self._hash  # every layer of every step looks up what is kept of its layouts
 
     def _tiers(self) -> tuple[Tier, ...]:
         tiers, first_byte, first_range = [], 0, 0
@@ -110,16 +119,6 @@ class PackedLayout:
     @property
     def rank(self) -> int:
         return len(self.bits)
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of a block's codes, for one row."""
-        return sum(self.bits) * self.block_size // 8
-
-    @property
-    def num_ranges(self) -> int:
-        """Groups of a block, for one row."""
-        return sum(tier.num_groups for tier in self.tiers) * (self.block_size // self.group_tokens)
 
     @property
     def bytes_per_token(self) -> float:

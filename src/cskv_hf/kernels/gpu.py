@@ -26,7 +26,8 @@ from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from ..quantize import PackedLayout
 from ..tokens import once_for
 from .pieces import Pieces, cut
-from .tiles import FIRST, FROM_POSITIONS, IN_TILES, ONLY, SECOND, TABLES, TILE, row_stride, tokens_seen
+from .sizes import cdiv, power_of_2, row_stride
+from .tiles import FIRST, FROM_POSITIONS, IN_TILES, ONLY, SECOND, TABLES, TILE, tokens_seen
 from .triton_kernels import finish_kernel, merge_kernel, score_kernel, value_kernel
 from .triton_latents import PLANES, THOUSANDS
 from .triton_quantize import tables_of
@@ -141,7 +142,7 @@ def _launch(
     format = _format(tuple(key_bits), key_rank, *key_sizes)
     value_format = _format(tuple(value_bits), value_rank, *value_sizes)
     work, words = _working_dtype(query.dtype, format, value_format), _in_words(format, value_format)
-    all_rows, num_tiles = heads * rows, triton.cdiv(num_blocks * format.block_size, TILE)
+    all_rows, num_tiles = heads * rows, cdiv(num_blocks * format.block_size, TILE)
     new = functools.partial(torch.empty, device=query.device)
     part = TILE if turns == ON_HOPPER else PART  # of a tile, that a maximum is of
     weights = new(batch, all_rows, num_tiles, TILE, dtype=work)
@@ -165,7 +166,7 @@ def _launch(
         weights, maxima, value_data, value_ranges, value_format, heads, words, last, query.dtype
     )
     out, row_tile, wide = torch.empty_like(query), 16, head_dim * query.element_size()
-    finish_kernel[triton.cdiv(rows, row_tile), heads, batch](
+    finish_kernel[cdiv(rows, row_tile), heads, batch](
         query, exact_keys.contiguous(), exact_values.contiguous(), *_mask_start(exact_mask, query), merged,
         transposed(value_B, query.dtype), value_mean, old_maxima, old_sums, out, base_2, rows,
         _num_queries(exact_mask), batch, exact_keys.shape[2], value_rank, *_mask_strides(exact_mask),
@@ -188,7 +189,7 @@ def _launch_scores(
     as_measured = as_measured and old_mask is None
     pieces, held, ahead = key_pieces(format, tuple(key_ranks), head_dim * work.itemsize, words, query.device)
     tiles_each = tiles_of_program(num_tiles, heads * batch, KEY_PROGRAMS)
-    score_kernel[triton.cdiv(num_tiles, tiles_each), heads, batch](
+    score_kernel[cdiv(num_tiles, tiles_each), heads, batch](
         query, _codes(data, words), _as_pairs(ranges), pieces.table,
         with_mean(key_B, key_mean, pieces.order, work), *rope, *_mask_start(old_mask, query), *_told(seen, last, query),
         weights, maxima, base_2, attention_scaling, rows, _num_queries(old_mask), num_blocks, format.rank,
@@ -232,10 +233,10 @@ def tiles_of_program(num_tiles: int, beside: int, programs: int) -> int:
     """Tiles that each program takes, where `beside` programs work on the same tiles: so many that there are `programs`
     in all, or a quarter of them if that would be few."""
     for wanted in (programs, programs // 4):
-        splits = min(num_tiles, max(1, triton.cdiv(wanted, beside)))
+        splits = min(num_tiles, max(1, cdiv(wanted, beside)))
         if num_tiles >= FEW_TILES * splits:
             break
-    return triton.cdiv(num_tiles, splits)
+    return cdiv(num_tiles, splits)
 
 
 def _sum_values(weights, maxima, data, ranges, format, heads, words, last, dtype):
@@ -245,10 +246,10 @@ def _sum_values(weights, maxima, data, ranges, format, heads, words, last, dtype
     pieces = value_pieces(format, weights.device)
     num_pieces = len(pieces.sizes)
     value_rows = 16 if all_rows <= 16 else 32
-    row_tiles = triton.cdiv(all_rows, value_rows)
+    row_tiles = cdiv(all_rows, value_rows)
     tiles_each = tiles_of_program(num_tiles, num_pieces * batch * row_tiles, VALUE_PROGRAMS)
-    tiles_each = max(tiles_each, triton.cdiv(num_tiles, MAX_SPLITS))
-    splits = triton.cdiv(num_tiles, tiles_each)
+    tiles_each = max(tiles_each, cdiv(num_tiles, MAX_SPLITS))
+    splits = cdiv(num_tiles, tiles_each)
     summed = maxima.new_empty(splits, batch, all_rows, format.rank + 1)
     split_maxima = maxima.new_empty(splits, batch, all_rows)
     value_kernel[num_pieces, splits, batch * row_tiles](
@@ -260,9 +261,9 @@ def _sum_values(weights, maxima, data, ranges, format, heads, words, last, dtype
     )  # fmt: skip
     merged = weights.new_empty(heads, batch * all_rows // heads, format.rank, dtype=dtype)
     old_maxima, old_sums = maxima.new_empty(2, heads, batch, all_rows // heads)
-    merge_kernel[triton.cdiv(format.rank, 64), all_rows, batch](
+    merge_kernel[cdiv(format.rank, 64), all_rows, batch](
         summed, split_maxima, merged, old_maxima, old_sums, splits, batch, all_rows, format.rank,
-        all_rows // heads, SPLITS=triton.next_power_of_2(splits), CHUNK=64, **FUSED,
+        all_rows // heads, SPLITS=power_of_2(splits), CHUNK=64, **FUSED,
     )  # fmt: skip
     return merged, old_maxima, old_sums
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..quantize import PackedLayout
 from .hopper_latents import PARTS, TOKENS
 from .hopper_scores import COLUMNS, hopper_score_kernel
-from .tiles import row_stride
+from .sizes import cdiv, power_of_2, row_stride
 from .triton_latents import THOUSANDS
 
 logger = logging.get_logger(__name__)
@@ -163,15 +163,15 @@ def launch(
     batch, heads, rows, head_dim = query.shape
     num_tiles, num_blocks = weights.shape[2], codes.shape[1]
     planned = plan(layout, ranks, query.device)
-    large = triton.cdiv(num_tiles, TILE // 64)
-    tiles_each = triton.cdiv(large, min(large, triton.cdiv(PROGRAMS, batch * heads)))
+    large = cdiv(num_tiles, TILE // 64)
+    tiles_each = cdiv(large, min(large, cdiv(PROGRAMS, batch * heads)))
     together = planned.num_channels > FEW_CHANNELS
-    hopper_score_kernel[triton.cdiv(large, tiles_each), heads, batch](
+    hopper_score_kernel[cdiv(large, tiles_each), heads, batch](
         query, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32), planned.groups,
         factor_of(planned.order, torch.float16), *turns, *((query, query) if seen is None else (seen, last)),
         weights, maxima, scaling, rows, num_blocks, layout.code_bytes // 4, layout.num_ranges, num_tiles, tiles_each,
         row_stride(turns[2]), row_stride(seen), THOUSANDS,
-        TOLD=seen is not None, HEADS_PER_GROUP=heads // len(ranks), HEAD_DIM=head_dim, ROWS=triton.next_power_of_2(rows),
+        TOLD=seen is not None, HEADS_PER_GROUP=heads // len(ranks), HEAD_DIM=head_dim, ROWS=power_of_2(rows),
         TIERS=len(layout.tiers), WAYS=planned.ways, GROUP_CHANNELS=layout.group_channels, FOURS=planned.fours,
         TOGETHER=together, STAGED=2 if together else 4, num_warps=4, enable_fp_fusion=True,
         **registers(layout, planned),

@@ -55,8 +55,3 @@ def tokens_seen(
     count = torch.where(plain, BLOCK * whole.sum(-1), OTHERWISE).int()
     order = torch.arange(1, num_tiles + 1, device=seen.device, dtype=torch.int32)
     return count, torch.where(count != 0, order, 0).amax(-1)
-
-
-def row_stride(tensor: torch.Tensor | None) -> int:
-    """From row to row of the batch; 0 where all rows are alike, or there is nothing."""
-    return 0 if tensor is None or len(tensor) == 1 else tensor.stride(0)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..quantize import PLANES, PackedLayout, rows_together
+from .sizes import cdiv, power_of_2
 
 CHANNELS = 64  # of a program that quantises, at least
 UNITS = 256  # words or bytes of a program that packs
@@ -43,7 +44,7 @@ class Tables(NamedTuple):
 
 
 def serves(layout: PackedLayout) -> bool:
-    return triton.next_power_of_2(layout.group_tokens) * _channels(layout) <= LARGEST
+    return power_of_2(layout.group_tokens) * _channels(layout) <= LARGEST
 
 
 def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,17 +64,17 @@ def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor,
     if not batch * blocks:
         return packed, ranges
     tables, words = tables_of(layout, latents.device), rows_together(layout.block_size) == 4
-    channels = triton.next_power_of_2(layout.group_channels)
+    channels = power_of_2(layout.group_channels)
     together = _channels(layout)
     times = layout.block_size // layout.group_tokens
     with torch.cuda.device(latents.device) if latents.is_cuda else contextlib.nullcontext():  # where Triton launches
-        quantize_kernel[batch * blocks, triton.cdiv(len(tables.groups) * channels, together), times](
+        quantize_kernel[batch * blocks, cdiv(len(tables.groups) * channels, together), times](
             latents.contiguous(), tables.groups, tables.order, codes, ranges, len(tables.groups), layout.rank,
             layout.num_ranges, BLOCK=layout.block_size, GROUP_TOKENS=layout.group_tokens,
-            TOKENS=triton.next_power_of_2(layout.group_tokens), GROUP_CHANNELS=channels, CHANNELS=together,
+            TOKENS=power_of_2(layout.group_tokens), GROUP_CHANNELS=channels, CHANNELS=together,
             enable_fp_fusion=False,
         )  # fmt: skip
-        pack_kernel[batch * blocks, triton.cdiv(tables.most_units, UNITS), len(tables.planes)](
+        pack_kernel[batch * blocks, cdiv(tables.most_units, UNITS), len(tables.planes)](
             codes, tables.planes, packed.view(torch.int32) if words else packed, layout.rank,
             layout.code_bytes // rows_together(layout.block_size),
             BLOCK=layout.block_size, TOGETHER=rows_together(layout.block_size), UNITS=UNITS,
@@ -110,7 +111,7 @@ def _layout(*fields) -> PackedLayout:
 
 def _channels(layout: PackedLayout) -> int:
     """Of a program, whole groups."""
-    return max(CHANNELS, triton.next_power_of_2(layout.group_channels))
+    return max(CHANNELS, power_of_2(layout.group_channels))
 
 
 @functools.cache
