@@ -1,8 +1,8 @@
 """Everything that is to be measured on a GPU, in one go: python benchmarks/gpu.py OUT [--minutes 12]
 
 Every benchmark of speed and memory, each in a process of its own, which prints its table and leaves its JSON in the
-folder OUT, and the tests of the kernels on the GPU that is there, which compile for minutes: only those of what the
-next benchmark uses come early, and the step that Inductor compiles, for longer than anybody has waited, comes last.
+folder OUT, and the tests of the kernels on the GPU that is there, which compile for minutes: those of what the next
+benchmarks use come early, and the step that Inductor compiles, for longer than anybody has waited, comes last.
 One that fails does not stop the others. What is not finished once the minutes are over is ended, which counts as
 failed, as does what was not begun; what a benchmark had measured until then is in its JSON.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RECORDED = "benchmarks/step.py --backend recorded --out {out}"
 COMMANDS = {
-    "tests of fixed sizes": "-m pytest tests/test_gpu_kernels.py -k 'fixed_size or under_a_mask or compiles_by_itself'",
+    "tests of tiles": "-m pytest tests/test_gpu_kernels.py -k 'fixed_size or under_a_mask or compiles_by_itself'",
     "tests of Hopper": "-m pytest tests/test_hopper_kernel.py",
     "kernels": "benchmarks/gpu_kernels.py --out {out}",
     "step-8b": RECORDED + " --layers 32 --vocabulary 128256 --length 32768 --compression 0.95 --bits 4 --rounds 2",

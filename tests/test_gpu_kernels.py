@@ -241,7 +241,8 @@ def test_generate_compiles_by_itself(dtype):
     mask[1, :40] = 0
     how = dict(attention_mask=mask, max_new_tokens=70, min_new_tokens=70, do_sample=False, pad_token_id=0)
     how |= dict(output_logits=True, return_dict_in_generate=True)
-    growing, fixed = (model.generate(ids, past_key_values=cache, **how) for cache in (CSKVCache(), CSKVStaticCache(300)))
+    caches = CSKVCache(), CSKVStaticCache(300)
+    growing, fixed = (model.generate(ids, past_key_values=cache, **how) for cache in caches)
     differ = (growing.sequences != fixed.sequences).any(0)[ids.shape[1] :].nonzero().flatten().tolist()
     steps = min(differ, default=len(growing.logits) - 1) + 1
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2

@@ -113,11 +113,11 @@ def test_a_part_of_each_row(rank, added, served, uninitialised_is_nan):
 
 
 def test_what_it_leaves_to_others(served):
-    """Other blocks, float32, masks of each query, rows of more queries, many channels that cannot be read by fours: the
-    kernel for all GPUs."""
+    """Other blocks, float32, masks of each query, rows of more queries, many channels that cannot be read by fours:
+    the kernel for all GPUs."""
     half = torch.float16
     factors = factors_of(FEW, half)
-    query, kv = query_of(factors, 1, 2, half), past(factors, 1, 64, half)
+    kv = past(factors, 1, 64, half)
     two, seen = query_of(factors, 1, 2, half, 2), torch.ones(1, 1, 2, 64, dtype=torch.bool, device=DEVICE)
     seen[:, :, 0, 60:] = False
     assert error_against_torch(attention._attend_on_gpu, two, past(factors, 1, 64, half, num_new=2), None, seen) < 4e-3

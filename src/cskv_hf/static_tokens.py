@@ -264,9 +264,7 @@ class StaticStep:
             self._turn[key] = torch.stack([cos, sin], dim=-1) if compiling else torch.complex(cos, sin)
         return self._turn[key]
 
-    def old_turn_in_tiles(
-        self, device: torch.device, tile: int, dtype: torch.dtype, starts: int = 1
-    ) -> TurnInTiles:
+    def old_turn_in_tiles(self, device: torch.device, tile: int, dtype: torch.dtype, starts: int = 1) -> TurnInTiles:
         """[`old_turn`] as a product, see `Step`; positions are not known to follow one another."""
         key = (device, tile, dtype, starts)
         if key not in self._turn:

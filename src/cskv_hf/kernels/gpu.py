@@ -66,8 +66,7 @@ def attend(
     Returns:
         (batch, num_key_value_heads, rows, head_dim) in the dtype of `query`.
     """
-    factors, step = kv.factors, kv.step
-    key_format = _description(kv.key_latents)
+    factors, key_format = kv.factors, _description(kv.key_latents)
     launch = gpu_attend if torch.compiler.is_compiling() else _attend
     return launch(
         query, kv.exact_keys.to(query.dtype), kv.exact_values.to(query.dtype), exact_mask, old_mask, scaling,
@@ -84,9 +83,7 @@ def _turns(query: torch.Tensor, kv: CompressedKV, old_mask: torch.Tensor | None,
     if query.dtype != torch.float32:  # which keeps the model's own cos and sin; in 16 bits a product is as near
         work = _working_dtype(query.dtype, kv.key_latents.format, kv.value_latents.format)
         on_hopper = work == torch.float16 and all_alike and bool(key_format[0])
-        on_hopper = on_hopper and served_on_hopper(
-            *key_format, kv.factors.key_ranks, *query.shape[2:], query.device
-        )
+        on_hopper = on_hopper and served_on_hopper(*key_format, kv.factors.key_ranks, *query.shape[2:], query.device)
         how = (hopper.TILE, work, hopper.STARTS) if on_hopper else (TILE, work)
         in_tiles = step.old_turn_in_tiles(query.device, *how)
     if in_tiles is None:
@@ -190,10 +187,9 @@ def _launch_scores(
     pieces, held, ahead = key_pieces(format, tuple(key_ranks), head_dim * work.itemsize, words, query.device)
     tiles_each = tiles_of_program(num_tiles, heads * batch, KEY_PROGRAMS)
     score_kernel[cdiv(num_tiles, tiles_each), heads, batch](
-        query, _codes(data, words), _as_pairs(ranges), pieces.table,
-        with_mean(key_B, key_mean, pieces.order, work), *rope, *_mask_start(old_mask, query), *_told(seen, last, query),
-        weights, maxima, base_2, attention_scaling, rows, _num_queries(old_mask), num_blocks, format.rank,
-        *_block_sizes(format), num_tiles, tiles_each, row_stride(by_row), *_mask_strides(old_mask), row_stride(seen),
+        query, _codes(data, words), _as_pairs(ranges), pieces.table, with_mean(key_B, key_mean, pieces.order, work),
+        *rope, *_mask_start(old_mask, query), *_told(seen, last, query), weights, maxima, base_2, attention_scaling,
+        rows, _num_queries(old_mask), num_blocks, format.rank, *_block_sizes(format), num_tiles, tiles_each, row_stride(by_row), *_mask_strides(old_mask), row_stride(seen),
         THOUSANDS, TURNS=turns, RUN=run, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks),
         HEAD_DIM=head_dim, ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least,
         HELD=held, AHEAD=ahead, TILE=TILE, PART=TILE // maxima.shape[3], FORM=form,
@@ -256,8 +252,8 @@ def _sum_values(weights, maxima, data, ranges, format, heads, words, last, dtype
         weights, maxima, _codes(data, words), _as_pairs(ranges), pieces.table, pieces.order,
         weights if last is None else last, summed, split_maxima, all_rows, data.shape[1], format.rank,
         *_block_sizes(format), num_tiles, tiles_each, row_tiles, row_stride(last), THOUSANDS,
-        TOLD=last is not None, ROWS=value_rows, PART=TILE // maxima.shape[3], TILE=TILE, CHUNK=VALUE_CHUNK, FORM=_form(format, words),
-        num_warps=WARPS, num_stages=1, **FUSED,
+        TOLD=last is not None, ROWS=value_rows, PART=TILE // maxima.shape[3], TILE=TILE, CHUNK=VALUE_CHUNK,
+        FORM=_form(format, words), num_warps=WARPS, num_stages=1, **FUSED,
     )  # fmt: skip
     merged = weights.new_empty(heads, batch * all_rows // heads, format.rank, dtype=dtype)
     old_maxima, old_sums = maxima.new_empty(2, heads, batch, all_rows // heads)

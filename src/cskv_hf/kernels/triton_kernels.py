@@ -270,7 +270,8 @@ def _masked(scores, mask, of_query, column, there, MASK: tl.constexpr):
 def value_kernel(
     weights, maxima, data, ranges, pieces, order, last, summed, split_maxima,
     rows, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each, row_tiles, last_stride, thousands,
-    TOLD: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, FORM: tl.constexpr,
+    TOLD: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    FORM: tl.constexpr,
 ):  # fmt: skip
     """One piece of the channels of the weighted sum of latents, over one split of the old tokens, relative to the
     split's maximum. The last channel is always one, and its sum that of the weights.
