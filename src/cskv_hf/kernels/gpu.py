@@ -189,8 +189,9 @@ def _launch_scores(
     score_kernel[cdiv(num_tiles, tiles_each), heads, batch](
         query, _codes(data, words), _as_pairs(ranges), pieces.table, with_mean(key_B, key_mean, pieces.order, work),
         *rope, *_mask_start(old_mask, query), *_told(seen, last, query), weights, maxima, base_2, attention_scaling,
-        rows, _num_queries(old_mask), num_blocks, format.rank, *_block_sizes(format), num_tiles, tiles_each, row_stride(by_row), *_mask_strides(old_mask), row_stride(seen),
-        THOUSANDS, TURNS=turns, RUN=run, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks),
+        rows, _num_queries(old_mask), num_blocks, format.rank, *_block_sizes(format), num_tiles, tiles_each,
+        row_stride(by_row), *_mask_strides(old_mask), row_stride(seen), THOUSANDS,
+        TURNS=turns, RUN=run, MASK=_mask_kind(old_mask), HEADS_PER_GROUP=heads // len(key_ranks),
         HEAD_DIM=head_dim, ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least,
         HELD=held, AHEAD=ahead, TILE=TILE, PART=TILE // maxima.shape[3], FORM=form,
         num_warps=WARPS, num_stages=1, **FUSED,
