@@ -30,14 +30,18 @@ MODULES += ("presses", "step")
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The benchmarks' modules, which import each other by plain names that no other test should find."""
+    """The benchmarks' modules, which import each other by plain names that no other test should find, nor they those
+    of others: the examples have a `common` too."""
+    others = {name: sys.modules.pop(name, None) for name in MODULES}
     sys.path.insert(0, str(BENCHMARKS))
     try:
         yield {name: __import__(name) for name in MODULES}
     finally:
         sys.path.remove(str(BENCHMARKS))
-        for name in MODULES:
+        for name, module in others.items():
             sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
 
 
 @pytest.fixture(scope="module")
