@@ -35,10 +35,14 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Keeps autocast out of arithmetic that chooses its own dtypes."""
-    known = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)  # no compiler traces that
-    if known and torch.is_autocast_enabled(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+@torch.compiler.assume_constant_result  # a compiler of PyTorch 2.11 cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ def describe(model: nn.Module, name: str) -> dict[str, Any]:
     shape = ModelShape.from_model_config(model.config)
     return {
         "name": name,
-        "base_model": model.config.name_or_path,
+        "base_model": name if name == "bundled" else model.config.name_or_path,  # not where it was installed
         "model_type": shape.model_type,
         "layers": shape.num_hidden_layers,
         "num_key_value_heads": shape.num_key_value_heads,
