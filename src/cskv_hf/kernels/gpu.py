@@ -5,7 +5,8 @@ exponentials of the scores relative to the maximum of a part of the tile; then t
 piece by piece of their channels and split over the past; the splits are merged; ``value_B`` is applied once; and
 attention to the exact tokens joins their mean. Neither rebuilt keys nor unpacked latents ever reach memory. Scores
 and sums are two kernels because their work is divided differently: a key is rebuilt from its own head's latents alone,
-while value latents are joint over the heads and one kernel per head would unpack them once for each.
+while value latents are joint over the heads and one kernel per head would unpack them once for each. Where not all
+tokens are seen, or known to follow one another, scores run twice, see tiles.py.
 """
 
 from __future__ import annotations
