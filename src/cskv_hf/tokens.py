@@ -210,13 +210,12 @@ class Step:
             return None
         key = (device, tile, dtype, starts)
         if key not in self._turn:
-            positions = self._positions_by_row().to(device, torch.int32).contiguous()
-            turn = TurnInTiles.of(positions, self.old_frequencies, tile, dtype, starts)
-            if self.slots is None and len(positions) == 1:
-                steps = torch.arange(self.num_old, device=device)
-                if bool((positions == positions[:, :1] + steps).all()):
-                    turn = turn._replace(positions=None)
-            self._turn[key] = turn
+            positions = self.old_positions.to(device, torch.int32)
+            steps = torch.arange(self.num_old, device=device)
+            follow = self.slots is None and bool((positions == positions[:1, :1] + steps).all())
+            positions = positions[:1] if follow else self._positions_by_row().to(device, torch.int32)
+            turn = TurnInTiles.of(positions.contiguous(), self.old_frequencies, tile, dtype, starts)
+            self._turn[key] = turn._replace(positions=None) if follow else turn
         return self._turn[key]
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..tokens import HIDDEN
+from .sizes import cdiv
 
 TABLES, IN_TILES, FROM_POSITIONS = 0, 1, 2  # what turns keys: cos and sin of every token, products, or computed
 ONLY, FIRST, SECOND = 0, 1, 2  # runs of `score_kernel`
@@ -44,7 +45,7 @@ def tokens_seen(
         firsts = positions[:, ::span].repeat_interleave(span, dim=1)[:, :num_old]
         places = torch.arange(num_old, device=some.device) % span
         plain = plain & ((positions - firsts == places) | ~seen)
-    rows, num_tiles = max(len(seen), len(plain)), -(-num_old // TILE)
+    rows, num_tiles = max(len(seen), len(plain)), cdiv(num_old, TILE)
     missing = num_tiles * TILE - num_old
     by_block = rows, num_tiles, TILE // BLOCK, BLOCK
     seen = F.pad(seen.expand(rows, -1), (0, missing), value=False).view(by_block)

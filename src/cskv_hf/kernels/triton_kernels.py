@@ -17,7 +17,7 @@ from .triton_latents import fetch, latents_of, of_row, piece_at, token_in_tile
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are to base 2
 NOTHING = tl.constexpr(-1e30)  # the maximum of no scores; finite, so that differences of two are
 IN_TILES, FROM_POSITIONS = tl.constexpr(tiles.IN_TILES), tl.constexpr(tiles.FROM_POSITIONS)
-FIRST, SECOND = tl.constexpr(tiles.FIRST), tl.constexpr(tiles.SECOND)
+ONLY, FIRST, SECOND = tl.constexpr(tiles.ONLY), tl.constexpr(tiles.FIRST), tl.constexpr(tiles.SECOND)
 
 # Numbers that change while a model generates; a kernel compiled for each kind of them would interrupt it.
 CHANGING = ["num_queries", "num_blocks", "num_tiles", "tiles_each"]
@@ -40,7 +40,8 @@ def score_kernel(
     of each part of a tile, and that maximum.
 
     Args:
-        seen, last: see tiles.py; of the first and the second run. The second takes all tiles of a program that has any
+        TURNS, RUN: of tiles.py.
+        seen, last: see there; of the first and the second run. The second takes all tiles of a program that has any
             that the first could not.
         SIZES: of a head's pieces.
         LEAST: pieces that the head of the fewest needs; heads of fewer than there are take a way of their own.
@@ -54,7 +55,7 @@ def score_kernel(
     row = of_row(data, ranges, batch, num_blocks, rank, block_bytes, block_ranges, FORM)
     base = (batch * tl.num_programs(1) + head) * rows
     first, end = split * tiles_each, tl.minimum((split + 1) * tiles_each, num_tiles)
-    if RUN != 0:
+    if RUN != ONLY:
         seen += batch * seen_stride
         end = tl.minimum(end, tl.load(last + tl.where(seen_stride > 0, batch, 0)))
     if RUN == SECOND:
@@ -74,7 +75,7 @@ def score_kernel(
     pieces += group * NUM * 8
     key_B += head_in_group * HEAD_DIM
     for n in tl.static_range(LEAST, NUM + 1):
-        if (RUN == 0 or first < end) and (LEAST == NUM or _pieces_needed(pieces, LEAST, NUM) == n):
+        if (RUN == ONLY or first < end) and (LEAST == NUM or _pieces_needed(pieces, LEAST, NUM) == n):
             _score_tiles(
                 tiles, row, pieces, key_B, turns, queries, masked, out, thousands, TURNS, RUN, MASK,
                 HEADS_PER_GROUP * HEAD_DIM, HEAD_DIM, ROWS, ALL_ROWS, SIZES, n, HELD, AHEAD, TILE, PART, FORM,
