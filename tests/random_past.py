@@ -9,7 +9,7 @@ from cskv_hf.factors import LayerFactors
 from cskv_hf.latents import Latents
 from cskv_hf.quantize import PackedLayout, quantize
 from cskv_hf.rope import RotaryFrequencies
-from cskv_hf.tokens import Step
+from cskv_hf.step import Step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # unless told otherwise
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, attach, detach
 from cskv_hf.rope import RotaryFrequencies, paired, rotate, rotate_paired
-from cskv_hf.tokens import Step
+from cskv_hf.step import Step
 
 
 class LargestTensor(TorchDispatchMode):

@@ -25,7 +25,7 @@ from .factors import LayerFactors, compute_dtype, without_autocast
 from .kernels import cpu
 from .rope import paired, rotate_paired
 from .static_tokens import StaticStep
-from .tokens import Step, once_for
+from .step import Step, once_for
 
 PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
 CPU_TILE, GPU_TILE = 2**20, 2**24  # elements of a tile of keys or latents: about a CPU's caches; enough for a GPU

@@ -18,7 +18,8 @@ from .cache_layer import MISSING_FACTORS, CSKVLayer, Staged
 from .config import CSKVConfig
 from .factors import LayerFactors
 from .rope import RotaryFrequencies
-from .tokens import ROLLBACK_TOKENS, Step, TokenTable
+from .step import Step
+from .tokens import ROLLBACK_TOKENS, TokenTable
 
 INTERRUPTED = (
     "An earlier forward with this CSKVCache was interrupted between two layers, which now hold different tokens. Call "

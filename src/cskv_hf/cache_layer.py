@@ -16,7 +16,7 @@ from .factors import Fingerprint, LayerFactors, compute_dtype, without_autocast
 from .latents import Latents
 from .offload import Copies, copy_ahead, copy_now, to_cpu
 from .rope import RotaryFrequencies, rotate, turn_back
-from .tokens import Eviction, Index, Step, once_for, take
+from .step import Eviction, Index, Step, once_for, take
 
 MISSING_FACTORS = (
     "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "

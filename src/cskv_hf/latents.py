@@ -16,7 +16,7 @@ import torch
 
 from . import kernels
 from .quantize import PackedLayout, dequantize, quantize
-from .tokens import Index, take
+from .step import Index, take
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,37 @@ class RotaryFrequencies(NamedTuple):
         return self if self.inv_freq.ndim == 1 else self._replace(inv_freq=self.inv_freq[:count].clone())
 
 
+class TurnInTiles(NamedTuple):
+    """What has turned the latents' keys, as a product, each factor rounded to the dtype that it was asked for in.
+
+    Attributes:
+        starts: cos and sin of the first tokens of each tile, (batch or 1, tiles * starts, head_dim / 2).
+        within: cos and sin of a tile's tokens, from the first, (tile, head_dim / 2). The tile is whole, also of a
+            shorter past.
+        positions: (batch or 1, tokens) int32, if they are not known to follow one another, and the product may not be
+            what turned all; else None.
+        inv_freq: float32, (head_dim / 2,), compact.
+        attention_scaling: of the rotary frequencies.
+    """
+
+    starts: tuple[torch.Tensor, torch.Tensor]
+    within: tuple[torch.Tensor, torch.Tensor]
+    positions: torch.Tensor | None
+    inv_freq: torch.Tensor
+    attention_scaling: float
+
+    @classmethod
+    def of(
+        cls, positions: torch.Tensor, frequencies: RotaryFrequencies, tile: int, dtype: torch.dtype, starts: int
+    ) -> TurnInTiles:
+        device, once = positions.device, frequencies._replace(attention_scaling=1.0)
+        firsts = (positions[:, ::tile, None] + torch.arange(starts, device=device)).flatten(1)
+        cos, sin = cos_sin(torch.arange(tile, device=device)[None], frequencies, dtype)
+        inv_freq = frequencies.inv_freq.to(device).float().contiguous()
+        scaling = frequencies.attention_scaling
+        return cls(cos_sin(firsts, once, dtype), (cos[0], sin[0]), positions, inv_freq, scaling)
+
+
 def cos_sin(
     positions: torch.Tensor, frequencies: RotaryFrequencies, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:

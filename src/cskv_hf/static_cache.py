@@ -20,7 +20,7 @@ from .factors import Fingerprint, LayerFactors, without_autocast
 from .latents import LatentFormat, Latents
 from .rope import RotaryFrequencies
 from .static_tokens import StaticStep, StaticTable
-from .tokens import once_for, take
+from .step import once_for, take
 
 
 class CSKVStaticLayer(CacheLayerMixin):

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .rope import RotaryFrequencies, cos_sin, widened
-from .tokens import HIDDEN, TurnInTiles, take
+from .rope import RotaryFrequencies, TurnInTiles, cos_sin, widened
+from .step import HIDDEN, take
 
 FULL = "a CSKVStaticCache is full: it got more tokens than its `max_cache_len`"  # from within a compiled graph
 

@@ -25,7 +25,7 @@ from ..cache_layer import CompressedKV
 from ..factors import LayerFactors
 from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from ..quantize import PackedLayout
-from ..tokens import once_for
+from ..step import once_for
 from .pieces import Pieces, cut
 from .sizes import cdiv, power_of_2, row_stride
 from .tiles import FIRST, FROM_POSITIONS, IN_TILES, ONLY, SECOND, TABLES, TILE, tokens_seen

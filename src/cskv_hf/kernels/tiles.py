@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..tokens import HIDDEN
+from ..step import HIDDEN
 from .sizes import cdiv
 
 TABLES, IN_TILES, FROM_POSITIONS = 0, 1, 2  # what turns keys: cos and sin of every token, products, or computed
