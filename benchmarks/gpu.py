@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RECORDED = "benchmarks/step.py --backend recorded --out {out}"
 COMMANDS = {
-    "tests of tiles": "-m pytest tests/test_gpu_kernels.py -k 'fixed_size or under_a_mask or compiles_by_itself'",
+    "tests of tiles": "-m pytest tests/test_gpu_kernels.py -k 'fixed_size or under_a_mask or is_due or by_itself'",
     "tests of Hopper": "-m pytest tests/test_hopper_kernel.py",
     "kernels": "benchmarks/gpu_kernels.py --out {out}",
     "step-8b": RECORDED + " --layers 32 --vocabulary 128256 --length 32768 --compression 0.95 --bits 4 --rounds 2",

@@ -1,6 +1,7 @@
 """CSKVStaticCache: the same function as CSKVCache, in one graph for every decoding step."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import feed
 from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
+from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -226,8 +229,8 @@ def test_a_cuda_graph_can_be_recorded(served, kind, monkeypatch):
     model, ids, cache = lossy(make_model(), **SETTINGS[kind]), prompt(2, 41), CSKVStaticCache(64)
     model(ids[:, :40], past_key_values=cache)
     if served:
-        triton_quantize = pytest.importorskip("cskv_hf.kernels.triton_quantize")
-        monkeypatch.setattr(kernels, "quantizer", lambda *_: triton_quantize.quantize_as_operation)
+        triton_encode = pytest.importorskip("cskv_hf.kernels.triton_encode")
+        monkeypatch.setattr(kernels, "encoder", lambda *_: triton_encode.encode_due)
     monkeypatch.setattr(kernels, "choose", lambda *_: served)
     model.to("meta")
     for held in (cache.tokens, *cache.layers):
@@ -237,18 +240,20 @@ def test_a_cuda_graph_can_be_recorded(served, kind, monkeypatch):
             elif isinstance(value, Latents):
                 value.segments = tuple(tuple(t.to("meta") for t in segment) for segment in value.segments)
     graphs = []
-    compiled = torch.compile(model.forward, fullgraph=True, backend=aot_autograd(fw_compiler=keep_in(graphs)))
+    backend = aot_autograd(fw_compiler=keep_in(graphs), keep_inference_input_mutations=True)
+    compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
     logits = compiled(ids[:, 40:].to("meta"), past_key_values=cache).logits
     assert logits.shape == (2, 1, model.config.vocab_size) and logits.is_meta
     (graph,) = graphs
     of = {node.meta["val"].device for node in graph.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
     assert of == {torch.device("meta")}
     assert get_first_incompatible_cudagraph_node(graph) is None
-    called = [node.target for node in graph.graph.nodes]
-    of_layer = (1 if served else 0, 2 if served and kind == "packed" else 0)
-    names = "gpu_attend", "gpu_quantize"
-    operations = [getattr(torch.ops.cskv_hf, name).default for name in names] if served else [None, None]
-    assert tuple(called.count(operation) for operation in operations) == tuple(len(cache.layers) * n for n in of_layer)
+    reinplace_inplaceable_ops(Mock(), graph.graph)  # as Inductor does
+    writing = [node for node in graph.graph.nodes if node.target is auto_functionalized_v2]
+    called = [str(node.target) for node in graph.graph.nodes] + [str(node.args[0]) for node in writing]
+    operations = tuple(called.count(f"cskv_hf.{name}.default") for name in ("gpu_attend", "gpu_encode"))
+    assert operations == ((len(cache.layers), 2 * len(cache.layers)) if served else (0, 0))
+    assert not any(node.meta["only_clone_these_tensors"] for node in writing)  # no latents are copied
 
 
 def test_generate_compiles_decoding(plain):

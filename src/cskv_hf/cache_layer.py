@@ -5,7 +5,7 @@ Keys are cached after RoPE, and rotated back when they are encoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -323,9 +323,7 @@ def encode(
     Keys are rotated back in float32 or wider, by what is computed once for all layers of the step.
     """
     dtype, factors, device = torch.promote_types(key_states.dtype, torch.float32), staged.factors, key_states.device
-    back = once_for(staged.step.made, f"turn back of {key_states.dtype} on {device}", positions)
-    if not back:
-        back += turn_back(positions.to(device), frequencies, key_states.dtype)
+    back = turned_back(staged.step, positions, frequencies, key_states.dtype, device)
     unrotated = rotate(key_states.to(dtype), back[0][:, None], back[1][:, None])
     matmul_dtype = compute_dtype(key_states)
     return (
@@ -334,3 +332,13 @@ def encode(
             factors.value_format, factors.encode_values(value_states.to(dtype), matmul_dtype), key_states.dtype
         ),
     )
+
+
+def turned_back(
+    step: Step, positions: torch.Tensor, frequencies: RotaryFrequencies, dtype: torch.dtype, device: torch.device
+) -> Sequence[torch.Tensor]:
+    """[`turn_back`], computed once for all layers of the step."""
+    back = once_for(step.made, f"turn back of {dtype} on {device}", positions)
+    if not back:
+        back += turn_back(positions.to(device), frequencies, dtype)
+    return back

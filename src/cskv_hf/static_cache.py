@@ -2,8 +2,8 @@
 `torch.compile` and CUDA graphs.
 
 It keeps the same tokens exactly and the same as latents as a CSKVCache, by the same rule. Nothing in a decoding step
-depends on a value: every step writes its token, encodes the oldest exact block whether it is due or not, and attends
-to everything that was allocated under a mask (static_tokens.py).
+depends on a value: every step writes its token, encodes the oldest exact block, due or not (on a GPU by kernels that
+end at once if it is not), and attends to everything that was allocated under a mask (static_tokens.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import kernels
-from .cache_layer import MISSING_FACTORS, CompressedKV, Staged, encode
+from .cache_layer import MISSING_FACTORS, CompressedKV, Staged, encode, turned_back
 from .config import CSKVConfig
 from .factors import Fingerprint, LayerFactors, without_autocast
 from .latents import LatentFormat, Latents
@@ -114,6 +114,12 @@ class CSKVStaticLayer(CacheLayerMixin):
         """Encode the blocks that are due, and what else the shapes allow for, which the next forward writes again."""
         step: StaticStep = staged.step
         if step.evicted.shape[1] == 0:
+            return
+        encode_due = kernels.encoder(keys, staged.factors) if step.num_new == 1 else None
+        if encode_due is not None:
+            back = turned_back(step, step.positions, step.frequencies, keys.dtype, self.device)
+            places, target = step.evicted.to(self.device), step.due_blocks(self.device)
+            encode_due(keys, values, places, back, target, staged.factors, self.key_latents, self.value_latents)
             return
         new = encode(
             take(keys, step.evicted, 2),

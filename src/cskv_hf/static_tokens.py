@@ -2,9 +2,10 @@
 
 The same rule as tokens.py, written so that nothing depends on a value: no shape, no branch, only indices. Per row, the
 real (unmasked) tokens are numbered in order. Token `t` is kept exactly at *place* `t` if it is a sink, else at
-``sinks + (t - sinks) mod (window + block_size)``, a ring; of `n` tokens, ``num_old(n)`` are latents. Every forward
-encodes the oldest exact tokens of the ring into the next blocks, whether they are due or not; until a block is old,
-the mask keeps it out, and the next forward writes it again. Holds no keys and no values.
+``sinks + (t - sinks) mod (window + block_size)``, a ring; of `n` tokens, ``num_old(n)`` are latents. A block becomes
+old in one forward, in which all its tokens are still in the ring, and must be written by it. torch's operations write
+the next blocks in every forward, due or not, since until a block is old the mask keeps it out; the kernels of a GPU
+write those that are due. Holds no keys and no values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from .rope import RotaryFrequencies, TurnInTiles, cos_sin, widened
-from .step import HIDDEN, take
+from .step import HIDDEN, once_for, take
 
 FULL = "a CSKVStaticCache is full: it got more tokens than its `max_cache_len`"  # from within a compiled graph
 
@@ -202,6 +203,7 @@ class StaticStep:
         count = min(most, table.num_blocks)
         new_blocks = torch.arange(count, device=held.device)
         self.blocks = num_old // block_size + new_blocks
+        self._num_old_after = table.num_old(held + self.added)
         tokens = table.sinks + num_old + torch.arange(count * block_size, device=held.device)
         self.positions = take(table.positions, tokens.clamp_max(table.positions.shape[1] - 1), 1)
         if self.num_new == 1:
@@ -223,6 +225,17 @@ class StaticStep:
         self.table.length.add_(self.num_new)
         self.table.counts.add_(self.added)
         self.table.is_empty = False
+
+    def due_blocks(self, device: torch.device) -> torch.Tensor:
+        """(batch,) int64: of one new token, the block that becomes old with it, counted over the blocks of all rows;
+        -1 where none does. Such a block is whole, and this is the last step in which its tokens are all exact."""
+        found = once_for(self.made, f"blocks that are due on {device}")
+        if not found:
+            block = self.blocks[:, 0]
+            due = self._num_old_after[:, 0] > block * self.table.block_size
+            row = torch.arange(len(block), device=block.device)
+            found.append(torch.where(due, row * self.table.num_blocks + block, -1).to(device))
+        return found[0]
 
     # The rest as attention and encoding know it from `Step` and `Eviction`.
 

@@ -57,6 +57,20 @@ def quantizer(latents: torch.Tensor, layout: PackedLayout) -> Callable | None:
     return None
 
 
+def encoder(states: torch.Tensor, factors: LayerFactors) -> Callable | None:
+    """What encodes the block that is due of a decoding step of fixed shape on a GPU, see triton_encode.py; or None: if
+    there are no kernels for such keys or latents, or if somebody asks for gradients."""
+    if not states.is_cuda or why_not(states) or (torch.is_grad_enabled() and _has_gradients(states, factors)):
+        return None
+    from .triton_encode import encode_due, serves_factors
+
+    return encode_due if serves_factors(factors) else None
+
+
+def _has_gradients(states: torch.Tensor, factors: LayerFactors) -> bool:
+    return any(t.requires_grad for t in (states, factors.key_A, factors.value_A, factors.key_mean, factors.value_mean))
+
+
 def _quantizer_on_cpu() -> Callable:
     from .cpu import quantize
 
@@ -107,6 +121,7 @@ def prepare(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> 
     """Make what the kernels of a GPU keep of a layer, before a CUDA graph is recorded, which would take it for its
     own."""
     if device.type == "cuda" and HAS_TRITON:
-        from .gpu import prepare_tables
+        from . import gpu, triton_encode
 
-        prepare_tables(factors, device, dtype)
+        gpu.prepare_tables(factors, device, dtype)
+        triton_encode.prepare_tables(factors, device)

@@ -31,7 +31,6 @@ from .sizes import cdiv, power_of_2, row_stride
 from .tiles import FIRST, FROM_POSITIONS, IN_TILES, ONLY, SECOND, TABLES, TILE, tokens_seen
 from .triton_kernels import finish_kernel, merge_kernel, score_kernel, value_kernel
 from .triton_latents import PLANES, THOUSANDS
-from .triton_quantize import tables_of
 
 try:  # Gluon is still an experiment of Triton's
     from . import hopper
@@ -282,9 +281,6 @@ def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dty
     value_pieces(factors.value_format, device)
     with_mean(factors.key_B, factors.key_mean, pieces.order, work)
     transposed(factors.value_B, dtype)
-    for format in (factors.key_format, factors.value_format):
-        if isinstance(format, PackedFormat):
-            tables_of(format.layout, device)
 
 
 @functools.cache

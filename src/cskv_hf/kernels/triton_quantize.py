@@ -57,30 +57,47 @@ def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor,
         As `quantize` of quantize.py.
     """
     batch, blocks = latents.shape[0], latents.shape[1] // layout.block_size
-    new = functools.partial(torch.empty, device=latents.device)
-    packed = new(batch, blocks, layout.code_bytes, dtype=torch.uint8)
-    ranges = new(batch, blocks, layout.num_ranges, 2, dtype=torch.float16)
-    codes = new(batch, blocks, layout.block_size, layout.rank, dtype=torch.uint8)
-    if not batch * blocks:
-        return packed, ranges
+    packed = torch.empty(batch, blocks, layout.code_bytes, dtype=torch.uint8, device=latents.device)
+    ranges = torch.empty(batch, blocks, layout.num_ranges, 2, dtype=torch.float16, device=latents.device)
+    if batch * blocks:
+        quantize_into(packed, ranges, latents, layout)
+    return packed, ranges
+
+
+def quantize_into(
+    packed: torch.Tensor,
+    ranges: torch.Tensor,
+    latents: torch.Tensor,
+    layout: PackedLayout,
+    target: torch.Tensor | None = None,
+) -> None:
+    """[`quantize`] into tensors that are there.
+
+    Args:
+        packed, ranges: as `quantize` returns them.
+        target: (blocks,) int64, for every block of `latents` the one that it is written to, both counted over all
+            rows; -1 leaves it out. None has each at its own place.
+    """
+    blocks = latents.shape[0] * latents.shape[1] // layout.block_size
+    codes = torch.empty(blocks, layout.block_size, layout.rank, dtype=torch.uint8, device=latents.device)
     tables, words = tables_of(layout, latents.device), rows_together(layout.block_size) == 4
     channels = power_of_2(layout.group_channels)
     together = _channels(layout)
     times = layout.block_size // layout.group_tokens
     with torch.cuda.device(latents.device) if latents.is_cuda else contextlib.nullcontext():  # where Triton launches
-        quantize_kernel[batch * blocks, cdiv(len(tables.groups) * channels, together), times](
-            latents.contiguous(), tables.groups, tables.order, codes, ranges, len(tables.groups), layout.rank,
+        told = codes if target is None else target, target is not None
+        quantize_kernel[blocks, cdiv(len(tables.groups) * channels, together), times](
+            latents.contiguous(), tables.groups, tables.order, codes, ranges, told[0], len(tables.groups), layout.rank,
             layout.num_ranges, BLOCK=layout.block_size, GROUP_TOKENS=layout.group_tokens,
-            TOKENS=power_of_2(layout.group_tokens), GROUP_CHANNELS=channels, CHANNELS=together,
+            TOKENS=power_of_2(layout.group_tokens), GROUP_CHANNELS=channels, CHANNELS=together, TOLD=told[1],
             enable_fp_fusion=False,
         )  # fmt: skip
-        pack_kernel[batch * blocks, cdiv(tables.most_units, UNITS), len(tables.planes)](
-            codes, tables.planes, packed.view(torch.int32) if words else packed, layout.rank,
+        pack_kernel[blocks, cdiv(tables.most_units, UNITS), len(tables.planes)](
+            codes, tables.planes, packed.view(torch.int32) if words else packed, told[0], layout.rank,
             layout.code_bytes // rows_together(layout.block_size),
-            BLOCK=layout.block_size, TOGETHER=rows_together(layout.block_size), UNITS=UNITS,
+            BLOCK=layout.block_size, TOGETHER=rows_together(layout.block_size), UNITS=UNITS, TOLD=told[1],
             enable_fp_fusion=False,
         )  # fmt: skip
-    return packed, ranges
 
 
 def quantize_as_operation(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +110,7 @@ def quantize_as_operation(latents: torch.Tensor, layout: PackedLayout) -> tuple[
 def gpu_quantize(
     latents: torch.Tensor, bits: Sequence[int], block_size: int, group_tokens: int, group_channels: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize(latents, _layout(tuple(bits), block_size, group_tokens, group_channels))
+    return quantize(latents, layout_of(tuple(bits), block_size, group_tokens, group_channels))
 
 
 @gpu_quantize.register_fake
@@ -105,7 +122,7 @@ def _(latents, bits, *sizes):
 
 
 @functools.cache
-def _layout(*fields) -> PackedLayout:
+def layout_of(*fields) -> PackedLayout:
     return PackedLayout(*fields)
 
 
@@ -139,12 +156,20 @@ def tables_of(layout: PackedLayout, device: torch.device) -> Tables:
 
 @triton.jit(do_not_specialize=("num_groups", "rank", "num_ranges"))
 def quantize_kernel(
-    latents, groups, order, codes, ranges, num_groups, rank, num_ranges, BLOCK: tl.constexpr,
+    latents, groups, order, codes, ranges, target, num_groups, rank, num_ranges, BLOCK: tl.constexpr,
     GROUP_TOKENS: tl.constexpr, TOKENS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr,
+    TOLD: tl.constexpr,
 ):  # fmt: skip
-    """Ranges and codes (block, BLOCK, rank) of some groups of channels, one group of tokens of one block."""
+    """Ranges and codes (block, BLOCK, rank) of some groups of channels, one group of tokens of one block.
+
+    Args:
+        TOLD: whether `target` says where blocks go.
+    """
     GROUPS: tl.constexpr = CHANNELS // GROUP_CHANNELS
     block, time = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    to = tl.load(target + block) if TOLD else block
+    if to < 0:
+        return
     own = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, CHANNELS) // GROUP_CHANNELS
     at = groups + 8 * tl.minimum(group, num_groups - 1)
@@ -163,7 +188,7 @@ def quantize_kernel(
     minimum = _half_below(_clamped(low))
     step = _half_above(tl.div_rn(_clamped(high) - minimum, highest.to(tl.float32)))
     step = tl.where(step > LIMIT, LIMIT, step)
-    range_at = ranges + 2 * (block * num_ranges + tl.load(at + 3) + time * tl.load(at + 4))
+    range_at = ranges + 2 * (to * num_ranges + tl.load(at + 3) + time * tl.load(at + 4))
     tl.store(range_at, minimum.to(tl.float16), mask=own < num_groups)
     tl.store(range_at + 1, step.to(tl.float16), mask=own < num_groups)
 
@@ -179,10 +204,14 @@ def quantize_kernel(
 
 @triton.jit(do_not_specialize=("rank", "block_units"))
 def pack_kernel(
-    codes, planes, packed, rank, block_units, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, UNITS: tl.constexpr
-):
-    """Words, or bytes where TOGETHER is 1, of one plane of one block; as `pack` of quantize.py."""
+    codes, planes, packed, target, rank, block_units, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    UNITS: tl.constexpr, TOLD: tl.constexpr,
+):  # fmt: skip
+    """Words, or bytes where TOGETHER is 1, of one plane of one block; as `pack` of quantize.py. `TOLD` as above."""
     block, at = tl.program_id(0).to(tl.int64), planes + 8 * tl.program_id(2)
+    to = tl.load(target + block) if TOLD else block
+    if to < 0:
+        return
     bits, below, first, width = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     start, units = tl.load(at + 4), tl.load(at + 5)
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
@@ -194,7 +223,7 @@ def pack_kernel(
         token = block * BLOCK + row + byte + place * (units * TOGETHER)
         code = tl.load(codes + token * rank + channel, mask=there, other=0).to(tl.int32)
         packed_unit |= (code >> below & (1 << bits) - 1) << (8 * byte + bits * place)
-    tl.store(packed + block * block_units + start + unit, packed_unit.to(packed.dtype.element_ty), mask=there)
+    tl.store(packed + to * block_units + start + unit, packed_unit.to(packed.dtype.element_ty), mask=there)
 
 
 @triton.jit
