@@ -17,15 +17,8 @@ from cskv_hf.card import card_text
 from cskv_hf.fitting import format_report
 from cskv_hf.latents import PackedFormat
 from cskv_hf.quantize import PackedLayout
-from cskv_hf.train import (
-    CSKVTrainer,
-    ReconstructionLoss,
-    keys_and_values,
-    reconstruct,
-    straight_through,
-    training_arguments,
-    training_rows,
-)
+from cskv_hf.reconstruction import ReconstructionLoss, keys_and_values, reconstruct, straight_through
+from cskv_hf.train import CSKVTrainer, training_arguments, training_rows
 from cskv_hf.tuner import sidecars
 
 PACKED = dict(bits=4, allocation=None, block_size=8)
