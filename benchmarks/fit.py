@@ -20,11 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from cskv_hf import CSKVConfig, KVStatistics, ModelShape
+from cskv_hf.calibration import collect_statistics
 from cskv_hf.config import num_key_groups
 from cskv_hf.fitting import layer_bases, layer_report
 from cskv_hf.plan import plan
 from cskv_hf.sensitivity import measure_sensitivity, probe_samples
-from cskv_hf.statistics import PROBE_LENGTH, PROBE_TOKENS, collect_statistics
+from cskv_hf.statistics import PROBE_LENGTH, PROBE_TOKENS
 
 SIZES = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, num_hidden_layers=1)
 TOKENS = 8192

@@ -332,15 +332,15 @@ def test_killed_fit_resumes_and_the_old_adapter_survives(folder):
 
 KILLED = """
 import os, sys
-import cskv_hf.statistics as statistics
+import cskv_hf.calibration as calibration
 from cskv_hf.cli import app
-statistics.SAVE_EVERY_SECONDS = 0.0
-save = statistics.KVStatistics.save
+calibration.SAVE_EVERY_SECONDS = 0.0
+save = calibration.KVStatistics.save
 def save_and_die(self, path):
     save(self, path)
     if self.num_samples == 3:
         os._exit(9)
-statistics.KVStatistics.save = save_and_die
+calibration.KVStatistics.save = save_and_die
 model, data, out = sys.argv[1:]
 app(["fit", model, "--data", data, "--out", out, "--length", "100"])
 """

@@ -95,7 +95,7 @@ def test_max_tokens_and_counting():
 def test_interrupted_pass_resumes_to_the_same(tmp_path, monkeypatch):
     """The state is saved between samples; a second start skips what was seen."""
     model, rows, state = make_model(), [prompt(1, 12, seed) for seed in range(6)], tmp_path / "state.safetensors"
-    monkeypatch.setattr("cskv_hf.statistics.SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("cskv_hf.calibration.SAVE_EVERY_SECONDS", 0.0)
 
     def interrupted():
         yield from rows[:4]

@@ -340,6 +340,19 @@ def test_adapter_without_report(adapters, tmp_path):
         write_report(tmp_path / "nowhere", [], tmp_path / "page.html")
 
 
+@pytest.mark.parametrize("family", ["mistral-sliding", "qwen2-mixed", "qwen3"])
+def test_families_whose_layers_may_slide(family, tmp_path):
+    """The adapter's files do not say which do: bytes are those of layers that attend to all, and the page says so."""
+    fitted = lossy(make_model(family), compression=0.5)
+    fitted.save_pretrained(tmp_path)
+    out = write_report(tmp_path, [], tmp_path / "page.html")
+    config, data = fitted.peft_config["default"], json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    per_token = config.bytes_per_token(ModelShape(**config.model_shape))
+    for point in data["adapter"]["memory"]:
+        assert point["cache_bytes"] >= per_token * config.num_old_tokens(point["tokens"])
+    assert "with a sliding window holds less" in Parsed(out.read_text(encoding="utf-8")).text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

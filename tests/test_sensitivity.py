@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import FAMILIES, calibration_data, make_model
 
+from cskv_hf.calibration import collect_statistics
 from cskv_hf.config import CSKVConfig
 from cskv_hf.families import attention_layers, key_source
 from cskv_hf.fitting import layer_bases
 from cskv_hf.sensitivity import measure_sensitivity, probe_cut, probe_samples
-from cskv_hf.statistics import collect_statistics
 
 FORBIDDEN = torch.tensor([0, 7])  # tokens
 

@@ -5,12 +5,13 @@ Importing this package registers the PEFT method "CSKV" and the attention functi
 
 from . import _versions  # noqa: F401  (first: refuses versions that lack what the rest imports)
 from .cache import CSKVCache
+from .calibration import collect_statistics
 from .config import CSKVConfig, ModelShape
 from .fitting import fit
 from .hub import load, push_to_hub
 from .patch import attach, detach
 from .static_cache import CSKVStaticCache
-from .statistics import KVStatistics, collect_statistics
+from .statistics import KVStatistics
 from .tuner import CSKVModel, register, shrink
 
 __version__ = "0.1.0"

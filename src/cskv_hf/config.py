@@ -52,7 +52,10 @@ class ModelShape:
 
 
 def sliding_window(model_config: Any, layer_idx: int) -> int | None:
-    """The sliding window of a layer of a model, in tokens, the query's own included; None if it attends to all."""
+    """The sliding window of a layer of a model, in tokens, the query's own included; None if it attends to all, or for
+    a [`ModelShape`], which does not say."""
+    if isinstance(model_config, ModelShape):
+        return None
     config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     if config.model_type == "mistral":
         return config.sliding_window
@@ -426,6 +429,10 @@ class CSKVConfig(PeftConfig):
 
         The same as ``CSKVCache.nbytes`` counts on its tensors; after token-by-token generation the window may hold
         up to ``block_size - 1`` tokens more.
+
+        Args:
+            model_config: of transformers; or a [`ModelShape`], whose layers are taken to attend to all tokens by
+                frequencies that do not change.
         """
         shape = ModelShape.from_model_config(model_config)
         old = self.num_old_tokens(num_tokens)

@@ -91,16 +91,29 @@ def frequencies_of(rotary: nn.Module) -> RotaryFrequencies:
     return RotaryFrequencies(rotary.inv_freq, float(rotary.attention_scaling), change)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: to the embedding, or, if that lies on disk, to where the model is run."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device(getattr(model, "device", device)) if device.type == "meta" else device
+
+
 @contextlib.contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Without dropout, its own or a LoRA's; afterwards every part is in the mode it was in."""
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards every part is in the mode it was in, training or not."""
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
     try:
         yield
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+@contextlib.contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout, its own or a LoRA's; see [`modes_kept`]."""
+    with modes_kept(module):
+        module.eval()
+        yield
 
 
 @torch.no_grad()

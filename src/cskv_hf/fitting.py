@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .calibration import collect_statistics
 from .card import ERRORS, layer_errors, ratio_text
 from .config import PLAIN_BYTES, CSKVConfig, ModelShape, num_key_groups
 from .decompose import (
@@ -33,7 +35,7 @@ from .hub import give_push
 from .latents import LatentFormat, PlainFormat
 from .plan import check_budget, plan, store_plan
 from .sensitivity import measure_sensitivity
-from .statistics import KVStatistics, collect_statistics
+from .statistics import KVStatistics
 from .tuner import adapter_config, add_adapter, check_can_add, placement, sidecars, use_adapter
 
 logger = logging.get_logger(__name__)
@@ -126,7 +128,8 @@ def fit(
         raise ValueError(f"The statistics are of another model ({statistics.model_shape}); this one is {vars(shape)}.")
 
     layers = attention_layers(model)
-    bases = [layer_bases(a, statistics, i, config, num_groups) for i, a in enumerate(_progress(layers, progress))]
+    bar = tqdm(layers, desc="Factoring", unit="layer", disable=not progress)
+    bases = [layer_bases(a, statistics, i, config, num_groups) for i, a in enumerate(bar)]
     if config.allocates:
         config.sensitivity = measure_sensitivity(model, bases, statistics.probes(), progress)
     spectra = [(keys.spectra(), values.spectrum) for keys, values in bases]
@@ -151,12 +154,6 @@ def fit(
         sidecar.install(adapter_name, keys, values, *placement(attention, model))
     use_adapter(model, adapter_name)
     return give_push(model) if isinstance(model, PeftModel) else model
-
-
-def _progress(layers: list[nn.Module], progress: bool) -> Iterable[nn.Module]:
-    from tqdm.auto import tqdm
-
-    return tqdm(layers, desc="Factoring", unit="layer", disable=not progress)
 
 
 def _warn_of_unreached(

@@ -1,4 +1,4 @@
-"""Adapters from and to directories and the Hub. The only file that talks to the network.
+"""Adapters from and to directories and the Hub. Uploads, and downloads of adapters and data sets.
 
 A repository is a plain PEFT adapter repository, so that whatever loads adapters loads it. PEFT's own ``push_to_hub``
 uploads the same files but replaces the card by an empty one.

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from .decompose import Factors
-from .families import decoder_of, key_source
+from .families import decoder_of, in_eval_mode, input_device, key_source
 
 LOST_SHARE = 0.1  # of a side's energy, taken away by a probe; 0.02 to 0.4 measured, 0.05 to 0.2 make little difference
 ALL_TOKENS = 8  # layers: a probe of so many reads all tokens of the samples, one of twice as many half of them
@@ -145,26 +146,21 @@ def measure_sensitivity(
     Returns:
         Per layer ``[keys, values]``, in nats per token and unit of the spectra.
     """
-    from tqdm.auto import tqdm
-
     if not samples:
         raise ValueError(
             "`allocation`='auto' measures the model on calibration samples of at least 2 tokens, and there is none; "
             "give longer ones, or use `allocation`='uniform'."
         )
-    device = model.get_input_embeddings().weight.device
-    device = torch.device(getattr(model, "device", device)) if device.type == "meta" else device
+    device = input_device(model)
     layers = decoder_of(model).layers
     batches = [ids[None].to(device) for ids in probe_samples(samples, len(layers))]
 
     def log_probabilities(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
 
-    was_training = model.training
-    model.eval()
     tokens = sum(ids.shape[1] for ids in batches)
     sensitivity = []
-    try:
+    with in_eval_mode(model):
         with _inputs_kept(layers) as inputs:
             reference = [log_probabilities(ids) for ids in batches]
         for number, full in enumerate(reference):
@@ -186,6 +182,4 @@ def measure_sensitivity(
                 _check_finite(math.isfinite(divergence), f"with cut {name} of layer {index}")
                 rates.append(max(divergence / tokens, LEAST) / max(lost, LEAST))
             sensitivity.append(rates)
-    finally:
-        model.train(was_training)
     return sensitivity

@@ -16,11 +16,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
+from .calibration import collect_statistics, samples
 from .config import CSKVConfig
 from .factors import CSKVFactors
 from .families import refuse_tensor_parallelism
 from .reconstruction import ReconstructionLoss
-from .statistics import KVStatistics, collect_statistics, samples
+from .statistics import KVStatistics
 from .tuner import adapter_config, forget_measurements, sidecars
 
 OBJECTIVES = ("mse", "attention")

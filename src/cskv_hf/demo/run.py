@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache
 
 from ..cache import CSKVCache
+from ..calibration import collect_statistics
 from ..config import CSKVConfig
 from ..evaluate.baselines import WindowOnlyCache
 from ..evaluate.lines import LineRecord, line_record, line_retrieval
@@ -23,7 +24,6 @@ from ..evaluate.memory import cache_nbytes
 from ..evaluate.methods import Calibration, train_in_place
 from ..evaluate.perplexity import Perplexity, compressed_perplexity
 from ..fitting import fit
-from ..statistics import collect_statistics
 from . import MODEL_PATH
 from .corpus import reference_topics
 from .present import NUM_LINES, Row, check_plots, format_table, save_results

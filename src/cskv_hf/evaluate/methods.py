@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..cache import CSKVCache
 from ..config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape
+from ..families import modes_kept
 from ..fitting import fit
 from ..statistics import KVStatistics
 from ..train import CSKVTrainer, training_arguments
@@ -122,8 +123,8 @@ def prepare(model: nn.Module, method: Method, calibration: Calibration | None) -
 def train_in_place(model: nn.Module, calibration: Calibration, objective: str) -> None:
     """A short training on the calibration rows, quantisation-aware for packed latents; leaves no files, and every
     module in the mode and on the device it was in."""
-    modes, device = [(module, module.training) for module in model.modules()], model.device
-    with tempfile.TemporaryDirectory() as folder:
+    device = model.device
+    with modes_kept(model), tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(
             folder, num_train_epochs=calibration.epochs, learning_rate=calibration.learning_rate,
             lr_scheduler_type="linear", disable_tqdm=True, save_strategy="no", logging_strategy="no",
@@ -135,8 +136,6 @@ def train_in_place(model: nn.Module, calibration: Calibration, objective: str) -
         try:
             trainer.train()
         finally:
-            for module, mode in modes:
-                module.training = mode
             if model.device != device:  # the Trainer trains on the first GPU
                 model.to(device)
 

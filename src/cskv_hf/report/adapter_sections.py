@@ -74,7 +74,8 @@ def memory_section(data: dict[str, Any]) -> Section:
             tag(
                 "p",
                 "RoPE types that change with the length (dynamic, longrope) add "
-                f"{2 * adapter['model']['head_dim']} bytes to every token.",
+                f"{2 * adapter['model']['head_dim']} bytes to every token. A layer with a sliding window holds less: "
+                "latents that no query can see any more are dropped.",
                 class_="note",
             ),
         ]

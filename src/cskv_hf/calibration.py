@@ -1,0 +1,284 @@
+"""One pass of a model over calibration data, with forward hooks on its projections that add to [`KVStatistics`]."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .config import ModelShape
+from .families import (
+    attention_layers,
+    decoder_of,
+    in_eval_mode,
+    input_device,
+    key_source,
+    refuse_tensor_parallelism,
+    shape_of,
+)
+from .statistics import KVStatistics
+
+logger = logging.get_logger(__name__)
+
+SAVE_EVERY_SECONDS = 60.0
+
+
+@torch.no_grad()
+def collect_statistics(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    max_length: int = 2048,
+    max_tokens: int | None = None,
+    state_file: str | os.PathLike | None = None,
+    source: str = "",
+    progress: bool = True,
+) -> KVStatistics:
+    """One pass of the model over calibration data, on whatever devices it lies (accelerate's offload included).
+
+    Args:
+        model: a causal language model of a supported family.
+        data: an iterable of `input_ids` tensors (length) or (batch, length), of dicts with `input_ids` and perhaps
+            `attention_mask`, of strings or dicts with `text` (with `tokenizer`), or a `datasets.Dataset` of these.
+        tokenizer: for strings.
+        max_length: longest piece of a string used, in tokens.
+        max_tokens: stop after this many tokens.
+        state_file: where to save the statistics once a minute and at the end; if it exists, the pass continues from
+            it, skipping the samples it has seen.
+        source: names the data, so that `state_file` is not continued with other data.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if the data is empty or a tensor of one dimension, leads to NaN or infinite values, `state_file`
+            belongs to another model, or the model is tensor-parallel.
+        TypeError: for data of an unknown kind, or a single string or mapping.
+    """
+    decoder = decoder_of(model)
+    refuse_tensor_parallelism(model, "`collect_statistics`")
+    shape, batches = shape_of(model), samples(data, tokenizer, max_length)
+    statistics = KVStatistics.empty(shape, model.config.hidden_size, source)
+    statistics.weights = weight_hashes(decoder)
+    if state_file is not None and Path(state_file).exists():
+        statistics = _resumed(state_file, statistics)
+    collector = _Collector(model, statistics)
+    device, last_saved = input_device(model), time.monotonic()
+    of_tokens = dict(total=max_tokens, initial=statistics.num_tokens, unit="tok", unit_scale=True, desc="Calibrating")
+    with in_eval_mode(model), collector, tqdm(**of_tokens, disable=not progress) as bar:
+        for index, (input_ids, mask) in enumerate(batches):
+            if index < statistics.num_samples:
+                continue
+            if max_tokens is not None and statistics.num_tokens >= max_tokens:
+                break
+            if input_ids.numel() == 0:
+                statistics.num_samples += 1
+                continue
+            collector.keep = None if mask is None else mask.flatten().bool()
+            decoder(
+                input_ids=input_ids.to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                use_cache=False,
+            )
+            _check_finite(statistics, index)
+            for row, ids in enumerate(input_ids):
+                statistics.add_probe(ids if mask is None else ids[mask[row].bool()])
+            new = input_ids.numel() if mask is None else int(mask.sum())
+            statistics.num_tokens += new
+            statistics.num_samples += 1
+            bar.update(new)
+            if state_file is not None and time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
+                statistics.save(state_file)
+                last_saved = time.monotonic()
+    if statistics.num_tokens == 0:
+        raise ValueError(
+            "`data` is empty: no calibration token was seen. An iterator can be used only once; pass a list to use "
+            "it again."
+        )
+    if statistics.num_tokens < shape.kv_dim:
+        logger.warning(
+            f"Only {statistics.num_tokens} calibration tokens for kv_dim={shape.kv_dim}; use at least 10 times as "
+            "many, or the factors will fit noise."
+        )
+    if state_file is not None:
+        statistics.save(state_file)
+    return statistics
+
+
+def _resumed(state_file: str | os.PathLike, new: KVStatistics) -> KVStatistics:
+    """Statistics of a file, to go on with in place of `new` ones.
+
+    Raises:
+        ValueError: if they are of another model or of other data.
+    """
+    held = KVStatistics.load(state_file)
+    if held.model_shape != new.model_shape:
+        raise ValueError(
+            f"'{state_file}' holds statistics of another model ({held.model_shape}); this one is {new.model_shape}. "
+            "Delete the file or choose another."
+        )
+    if held.weights is None:
+        raise ValueError(
+            f"'{state_file}' does not say of which weights its statistics are; an older version wrote it. Delete "
+            "the file to start over, or choose another."
+        )
+    if not _same_weights(held.weights, new.weights):
+        raise ValueError(
+            f"'{state_file}' holds statistics of another model: of the same sizes, but of other weights. Delete "
+            "the file to start over, or choose another."
+        )
+    if held.source != new.source:
+        raise ValueError(
+            f"'{state_file}' holds statistics of other data ('{held.source}'); this is '{new.source}'. "
+            "Delete the file to start over, or choose another."
+        )
+    logger.warning(f"Continuing from {held.num_samples} samples ({held.num_tokens} tokens) in '{state_file}'.")
+    return held
+
+
+class _Collector:
+    """Forward hooks on one model that add to a `KVStatistics`, until it is left; padding is left out."""
+
+    def __init__(self, model: nn.Module, statistics: KVStatistics) -> None:
+        self.statistics = statistics
+        self.keep: torch.Tensor | None = None  # (batch * length,) bool
+        self.handles = []
+        for layer_idx, attention in enumerate(attention_layers(model)):
+            heads = ModelShape(**statistics.model_shape).num_key_value_heads
+            query_source = getattr(attention, "q_norm", attention.q_proj)
+            keys = statistics.key_moment[layer_idx], statistics.key_sum[layer_idx]
+            values = statistics.value_moment[layer_idx], statistics.value_sum[layer_idx]
+            self._hook(key_source(attention), self._add_moments(*keys))
+            self._hook(attention.v_proj, self._add_moments(*values))
+            self._hook(query_source, self._add_queries(statistics.query_moment[layer_idx], heads))
+            self._hook(attention.k_proj, self._add_inputs(statistics.input_scale[layer_idx]))
+
+    def _hook(self, module: nn.Module, function: Any) -> None:
+        self.handles.append(module.register_forward_hook(function))
+
+    def _rows(self, states: torch.Tensor, width: int) -> torch.Tensor:
+        rows = states.detach().reshape(-1, width)
+        rows = rows if self.keep is None else rows[self.keep.to(rows.device)]
+        if rows.device.type == "mps":  # has no float64
+            rows = rows.cpu()
+        return rows.double()
+
+    def _add_moments(self, second: torch.Tensor, first: torch.Tensor):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            rows = self._rows(output, len(first))
+            second.add_((rows.mT @ rows).to(second.device))
+            first.add_(rows.sum(0).to(first.device))
+
+        return hook
+
+    def _add_queries(self, total: torch.Tensor, num_key_value_heads: int):
+        head_dim = total.shape[-1]
+
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            # (batch, length, heads * head_dim), or (batch, length, heads, head_dim) after a norm
+            rows = self._rows(output, output.shape[2:].numel()).unflatten(-1, (num_key_value_heads, -1, head_dim))
+            # (num_key_value_heads, tokens * query heads of each, head_dim)
+            by_head = rows.permute(1, 0, 2, 3).flatten(1, 2)
+            total.add_((by_head.mT @ by_head).to(total.device))
+
+        return hook
+
+    def _add_inputs(self, total: torch.Tensor):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            total.add_(self._rows(args[0], total.shape[-1]).abs().sum(0).to(total.device))
+
+        return hook
+
+    def __enter__(self) -> _Collector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def samples(
+    data: Iterable[Any], tokenizer: Any, max_length: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Calibration data of any accepted kind as (input_ids, attention_mask or None), both (batch, length).
+
+    Raises:
+        TypeError: for a kind that is not accepted, and at once for a single string or mapping, whose elements would
+            be taken for samples.
+        ValueError: for strings without a tokenizer, and at once for a tensor of one dimension.
+    """
+    if isinstance(data, (str, Mapping)):
+        raise TypeError(
+            f"`data` must be an iterable of samples, got a single {type(data).__name__}; put it in a list, or give "
+            "one of its parts."
+        )
+    if isinstance(data, torch.Tensor) and data.dim() < 2:
+        raise ValueError(
+            f"`data` must be an iterable of samples, got a tensor of shape {tuple(data.shape)}, each token of which "
+            "would be a sample; put it in a list, or give one of shape (batch, length)."
+        )
+    return _samples(data, tokenizer, max_length)
+
+
+def _samples(
+    data: Iterable[Any], tokenizer: Any, max_length: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    for sample in data:
+        if isinstance(sample, dict) and "input_ids" not in sample and isinstance(sample.get("text"), str):
+            sample = sample["text"]
+        if isinstance(sample, str):
+            if tokenizer is None:
+                raise ValueError("`data` holds strings; pass `tokenizer=` as well, or give `input_ids` tensors.")
+            sample = tokenizer(sample, truncation=True, max_length=max_length)["input_ids"]
+        mask = None
+        if hasattr(sample, "keys"):
+            mask, sample = sample.get("attention_mask"), sample["input_ids"]
+            mask = None if mask is None else torch.atleast_2d(torch.as_tensor(mask))
+        if not isinstance(sample, (torch.Tensor, list, tuple)):
+            raise TypeError(
+                "`data` must be an iterable of input_ids tensors, of dicts with 'input_ids' (and 'attention_mask') "
+                f"or 'text', or of strings with `tokenizer=`; got an element of type {type(sample).__name__}."
+            )
+        input_ids = torch.atleast_2d(torch.as_tensor(sample, dtype=torch.long))
+        yield input_ids, mask
+
+
+def weight_hashes(decoder: nn.Module) -> dict[str, str | None]:
+    """By which statistics know their model: a short hash of up to 64 values of every weight, without those of CSKV;
+    None for what is not in memory (offloaded)."""
+    hashes: dict[str, str | None] = {}
+    for name, weight in decoder.named_parameters():
+        if ".cskv." not in name:
+            hashes[name] = None
+            if weight.device.type != "meta":
+                values = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].cpu().double()
+                hashes[name] = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:8]
+    return hashes
+
+
+def _same_weights(one: dict[str, str | None], other: dict[str, str | None]) -> bool:
+    return one.keys() == other.keys() and all(one[n] == other[n] for n in one if one[n] and other[n])
+
+
+def _check_finite(statistics: KVStatistics, index: int) -> None:
+    moments = {
+        "attention inputs": statistics.input_scale,
+        "queries": statistics.query_moment.diagonal(dim1=-2, dim2=-1),
+        "keys": statistics.key_moment.diagonal(dim1=-2, dim2=-1),
+        "values": statistics.value_moment.diagonal(dim1=-2, dim2=-1),
+    }
+    wrong = torch.stack([~moment.flatten(1).isfinite().all(1) for moment in moments.values()])
+    if wrong.any():
+        layer = int(wrong.any(0).nonzero()[0])
+        names = ", ".join(name for name, w in zip(moments, wrong[:, layer]) if w)
+        raise ValueError(
+            f"Calibration sample {index} leads to NaN or infinite values in layer {layer} ({names}). Check the "
+            "sample, the model's weights and its dtype (bfloat16 or float32 rather than float16)."
+        )
