@@ -10,7 +10,7 @@ from common import arguments, fit, load_model
 
 from cskv_hf.demo.corpus import reference_topics
 from cskv_hf.evaluate.divergence import evaluation_record
-from cskv_hf.fitting import format_evaluation, format_report
+from cskv_hf.fit_report import format_evaluation, format_report
 from cskv_hf.hub import save_adapter
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cskv_hf import CSKVConfig
 from cskv_hf.cli import app
 from cskv_hf.files import documents, replace_directory
-from cskv_hf.fitting import format_evaluation, format_report
+from cskv_hf.fit_report import format_evaluation, format_report
 from cskv_hf.train import training_rows
 
 

@@ -462,4 +462,4 @@ def test_the_layout_in_design_is_the_order_of_imports():
             if isinstance(node, ast.ImportFrom) and node.level == len(parts) and parts[0] in units:
                 named = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
                 below |= {(parts[0], n) for n in named if n in units and units.index(n) > units.index(parts[0])}
-    assert below == {("latents", "kernels"), ("factors", "sharding"), ("cache", "cache_file"), ("demo", "evaluate")}
+    assert below == {("latents", "kernels"), ("cache", "cache_file"), ("demo", "evaluate")}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BatchEncoding
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig, KVStatistics, collect_statistics
-from cskv_hf.fitting import format_report
+from cskv_hf.fit_report import format_report
 from cskv_hf.statistics import TENSORS
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMH
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
-from cskv_hf.fitting import format_report
+from cskv_hf.fit_report import format_report
 from cskv_hf.hub import save_adapter
 from cskv_hf.tuner import sidecars
 

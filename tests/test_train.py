@@ -14,7 +14,7 @@ from peft import LoraConfig
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig, collect_statistics
 from cskv_hf.card import card_text
-from cskv_hf.fitting import format_report
+from cskv_hf.fit_report import format_report
 from cskv_hf.latents import PackedFormat
 from cskv_hf.quantize import PackedLayout
 from cskv_hf.reconstruction import ReconstructionLoss, keys_and_values, reconstruct, straight_through

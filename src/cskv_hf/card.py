@@ -3,9 +3,8 @@ functions of a config."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from .config import PLAIN_BYTES, CSKVConfig, ModelShape
+from .fit_report import layer_errors, ratio_text
 from .latents import PlainFormat
 
 USE = """```python
@@ -17,8 +16,6 @@ model = AutoModelForCausalLM.from_pretrained("{repo_id}", device_map="auto")
 inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```"""
-
-ERRORS = ("key_error", "value_error", "key_attention_error", "value_attention_error")
 
 CITATION = """```bibtex
 @article{wang2024cskv,
@@ -66,7 +63,7 @@ def _settings(config: CSKVConfig, shape: ModelShape, kept: float, full: int) -> 
         ("key layout", config.key_layout),
         ("initialisation", config.init + (", about the mean" if config.centers else "")),
     ]
-    return _table(("", ""), rows)
+    return _table(rows)
 
 
 def _spread(ranks: list[int], kv_dim: int) -> str:
@@ -81,15 +78,6 @@ def _bits(config: CSKVConfig, shape: ModelShape) -> str:
                 return "16, unpacked"
             codes += format.layout.bits
     return f"{sum(codes) / len(codes):.2f} on average ({min(codes)} to {max(codes)}), packed"
-
-
-def layer_errors(config: CSKVConfig, layer_idx: int) -> dict[str, float] | None:
-    """What the fit measured that the ranks of a layer lose; None unless it was measured at these ranks."""
-    kept = (list(config.key_ranks[layer_idx]), config.value_ranks[layer_idx])
-    for layer in (config.fit_report or {}).get("layers", []):
-        if layer["layer_idx"] == layer_idx and (list(layer.get("key_ranks", [])), layer.get("value_rank")) == kept:
-            return {name: layer[name] for name in ERRORS if name in layer}
-    return None
 
 
 def _measured(config: CSKVConfig) -> str:
@@ -121,16 +109,8 @@ def _measured(config: CSKVConfig) -> str:
         ("same next token", f"{100 * evaluation['agreement']:.2f} %"),
     ]
     lines.append(f"Evaluated with a compressed past on {evaluation['tokens']:,} tokens ({evaluation['source']}):")
-    return " ".join(lines) + "\n\n" + _table(("", ""), rows)
+    return " ".join(lines) + "\n\n" + _table(rows)
 
 
-def ratio_text(evaluation: dict[str, Any]) -> str:
-    """The ratio of perplexities that was recorded, with its interval where there were rows enough for one."""
-    low, high = evaluation["ratio_low"], evaluation["ratio_high"]
-    interval = "no interval: few rows" if low is None else f"{low:.4f} to {high:.4f}"
-    return f"{evaluation['ratio']:.4f} ({interval})"
-
-
-def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["|  |  |", "|---|---|"] + [f"| {name} | {value} |" for name, value in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,41 @@ from torch import nn
 from transformers import TextStreamer
 from transformers.cache_utils import Cache
 
+from .cache import CSKVCache
 from .config import ModelShape
 from .evaluate.answers import context_length
 from .evaluate.memory import held_nbytes
 from .generation import CACHE_ARGUMENT
+
+
+def converse(new: Callable[[], Conversation]) -> None:
+    """A conversation on the terminal, or with lines of the standard input, until one is empty or there are no more.
+
+    Answers go to the standard output, all else to the error output. ``/cache`` shows what is held, ``/new`` starts
+    over.
+    """
+    talk, interactive = new(), sys.stdin.isatty()
+    while True:
+        try:
+            text = input("> " if interactive else "").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        if text == "/new":
+            talk = new()
+        elif text == "/cache":
+            print(talk.cache.report() if isinstance(talk.cache, CSKVCache) else talk.status())
+        else:
+            try:
+                talk.say(text, StatusStreamer(talk, interactive and sys.stdout.isatty()))
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                continue
+            except KeyboardInterrupt:
+                print("(stopped)", file=sys.stderr)
+                continue
+            print(f"[{talk.status()}]\n", file=sys.stderr)
 
 
 class Conversation:

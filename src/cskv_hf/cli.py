@@ -1,4 +1,7 @@
-"""The `cskv` command; each subcommand is a few lines over the library."""
+"""The `cskv` command: each subcommand reads its options, calls the library, and says what came of it.
+
+What most subcommands do not need, and takes long to load, is imported by those that do.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,22 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from .cache import CSKVCache
+from .config import CSKVConfig
+from .files import calibration_samples, check_out, documents, full_rows, replace_directory
+from .fit_report import format_evaluation, format_report
+from .fitting import fit as fit_model
+from .generation import has_active_adapter
+from .hub import check_adapter_files, load, local_adapter, push_folder
+from .kernels import HAS_TRITON, cpu
 
 EVALUATION_LENGTH, EVALUATION_ROWS = 512, 64  # of `cskv fit --evaluate`
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -90,14 +105,7 @@ def fit(
     An interrupted fit continues where it was when started again with the same --out; an adapter already in --out
     stays until the new one is complete. Nothing else is replaced.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .config import CSKVConfig
     from .evaluate.divergence import evaluation_record
-    from .files import calibration_samples, check_out, full_rows, replace_directory
-    from .fitting import fit as fit_model
-    from .fitting import format_evaluation, format_report
 
     try:
         check_out(out)
@@ -152,13 +160,6 @@ def train(
     An interrupted run continues from its last checkpoint when started again with the same --out; an adapter already
     in --out stays until the new one is complete. Nothing else is replaced.
     """
-    import shutil
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .config import CSKVConfig
-    from .files import check_out, documents, replace_directory
-    from .hub import check_adapter_files, load, local_adapter
     from .train import CSKVTrainer, last_checkpoint, training_arguments, training_rows
 
     try:
@@ -207,10 +208,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what an adapter keeps, layer by layer; with --device, what a decode step is predicted to take."""
-    from .config import CSKVConfig
     from .cost import predict
-    from .fitting import format_evaluation, format_report
-    from .hub import check_adapter_files, local_adapter
     from .plots import plot_allocation
 
     try:
@@ -236,8 +234,6 @@ def kernels(
     ] = False,
 ) -> None:
     """Say which kernels attention has here; with --build, compile those for the CPU."""
-    from .kernels import HAS_TRITON, cpu
-
     if build:
         try:
             cpu.build()
@@ -329,7 +325,6 @@ def report(
     out: Annotated[Path, typer.Option(help="The page, or a folder for it.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page, and the JSON behind it, about an adapter and what was measured."""
-    from .hub import local_adapter
     from .report import write_report
 
     try:
@@ -352,49 +347,17 @@ def chat(
 
     An empty line or end of input ends it; /cache shows what is held, part by part; /new starts over.
     """
-    import sys
-
-    from transformers import DynamicCache
-
-    from .cache import CSKVCache
-    from .chat import Conversation, StatusStreamer
+    from .chat import Conversation, converse
     from .evaluate.inputs import load_model
-    from .generation import has_active_adapter
 
     try:
         loaded, tokenizer = load_model(model, dtype, device_map)
     except (ValueError, OSError) as error:
         raise refused(ctx, error) from error
     compressed = has_active_adapter(loaded) and not full_cache
-
-    def new() -> Conversation:
-        return Conversation(
-            loaded, tokenizer, CSKVCache if compressed else DynamicCache, max_new_tokens=max_new_tokens
-        )
-
-    talk, interactive = new(), sys.stdin.isatty()
+    make_cache = CSKVCache if compressed else DynamicCache
     typer.echo(f"{'Compressed' if compressed else 'Full'} cache. An empty line ends; /cache, /new.", err=True)
-    while True:
-        try:
-            text = input("> " if interactive else "").strip()
-        except EOFError:
-            return
-        if not text:
-            return
-        if text == "/new":
-            talk = new()
-        elif text == "/cache":
-            typer.echo(talk.cache.report() if compressed else talk.status())
-        else:
-            try:
-                talk.say(text, StatusStreamer(talk, interactive and sys.stdout.isatty()))
-            except ValueError as error:
-                typer.echo(str(error), err=True)
-                continue
-            except KeyboardInterrupt:
-                typer.echo("(stopped)", err=True)
-                continue
-            typer.echo(f"[{talk.status()}]\n", err=True)
+    converse(lambda: Conversation(loaded, tokenizer, make_cache, max_new_tokens=max_new_tokens))
 
 
 @app.command()
@@ -415,8 +378,6 @@ def push(
     tag: Annotated[list[str] | None, typer.Option(help="For the card; may be given several times.")] = None,
 ) -> None:
     """Upload an adapter to the Hub, with a model card of what it keeps and what was measured."""
-    from .hub import push_folder
-
     try:
         commit = push_folder(
             adapter,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-import textwrap
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .calibration import collect_statistics
-from .card import ERRORS, layer_errors, ratio_text
-from .config import PLAIN_BYTES, CSKVConfig, ModelShape, num_key_groups
+from .config import CSKVConfig, ModelShape, num_key_groups
 from .decompose import (
     Factors,
     driven_channels,
@@ -31,8 +29,8 @@ from .decompose import (
     weight_moment,
 )
 from .families import attention_layers, decoder_of, dense_weight, refuse_tensor_parallelism, shape_of
+from .fit_report import LayerReport, mean_bits
 from .hub import give_push
-from .latents import LatentFormat, PlainFormat
 from .plan import check_budget, plan, store_plan
 from .sensitivity import measure_sensitivity
 from .statistics import KVStatistics
@@ -41,33 +39,6 @@ from .tuner import adapter_config, add_adapter, check_can_add, placement, sideca
 logger = logging.get_logger(__name__)
 
 FITTED = ("key_ranks", "value_ranks", "key_bits", "value_bits", "sensitivity", "model_shape", "fit_report")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What a fit achieved in one layer.
-
-    Attributes:
-        key_ranks, value_rank: channels kept, per key group and in total.
-        key_bits, value_bits: of a latent, on average.
-        key_error, value_error: share of the mean square of keys (before RoPE) and values lost on the calibration data.
-        key_attention_error, value_attention_error: the same, weighted by what attention scores and outputs make of it.
-        key_mean_share, value_mean_share: share of the mean square of keys (before RoPE) and values that is their mean.
-        bytes_per_token: of the layer's latents, ranges included; plain ones at 16 bits.
-    """
-
-    layer_idx: int
-    key_ranks: tuple[int, ...]
-    value_rank: int
-    key_bits: float
-    value_bits: float
-    key_error: float
-    value_error: float
-    key_attention_error: float
-    value_attention_error: float
-    key_mean_share: float
-    value_mean_share: float
-    bytes_per_token: float
 
 
 def fit(
@@ -278,56 +249,4 @@ def layer_report(
         key_mean_share=float(key_shares[layer_idx]),
         value_mean_share=float(value_shares[layer_idx]),
         bytes_per_token=sum(f.bytes_per_token(torch.bfloat16) for f in (key_format, value_format)),
-    )
-
-
-def mean_bits(format: LatentFormat) -> float:
-    """Bits of a code, averaged over the channels kept; 16 if plain."""
-    return 16.0 if isinstance(format, PlainFormat) else sum(format.layout.bits) / format.rank
-
-
-def format_report(config: CSKVConfig) -> str:
-    """What a fitted adapter keeps, layer by layer, as a table of at most 80 columns; with what the fit measured, where
-    that holds for the ranks kept now."""
-    if not config.is_fitted:
-        return "not fitted yet"
-    shape, report = ModelShape(**config.model_shape), config.fit_report or {}
-    fitted = f"fitted on {report['num_tokens']:,} tokens; " if "num_tokens" in report else ""
-    lines = [
-        f"CSKV adapter: init {config.init}, keys {config.key_layout}, window {config.window} + {config.sinks} sinks",
-        f"{fitted}kv_dim {shape.kv_dim} ({shape.num_key_value_heads} heads x {shape.head_dim})",
-    ]
-    if "trained" in report:
-        lines.append(f"fine-tuned after the fit, objective '{report['trained']}'")
-    lines += [
-        "",
-        "        channels kept      bits each       energy lost       lost in attention",
-        "layer   keys  values   keys  values    keys    values     keys    values",
-    ]
-    unknown = False
-    for layer_idx in range(shape.num_hidden_layers):
-        keys, values = config.formats(layer_idx)
-        errors = layer_errors(config, layer_idx) or {}
-        lost = [f"{100 * errors[name]:>6.2f} %" if name in errors else f"{'-':>6}  " for name in ERRORS]
-        unknown |= not errors
-        lines.append(
-            f"{layer_idx:>5}  {keys.rank:>5}  {values.rank:>6}  {mean_bits(keys):>5.1f}  {mean_bits(values):>6.1f} "
-            + " ".join(lost).rstrip()
-        )
-    if unknown:
-        lines.append("- was not measured: the adapter was cut or trained after the fit")
-    total = config.bytes_per_token(shape)
-    full = 2 * PLAIN_BYTES * shape.kv_dim * shape.num_hidden_layers
-    lines.append("")
-    lines.append(f"an old token takes {total:,.1f} of {full:,} bytes at 16 bits: {100 * total / full:.1f} %")
-    lines.append("(its position included)")
-    return "\n".join(lines)
-
-
-def format_evaluation(evaluation: dict[str, Any]) -> str:
-    """What was recorded in ``fit_report["evaluation"]``, as lines of at most 80 columns."""
-    return (
-        textwrap.fill(f"on {evaluation['tokens']:,} tokens of {evaluation['source']}:", 80, break_on_hyphens=False)
-        + f"\nperplexity x {ratio_text(evaluation)}, KL {evaluation['kl']:.5f} nats per token,\n"
-        f"same next token {100 * evaluation['agreement']:.2f} %"
     )

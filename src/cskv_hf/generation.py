@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from .cache import CSKVCache
 from .config import CSKVConfig
-from .factors import CSKVFactors
+from .sidecar import CSKVFactors
 from .static_cache import CSKVStaticCache
 
 # what transformers calls the cache of a forward: "cache" from 5.24 on, where the old name is still understood

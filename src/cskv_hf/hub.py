@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from .card import card_text
 from .config import CSKVConfig, ModelShape
-from .factors import factor_shapes
+from .sidecar import factor_shapes
 from .tuner import adapter_config, check_can_add, shrink, sidecars
 
 logger = logging.get_logger(__name__)

@@ -20,10 +20,10 @@ from transformers.utils import logging
 from .attention import PREFIX, register
 from .cache import CSKVCache
 from .config import sliding_window
-from .factors import CSKVFactors
 from .families import attention_layers, decoder_of, frequencies_of
 from .generation import cache_given, give_generate, take_generate
 from .rope import cos_sin
+from .sidecar import CSKVFactors
 from .static_cache import CSKVStaticCache
 
 logger = logging.get_logger(__name__)

@@ -18,11 +18,12 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from .calibration import collect_statistics, samples
 from .config import CSKVConfig
-from .factors import CSKVFactors
 from .families import refuse_tensor_parallelism
+from .fit_report import forget_measurements
 from .reconstruction import ReconstructionLoss
+from .sidecar import CSKVFactors
 from .statistics import KVStatistics
-from .tuner import adapter_config, forget_measurements, sidecars
+from .tuner import adapter_config, sidecars
 
 OBJECTIVES = ("mse", "attention")
 SAME_TO_RESUME = (

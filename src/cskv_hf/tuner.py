@@ -8,7 +8,7 @@ below, and, in _peft_type.py, the members of the `PeftType` enum.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,18 +20,17 @@ from torch import nn
 from transformers.utils import logging
 
 from .config import CSKVConfig, ModelShape, num_key_groups
-from .factors import CSKVFactors
 from .families import attention_layers, decoder_of, shape_of
+from .fit_report import forget_measurements
 from .patch import attach, detach
 from .plan import LayerPlan, plan, store_plan
 from .quantize import channel_bits
 from .sharding import head_shard
+from .sidecar import CSKVFactors
 
 logger = logging.get_logger(__name__)
 
 TARGET = "self_attn"
-OF_THE_DATA = ("layer_idx", "key_mean_share", "value_mean_share")  # of a fit's report on a layer; not of its factors
-OF_THE_RANKS = ("key_ranks", "value_rank", "key_error", "value_error", "key_attention_error", "value_attention_error")
 
 
 class CSKVModel(BaseTuner):
@@ -229,23 +228,6 @@ def use_adapter(model: nn.Module, adapter_name: str) -> None:
         model.set_adapter(adapter_name, inference_mode=True)
     for sidecar in sidecars(model):
         sidecar.set_adapter(adapter_name, inference_mode=True)
-
-
-def forget_measurements(config: CSKVConfig, new_ranks: Collection[int]) -> None:
-    """Take out of the report of a fit what is not true of changed factors: the evaluation, storage (which the config
-    states), and the errors of the layers `new_ranks`."""
-    if config.fit_report:
-        report = {name: value for name, value in config.fit_report.items() if name != "evaluation"}
-        if "layers" in report:
-            report["layers"] = [
-                {
-                    name: layer[name]
-                    for name in (*OF_THE_DATA, *(() if layer["layer_idx"] in new_ranks else OF_THE_RANKS))
-                    if name in layer
-                }
-                for layer in report["layers"]
-            ]
-        config.fit_report = report
 
 
 @torch.no_grad()

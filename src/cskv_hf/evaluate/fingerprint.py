@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import CSKVConfig
-from ..factors import CSKVFactors
+from ..sidecar import CSKVFactors
 
 
 def fingerprint(model: nn.Module, max_length: int, *more: Any) -> str:

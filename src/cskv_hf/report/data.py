@@ -21,7 +21,7 @@ from .. import __version__
 from ..config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape
 from ..demo import MODEL_PATH
 from ..evaluate.fingerprint import file_fingerprint
-from ..fitting import mean_bits
+from ..fit_report import ERRORS, layer_errors, mean_bits
 from ..hub import ADAPTER, REPO_ID, check_adapter_files
 from ..latents import LatentFormat, PlainFormat
 from .rows import ANOTHER, THIS, has_size_of
@@ -34,7 +34,6 @@ NUMBERS = (
     "compression", "window", "key_share", "bytes_per_token", "share", "cache_bytes", "value", "low", "high", "total",
     "skipped", "seconds", "cache_share", "context_tokens",
 )  # fmt: skip
-MEASURED = ("key_error", "value_error", "key_attention_error", "value_attention_error")
 SPECTRUM = re.compile(r"layers\.(\d+)\.self_attn\.cskv\.cskv_(key|value)_spectrum\.weight$")
 
 
@@ -159,10 +158,10 @@ def layer_data(config: CSKVConfig, layer_idx: int) -> dict[str, Any]:
             f"{side}_channels": channels_by_bits(format),
             f"{side}_bytes": format.bytes_per_token(torch.bfloat16),
         }
+    errors = layer_errors(config, layer_idx) or {}
+    data |= {name: errors.get(name) for name in ERRORS}
     reports = {layer["layer_idx"]: layer for layer in (config.fit_report or {}).get("layers", [])}
     fitted = reports.get(layer_idx, {})
-    same = [*fitted.get("key_ranks", []), fitted.get("value_rank")] == [*data["key_ranks"], data["value_rank"]]
-    data |= {name: fitted.get(name) if same else None for name in MEASURED}
     data |= {name: fitted.get(name) for name in ("key_mean_share", "value_mean_share")}
     prices = config.sensitivity[layer_idx] if config.sensitivity else [None, None]
     return data | {"key_sensitivity": prices[0], "value_sensitivity": prices[1]}
