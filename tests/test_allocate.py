@@ -6,10 +6,20 @@ import re
 import pytest
 import torch
 
-from cskv_hf.allocate import PACKED_LEVELS, Block, allocate, allocate_average, predicted_loss, quantisation_loss
+from cskv_hf.allocate import PACKED_LEVELS, Block, allocate, allocate_average, quantisation_loss
 from cskv_hf.config import CSKVConfig, ModelShape
 from cskv_hf.plan import check_budget, plan, store_plan
 from cskv_hf.quantize import PackedLayout, dequantize, quantize
+
+
+def predicted_loss(blocks, bits):
+    """What [`allocate`] minimises, in the units of the energies."""
+    total = 0.0
+    for block, groups in zip(blocks, bits):
+        for energies, channels in zip(block.energies, groups):
+            shares = [quantisation_loss(b, block.group_tokens * block.group_channels) for b in channels]
+            total += float((energies.double() * torch.tensor(shares, dtype=torch.float64)).sum())
+    return total
 
 
 def spectra(*shapes, seed=0):

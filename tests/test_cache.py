@@ -214,15 +214,6 @@ def test_reset_makes_it_new():
     assert torch.equal(feed(model, ids, cache, [40, 1, 1]), expected)
 
 
-def test_offload_and_prefetch():
-    model, ids, cache = lossy(make_model()), prompt(2, 50), CSKVCache()
-    feed(model, ids, cache, [40])
-    for layer in cache.layers:
-        layer.offload()
-        layer.prefetch()
-    assert torch.isfinite(feed(model, ids, cache, [1])).all()
-
-
 def test_window_and_sinks_can_be_set_per_cache():
     model, ids = lossy(make_model()), prompt(1, 60)
     cache = CSKVCache(window=20, sinks=1)

@@ -1,6 +1,7 @@
 """The report: what is in the files is on the page, as text and nothing else; what is not there is said; charts put
 values where they belong. Rows here are made up: they test how measurements are shown, not what they are."""
 
+import inspect
 import json
 import math
 import random
@@ -17,6 +18,7 @@ import cskv_hf
 import cskv_hf.demo
 import cskv_hf.report.write
 from cskv_hf import CSKVConfig, ModelShape
+from cskv_hf.cli import evaluate_model
 from cskv_hf.evaluate import fingerprint
 from cskv_hf.report import write_report
 from cskv_hf.report.charts import (
@@ -37,7 +39,7 @@ from cskv_hf.report.charts import (
 from cskv_hf.report.data import report_data, same_model
 from cskv_hf.report.formats import Style, benchmark_name, count, interval, measured, significant, size, style_of
 from cskv_hf.report.markup import Safe, escape, tag
-from cskv_hf.report.page import STYLE, eval_command, page
+from cskv_hf.report.page import OPTIONS, STYLE, eval_command, page
 from cskv_hf.report.rows import place_of
 from cskv_hf.report.scales import Scale, linear_ticks, log_ticks, power_ticks, spread
 from cskv_hf.report.sections import KNOWN_TABLES
@@ -515,11 +517,16 @@ def test_the_same_model_under_two_names(tmp_path, monkeypatch):
         assert same_model("a/b", other) is None, other
 
 
-def test_the_command_has_every_option(adapters, tmp_path):
-    settings = {"model": "tiny", "benchmarks": ["longbench:x.jsonl"], "cut": 31500, "context": 32768, "batch_size": 4}
+def test_the_command_has_every_option():
+    """As given, all at once and none; every one of them is one of `cskv eval`."""
+    settings, options = {"model": "tiny", "benchmarks": ["longbench:x.jsonl"]}, ""
     result = {"settings": settings, "model": {}, "tables": ["adapter"]}
-    options = "--cut 31500 --context 32768 --batch-size 4"
-    assert eval_command(result) == f"cskv eval tiny --benchmark longbench:x.jsonl {options} --out FOLDER"
+    assert eval_command(result) == "cskv eval tiny --benchmark longbench:x.jsonl --out FOLDER"
+    parameters = inspect.signature(evaluate_model).parameters
+    for number, name in enumerate(OPTIONS, start=7):
+        settings[name], options = number, f"{options} --{name.replace('_', '-')} {number}"
+        assert name in parameters
+    assert eval_command(result) == f"cskv eval tiny --benchmark longbench:x.jsonl{options} --out FOLDER"
 
 
 def test_rows_as_the_suite_writes_them(adapters, tmp_path):

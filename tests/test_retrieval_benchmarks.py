@@ -188,7 +188,7 @@ def test_other_errors(tmp_path, tokenizer, text):
         (lambda: topic_entries(path, 4), ValueError, "between 1 and the 3 topics of '.*', got 4"),
         (lambda: topic_entries(path, 2, 0), ValueError, "`count` must be at least 1, got 0"),
         (lambda: line_entries(10, 0), ValueError, "`count` must be at least 1, got 0"),
-        (lambda: line_entries(10**6), ValueError, f"between 1 and {longeval.MAX_LINES}, got 1000000"),
+        (lambda: line_entries(10**6), ValueError, f"between 1 and {longeval.MAX_KEYS}, got 1000000"),
         (lambda: line_haystack([50], [-0.1]), ValueError, r"`depths` must be between 0 and 1, got \[-0.1\]"),
         (lambda: line_haystack([50], needles_per_cell=0), ValueError, "`needles_per_cell` must be at least 1, got 0"),
         (lambda: line_haystack([901]), ValueError, "between 1 and 900, got 901"),

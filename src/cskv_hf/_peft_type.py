@@ -11,9 +11,8 @@ NAME = "CSKV"
 def ensure_peft_type() -> PeftType:
     """Return ``PeftType.CSKV``, adding it first if need be.
 
-    PEFT offers no way in: `register_peft_method` refuses names that are missing from `PeftType`. With the member
-        added, everything
-    else goes through PEFT's own registration and its checks.
+    PEFT offers no way in: `register_peft_method` refuses names that `PeftType` lacks. With the member added, all else
+    goes through PEFT's own registration and its checks.
     """
     if NAME in PeftType.__members__:
         return PeftType[NAME]

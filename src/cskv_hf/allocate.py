@@ -162,13 +162,3 @@ def allocate_average(blocks: Sequence[Block], budget: float, bits: int) -> Bits:
         [part + [0] * (len(e) - len(part)) for e, part in zip(block.energies, groups)]
         for block, groups in zip(blocks, shared)
     ]
-
-
-def predicted_loss(blocks: Sequence[Block], bits: Bits) -> float:
-    """What [`allocate`] minimises, in the units of the energies."""
-    total = 0.0
-    for block, groups in zip(blocks, bits):
-        for energies, channels in zip(block.energies, groups):
-            shares = [quantisation_loss(b, block.group_tokens * block.group_channels) for b in channels]
-            total += float((energies.double() * torch.tensor(shares, dtype=torch.float64)).sum())
-    return total

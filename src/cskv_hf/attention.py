@@ -194,9 +194,8 @@ class OnlineSoftmax:
     def finite_max(scores: torch.Tensor) -> torch.Tensor:
         if scores.shape[-1] == 0:
             return scores.new_full((*scores.shape[:-1], 1), torch.finfo(scores.dtype).min / 2)
-        return scores.amax(-1, keepdim=True).clamp_min(
-            torch.finfo(scores.dtype).min / 2
-        )  # a fully masked row: no inf - inf
+        least = torch.finfo(scores.dtype).min / 2  # of a row that is masked: no inf - inf
+        return scores.amax(-1, keepdim=True).clamp_min(least)
 
     def add(self, scores: torch.Tensor) -> torch.Tensor:
         """Add a part; returns by how much what was accumulated so far has to be scaled, (..., rows, 1)."""

@@ -156,8 +156,7 @@ class CSKVCache(Cache):
         if layer.is_initialized and layer.keys.shape[0] != batch_size:
             raise ValueError(
                 f"This CSKVCache holds a batch of {layer.keys.shape[0]} and got a batch of {batch_size}. Use a new "
-                f"cache, "
-                "`cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
+                "cache, `cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
             )
         if layer.num_dropped and self.has_own_mask:
             raise ValueError(
@@ -185,8 +184,8 @@ class CSKVCache(Cache):
         if self.padding_mask.shape[1] != total:
             raise ValueError(
                 f"`attention_mask` covers {self.padding_mask.shape[1]} tokens; this CSKVCache holds "
-                f"{self.tokens.num_slots} and gets "
-                f"{num_new}, so it must cover {total}. To start over, use a new cache or `cache.reset()`."
+                f"{self.tokens.num_slots} and gets {num_new}, so it must cover {total}. To start over, use a new "
+                "cache or `cache.reset()`."
             )
         return self.padding_mask[:, -num_new:].bool()
 

@@ -21,10 +21,8 @@ from .step import Eviction, Index, Step, once_for, take
 MISSING_FACTORS = (
     "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "
     "(`cskv_hf.load(model, adapter)`, or `AutoModelForCausalLM.from_pretrained(adapter)` after `import cskv_hf`), or "
-    "make one with "
-    "`model = cskv_hf.fit(model, data)`; if the model has one, enable it (`set_adapter`, `enable_adapters`). To "
-    "generate without "
-    "compression use `transformers.DynamicCache()`."
+    "make one with `model = cskv_hf.fit(model, data)`; if the model has one, enable it (`set_adapter`, "
+    "`enable_adapters`). To generate without compression use `transformers.DynamicCache()`."
 )
 
 
@@ -65,9 +63,7 @@ class CompressedKV:
 
     def _by_slot(self, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         batch, heads, _, head_dim = states.shape
-        frame = states.new_zeros(
-            batch, heads, self.step.num_slots + 1, head_dim
-        )  # the last column takes the empty ones
+        frame = states.new_zeros(batch, heads, self.step.num_slots + 1, head_dim)  # the last takes empty columns
         target = slots.masked_fill(slots < 0, self.step.num_slots).expand(batch, -1)
         frame.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, head_dim), states)
         return frame[:, :, :-1]

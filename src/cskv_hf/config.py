@@ -262,8 +262,7 @@ class CSKVConfig(PeftConfig):
         if self.compression is not None and ranks != (None, None):
             raise ValueError(
                 f"`compression`={self.compression} and explicit ranks (`key_rank`={self.key_rank}, "
-                f"`value_rank`={self.value_rank}) "
-                "exclude each other; give one of them."
+                f"`value_rank`={self.value_rank}) exclude each other; give one of them."
             )
         if self.compression is not None and not 0.0 <= self.compression < 1.0:
             raise ValueError(

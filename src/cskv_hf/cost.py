@@ -71,7 +71,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one key layout.
+    """What a step of one layer is predicted to take with one key layout.
 
     Attributes:
         key_layout: as in [`CSKVConfig`].

@@ -132,7 +132,7 @@ def project_keys(keys: torch.Tensor, key_A: torch.Tensor, key_ranks: Sequence[in
 
 @dataclass
 class Fingerprint:
-    """By which a cache knows the factors that filled it, and finds out that they were trained since.
+    """Identifies the factors that filled a cache, so that others, and the same trained since, are noticed.
 
     Attributes:
         values: (n,) float64, norms of the factors and the spectrum of the keys.

@@ -104,8 +104,8 @@ class StageFactors:
         if not fused and isinstance(cache, CSKVCache):
             logger.warning_once(
                 f"The attention implementation was changed to '{module.config._attn_implementation}' after CSKV was "
-                f"attached, so keys and "
-                "values are rebuilt in every step, which is slow. Change it before the adapter is loaded instead."
+                "attached, so keys and values are rebuilt in every step, which is slow. Change it before the adapter "
+                "is loaded instead."
             )
         step = positions, len(hidden_states), frequencies, not fused, self.sliding_window
         cache.stage(module.layer_idx, sidecar(), config, *step)

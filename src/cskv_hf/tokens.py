@@ -38,9 +38,8 @@ class TokenTable:
         self.positions: torch.Tensor | None = None  # (batch, num_slots) int32
         # of all tokens, or (num_slots, head_dim / 2) where they change with the length
         self.frequencies: RotaryFrequencies | None = None
-        self.slots: dict[str, torch.Tensor] | None = (
-            None  # ragged: "sinks", "old", "recent" -> (batch, columns) on the CPU
-        )
+        # ragged: "sinks", "old", "recent" -> (batch, columns) on the CPU
+        self.slots: dict[str, torch.Tensor] | None = None
 
     def snapshot(self) -> TokenTable:
         """As it is now; shares tensors, none of which is written to."""

@@ -1,8 +1,7 @@
-"""CSKV as a PEFT method: registration, injection of the sidecars, cutting adapters. The only file that touches PEFT
-internals.
+"""CSKV as a PEFT method: registration, injection of the sidecars, cutting adapters.
 
 Private API relied on (checked with peft 0.20.0 and 0.21.2): `BaseTuner.inject_adapter` and the methods overridden
-below, and, in _peft_type.py, the members of the `PeftType` enum.
+below, those of `BaseTunerLayer` in sidecar.py, and, in _peft_type.py, the members of the `PeftType` enum.
 """
 
 from __future__ import annotations
@@ -136,9 +135,8 @@ def placement(attention: nn.Module, model: nn.Module) -> tuple[torch.device, tor
         device = next((p.device for p in attention.k_proj.parameters()), torch.device("cpu"))
     if isinstance(device, int):
         device = torch.device("cuda", device)
-    return torch.device(device), model.dtype if isinstance(
-        getattr(model, "dtype", None), torch.dtype
-    ) else torch.float32
+    dtype = getattr(model, "dtype", None)
+    return torch.device(device), dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _warn_of_another_base(config: CSKVConfig, model: nn.Module) -> None:
@@ -189,8 +187,8 @@ def check_can_add(model: nn.Module, adapter_name: str) -> None:
         if others:
             raise ValueError(
                 f"This PeftModel holds {', '.join(sorted(others))} adapters and PEFT cannot mix methods in one "
-                f"PeftModel. Merge them first "
-                "(`model.merge_and_unload()`), or load both on the transformers model with `model.load_adapter`."
+                "PeftModel. Merge them first (`model.merge_and_unload()`), or load both on the transformers model "
+                "with `model.load_adapter`."
             )
     if adapter_name in configs and not isinstance(configs[adapter_name], CSKVConfig):
         raise ValueError(

@@ -42,10 +42,7 @@ class WindowOnlyLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         held = 0 if not self.is_initialized else self.keys.shape[-2]
-        return (
-            held + query_length,
-            self.num_seen - held,
-        )  # the last columns are the last tokens; all before are in the past
+        return held + query_length, self.num_seen - held  # the columns are the last tokens; others lie before them
 
 
 class WindowOnlyCache(Cache):

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Case
+from .lines import LINE
 from .words import ADJECTIVES, NOUNS
 
-MAX_LINES = len(ADJECTIVES) * len(NOUNS)
+MAX_KEYS = len(ADJECTIVES) * len(NOUNS)
 MAX_VALUE = 50_000
 LINES_TOKENS, TOPICS_TOKENS = 100, 50  # of an answer, as the published evaluation allows
 
@@ -27,7 +28,6 @@ LINES_INTRO = (
     "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
     "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
 )
-LINE = "line {key}: REGISTER_CONTENT is <{value}>\n"
 # The published files end with the space.
 LINES_QUESTION = "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number. "
 TOPICS_INTRO = (
@@ -79,14 +79,14 @@ def line_entries(num_lines: int, count: int = 50, seed: int = 0) -> list[dict[st
     Raises:
         ValueError: if there are not that many ids, or `count` is not positive.
     """
-    if not 1 <= num_lines <= MAX_LINES:
-        raise ValueError(f"`num_lines` must be between 1 and {MAX_LINES}, got {num_lines}.")
+    if not 1 <= num_lines <= MAX_KEYS:
+        raise ValueError(f"`num_lines` must be between 1 and {MAX_KEYS}, got {num_lines}.")
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}.")
     rng = random.Random(f"lines {num_lines} {seed}")
     entries = []
     for _ in range(count):
-        picks = rng.sample(range(MAX_LINES), num_lines)
+        picks = rng.sample(range(MAX_KEYS), num_lines)
         keys = [f"{ADJECTIVES[pick // len(NOUNS)]}-{NOUNS[pick % len(NOUNS)]}" for pick in picks]
         values = [rng.randint(1, MAX_VALUE) for _ in keys]
         lines = [LINE.format(key=key, value=value) for key, value in zip(keys, values)]

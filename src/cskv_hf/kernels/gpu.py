@@ -200,8 +200,8 @@ def _launch_scores(
 
 
 def _working_dtype(dtype: torch.dtype, *formats: LatentFormat) -> torch.dtype:
-    """Of latents, rebuilt keys and weights in the kernels. Packed latents come from ranges in float16, and float16 has
-    three more bits than bfloat16 for what it holds."""
+    """The dtype of latents, rebuilt keys and weights in the kernels. Packed latents come from ranges in
+    float16, and float16 has three more bits than bfloat16 for what it holds."""
     packed = all(isinstance(format, PackedFormat) for format in formats)
     return torch.float16 if packed and dtype != torch.float32 else dtype
 

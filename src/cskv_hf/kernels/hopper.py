@@ -32,7 +32,7 @@ MOST_OTHERS = 128  # of more, score_kernel was quicker on an H100
 
 
 class Share(NamedTuple):
-    """Of a group in a tier, in the order of its fields.
+    """Where the channels of one key group lie in one tier; fields in the order in which the kernel reads them.
 
     Attributes:
         first_row: where its channels begin in the order of a [`Plan`].
@@ -139,7 +139,7 @@ def _plan(layout: PackedLayout, ranks: tuple[int, ...], fours: bool, home: int) 
 
 
 def _products(tier: int, room: int, bits: int, few: bool) -> tuple[tuple[int, int, int, int], ...]:
-    """Of powers of two of channels, large ones first."""
+    """Products of powers of two of channels that cover `room`, large ones first."""
     largest, start, products = 64 if few else 32, 0, []
     while start < room:
         size = min(largest, 1 << (room - start).bit_length() - 1)

@@ -26,7 +26,7 @@ TO_INTEGER = tl.constexpr(12582912.0)  # added and taken off again: rounds to th
 
 
 class Tables(NamedTuple):
-    """Of a layout, on a device.
+    """Which channels of a layout belong together, as tables on a device.
 
     Attributes:
         groups: int32 (groups, 8): first channel, channels, bits, range of the group in a block, ranges from one group

@@ -27,7 +27,7 @@ from .formats import (
 from .scales import linear_domain, log_domain
 
 Row = dict[str, Any]
-FULL, WINDOW = "full cache", "window + sinks"
+FULL = "full cache"
 THIS, ANOTHER = "this adapter", "another adapter"
 ALL, MOST_GROUPS = "all", 6  # the group of all groups; groups with a chart each
 WIDE_RATIO = 30.0  # between the largest and the smallest value, from which on an axis is logarithmic
