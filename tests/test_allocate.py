@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cskv_hf.allocate import PACKED_LEVELS, Block, allocate, allocate_average, quantisation_loss
-from cskv_hf.config import CSKVConfig, ModelShape
+from cskv_hf.config import CSKVConfig
+from cskv_hf.model_shape import ModelShape
 from cskv_hf.plan import check_budget, plan, store_plan
 from cskv_hf.quantize import PackedLayout, dequantize, quantize
 

@@ -11,11 +11,11 @@ import torch
 from conftest import make_model, prompt
 from transformers import DynamicCache
 
-from cskv_hf.config import ModelShape
 from cskv_hf.demo.run import evaluation_records, load_bundled
 from cskv_hf.evaluate import intervals, lines
 from cskv_hf.evaluate.format import text_tables
 from cskv_hf.generation import cache_given
+from cskv_hf.model_shape import ModelShape
 from cskv_hf.report.data import read_results
 
 SPEC = importlib.util.spec_from_file_location("presses", Path(__file__).parent.parent / "benchmarks" / "presses.py")

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from cskv_hf import CSKVCache, CSKVConfig, collect_statistics
-from cskv_hf.config import ModelShape
 from cskv_hf.demo import MODEL_PATH
 from cskv_hf.evaluate import inputs, methods, tables
 from cskv_hf.evaluate.benchmarks import ALL, CaseBenchmark, Measurement, TextBenchmark, long_generations
@@ -22,6 +21,7 @@ from cskv_hf.evaluate.memory import cache_nbytes
 from cskv_hf.evaluate.methods import Calibration, Method, cache_maker, train_in_place
 from cskv_hf.evaluate.suite import Suite
 from cskv_hf.evaluate.tables import FULL, TABLES, adapter_table, ours, paper
+from cskv_hf.model_shape import ModelShape
 
 SMALL = {"window": 8, "sinks": 3, "block_size": 4}
 PLAIN = Method("plain", compression=0.5, settings={"compression": 0.5, "bits": 16, "allocation": "uniform", **SMALL})

@@ -6,9 +6,10 @@ Importing this package registers the PEFT method "CSKV" and the attention functi
 from . import _versions  # noqa: F401  (first: refuses versions that lack what the rest imports)
 from .cache import CSKVCache
 from .calibration import collect_statistics
-from .config import CSKVConfig, ModelShape
+from .config import CSKVConfig
 from .fitting import fit
 from .hub import load, push_to_hub
+from .model_shape import ModelShape
 from .patch import attach, detach
 from .static_cache import CSKVStaticCache
 from .statistics import KVStatistics

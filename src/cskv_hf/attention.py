@@ -25,7 +25,7 @@ from .factors import LayerFactors, compute_dtype, without_autocast
 from .kernels import cpu
 from .rope import paired, rotate_paired
 from .static_tokens import StaticStep
-from .step import Step, once_for
+from .step import Step, once
 
 PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
 CPU_TILE, GPU_TILE = 2**20, 2**24  # elements of a tile of keys or latents: about a CPU's caches; enough for a GPU
@@ -236,10 +236,11 @@ def column_masks(
     """
     if attention_mask is None and _sees_all(step, sliding_window):
         return None, None
-    found = once_for(step.made, f"masks of {sliding_window} tokens on {device}", attention_mask)
-    if not found:
-        found += _column_masks(attention_mask, step, sliding_window, device)
-    return tuple(found)
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        return _column_masks(attention_mask, step, sliding_window, device)
+
+    return once(step.memo, f"masks of {sliding_window} tokens on {device}", make, attention_mask)
 
 
 def _column_masks(attention_mask, step: Step | StaticStep, sliding_window, device) -> tuple:

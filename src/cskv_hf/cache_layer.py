@@ -16,7 +16,7 @@ from .factors import Fingerprint, LayerFactors, compute_dtype, without_autocast
 from .latents import Latents
 from .offload import Copies, copy_ahead, copy_now, to_cpu
 from .rope import RotaryFrequencies, rotate, turn_back
-from .step import Eviction, Index, Step, once_for, take
+from .step import Eviction, Index, Step, once, take
 
 MISSING_FACTORS = (
     "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "
@@ -334,7 +334,8 @@ def turned_back(
     step: Step, positions: torch.Tensor, frequencies: RotaryFrequencies, dtype: torch.dtype, device: torch.device
 ) -> Sequence[torch.Tensor]:
     """[`turn_back`], computed once for all layers of the step."""
-    back = once_for(step.made, f"turn back of {dtype} on {device}", positions)
-    if not back:
-        back += turn_back(positions.to(device), frequencies, dtype)
-    return back
+
+    def make() -> tuple[torch.Tensor, ...]:
+        return turn_back(positions.to(device), frequencies, dtype)
+
+    return once(step.memo, f"turn back of {dtype} on {device}", make, positions)

@@ -14,7 +14,6 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .config import ModelShape
 from .families import (
     attention_layers,
     decoder_of,
@@ -24,6 +23,7 @@ from .families import (
     refuse_tensor_parallelism,
     shape_of,
 )
+from .model_shape import ModelShape
 from .statistics import KVStatistics
 
 logger = logging.get_logger(__name__)

@@ -3,9 +3,10 @@ functions of a config."""
 
 from __future__ import annotations
 
-from .config import PLAIN_BYTES, CSKVConfig, ModelShape
+from .config import CSKVConfig
 from .fit_report import layer_errors, ratio_text
 from .latents import PlainFormat
+from .model_shape import ModelShape
 
 USE = """```python
 import cskv_hf  # registers the adapter type; without it PEFT does not know "CSKV"
@@ -32,7 +33,7 @@ def card_text(config: CSKVConfig, base_model: str, repo_id: str) -> str:
     """The card below its metadata."""
     shape = ModelShape(**config.model_shape)
     kept = config.bytes_per_token(shape)
-    full = 2 * shape.kv_dim * PLAIN_BYTES * shape.num_hidden_layers
+    full = shape.full_bytes_per_token
     name = repo_id.rpartition("/")[2]
     sections = [
         f"# {name}",

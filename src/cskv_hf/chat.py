@@ -12,10 +12,10 @@ from transformers import TextStreamer
 from transformers.cache_utils import Cache
 
 from .cache import CSKVCache
-from .config import ModelShape
 from .evaluate.answers import context_length
 from .evaluate.memory import held_nbytes
 from .generation import CACHE_ARGUMENT
+from .model_shape import ModelShape
 
 
 def converse(new: Callable[[], Conversation]) -> None:

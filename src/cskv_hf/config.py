@@ -17,6 +17,7 @@ from peft.utils import PeftType
 
 from ._peft_type import ensure_peft_type
 from .latents import LatentFormat, PackedFormat, PlainFormat
+from .model_shape import CHANGING_ROPE_TYPES, PLAIN_BYTES, ModelShape, sliding_window
 from .quantize import PackedLayout, channel_bits
 from .tokens import ROLLBACK_TOKENS
 
@@ -25,43 +26,8 @@ ALLOCATIONS = ("auto", "uniform")
 BITS = (2, 3, 4, 8, 16)
 FORMAT_VERSION = 1
 POSITION_BYTES = 4  # one int32 per token, shared by all layers
-PLAIN_BYTES = 2  # of an uncompressed value: budgets are shares of a 16-bit cache
 DEFAULT_COMPRESSION = 0.8
 PACKED_FROM = 0.5  # the compression from which on latents are packed unless `bits` says otherwise
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that a CSKV adapter depends on."""
-
-    model_type: str
-    num_hidden_layers: int
-    num_key_value_heads: int
-    head_dim: int
-
-    @classmethod
-    def from_model_config(cls, model_config: Any) -> ModelShape:
-        """Read the sizes off a transformers config (or the config of a model's text part)."""
-        config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(config.model_type, config.num_hidden_layers, config.num_key_value_heads, head_dim)
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_key_value_heads * self.head_dim
-
-
-def sliding_window(model_config: Any, layer_idx: int) -> int | None:
-    """The sliding window of a layer of a model, in tokens, the query's own included; None if it attends to all, or for
-    a [`ModelShape`], which does not say."""
-    if isinstance(model_config, ModelShape):
-        return None
-    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    if config.model_type == "mistral":
-        return config.sliding_window
-    if config.model_type in ("qwen2", "qwen3") and config.layer_types[layer_idx] == "sliding_attention":
-        return config.sliding_window
-    return None
 
 
 def num_key_groups(key_layout: str, num_key_value_heads: int) -> int:
@@ -238,6 +204,11 @@ class CSKVConfig(PeftConfig):
         return 16
 
     @property
+    def uniform_bits(self) -> int:
+        """Of every channel alike: where ranks are given, and as a guess before a fit decides."""
+        return self.storage_bits or 4
+
+    @property
     def allocates(self) -> bool:
         """Whether ranks and bits come from one budget over the whole model."""
         if self.allocation is not None:
@@ -285,7 +256,7 @@ class CSKVConfig(PeftConfig):
 
     def byte_budget(self, shape: ModelShape) -> float:
         """Bytes that `compression` leaves for the latents of one token, over all layers; its position is paid for."""
-        full = shape.num_hidden_layers * 2 * shape.kv_dim * PLAIN_BYTES
+        full = shape.full_bytes_per_token
         return (1.0 - self.compression) * full - (POSITION_BYTES if self.compression > 0 else 0)
 
     def group_of(self, side: str) -> list[int]:
@@ -310,7 +281,7 @@ class CSKVConfig(PeftConfig):
 
     def _uniform_rank(self, shape: ModelShape) -> int:
         """The largest rank that keys and values of every layer can have within the budget."""
-        bits = self.storage_bits or 4
+        bits = self.uniform_bits
         self.check_room(shape, bits)
         room = self.byte_budget(shape) / shape.num_hidden_layers + 1e-9
         return next(rank for rank in range(shape.kv_dim, 0, -1) if self._layer_bytes(bits, rank) <= room)
@@ -410,7 +381,7 @@ class CSKVConfig(PeftConfig):
         if self.is_fitted:
             formats = [self.formats(layer_idx) for layer_idx in range(shape.num_hidden_layers)]
         else:
-            bits = self.storage_bits or 4
+            bits = self.uniform_bits
             formats = [
                 [
                     self.format_of(side, () if bits == 16 else (bits,) * rank, rank)
@@ -445,8 +416,8 @@ class CSKVConfig(PeftConfig):
         else:
             latent = sum(n * size for n, size in zip(held, self._layer_formats_bytes(shape, dtype)))
         rope_type = (getattr(model_config, "rope_parameters", None) or {}).get("rope_type", "default")
-        changing = rope_type in ("dynamic", "longrope")  # then every token has frequencies of its own
-        rope = 4 * shape.head_dim // 2 * (num_tokens if changing else 1)
+        with_frequencies = num_tokens if rope_type in CHANGING_ROPE_TYPES else 1
+        rope = 4 * shape.head_dim // 2 * with_frequencies
         return batch_size * (exact + round(latent) + num_tokens * POSITION_BYTES) + rope
 
     def num_old_tokens(self, num_tokens: int) -> int:

@@ -17,9 +17,10 @@ from transformers import AutoConfig
 
 from . import kernels
 from .attention import CPU_TILE
-from .config import CSKVConfig, ModelShape, num_key_groups
+from .config import CSKVConfig, num_key_groups
 from .decompose import even_ranks
 from .latents import LatentFormat, PackedFormat
+from .model_shape import ModelShape
 from .quantize import PLANES, channel_bits
 from .rates import Device, between, full_bytes, measure_device
 
@@ -204,7 +205,7 @@ def kept_layers(config: CSKVConfig, shape: ModelShape, key_layout: str | None = 
             bits = channel_bits(config.key_bits[layer_idx]) if config.key_bits else ()
         else:
             key_rank, value_rank = config.layer_ranks(shape)[layer_idx]
-            ranks, stored = (key_rank,), config.storage_bits or 4
+            ranks, stored = (key_rank,), config.uniform_bits
             bits, value_bits = ((stored,) * r if stored < 16 else () for r in (key_rank, value_rank))
             value_format = config.format_of("value", value_bits, value_rank)
         if not own:

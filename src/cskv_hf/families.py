@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ModelShape
+from .model_shape import CHANGING_ROPE_TYPES, ROPE_TYPES, ModelShape
 from .rope import RotaryFrequencies
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
-CHANGING_ROPE_TYPES = ("dynamic", "longrope")  # other frequencies beyond a length
 REQUIRED = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx", "head_dim")
 
 

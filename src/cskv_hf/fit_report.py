@@ -7,8 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from .config import PLAIN_BYTES, CSKVConfig, ModelShape
+from .config import CSKVConfig
 from .latents import LatentFormat, PlainFormat
+from .model_shape import ModelShape
 
 ERRORS = ("key_error", "value_error", "key_attention_error", "value_attention_error")
 OF_THE_DATA = ("layer_idx", "key_mean_share", "value_mean_share")  # of a fit's report on a layer; not of its factors
@@ -99,7 +100,7 @@ def format_report(config: CSKVConfig) -> str:
     if unknown:
         lines.append("- was not measured: the adapter was cut or trained after the fit")
     total = config.bytes_per_token(shape)
-    full = 2 * PLAIN_BYTES * shape.kv_dim * shape.num_hidden_layers
+    full = shape.full_bytes_per_token
     lines.append("")
     lines.append(f"an old token takes {total:,.1f} of {full:,} bytes at 16 bits: {100 * total / full:.1f} %")
     lines.append("(its position included)")

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .calibration import collect_statistics
-from .config import CSKVConfig, ModelShape, num_key_groups
+from .config import CSKVConfig, num_key_groups
 from .decompose import (
     Factors,
     driven_channels,
@@ -31,6 +31,7 @@ from .decompose import (
 from .families import attention_layers, decoder_of, dense_weight, refuse_tensor_parallelism, shape_of
 from .fit_report import LayerReport, mean_bits
 from .hub import give_push
+from .model_shape import ModelShape
 from .plan import check_budget, plan, store_plan
 from .sensitivity import measure_sensitivity
 from .statistics import KVStatistics

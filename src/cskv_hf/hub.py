@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .card import card_text
-from .config import CSKVConfig, ModelShape
+from .config import CSKVConfig
+from .model_shape import ModelShape
 from .sidecar import factor_shapes
 from .tuner import adapter_config, check_can_add, shrink, sidecars
 

@@ -19,9 +19,9 @@ from transformers.utils import logging
 
 from .attention import PREFIX, register
 from .cache import CSKVCache
-from .config import sliding_window
 from .families import attention_layers, decoder_of, frequencies_of
 from .generation import cache_given, give_generate, take_generate
+from .model_shape import sliding_window
 from .rope import cos_sin
 from .sidecar import CSKVFactors
 from .static_cache import CSKVStaticCache

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from .allocate import PACKED_LEVELS, PLAIN_BITS, Block, allocate, allocate_average
-from .config import CSKVConfig, ModelShape
+from .config import CSKVConfig
 from .decompose import even_ranks, pooled_ranks
+from .model_shape import ModelShape
 from .quantize import bit_runs
 
 Spectra = tuple[Sequence[torch.Tensor], torch.Tensor]  # of a layer: the keys' per group, the values'
@@ -60,7 +61,7 @@ def check_budget(config: CSKVConfig, shape: ModelShape) -> None:
 
 
 def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
-    bits, plans = config.storage_bits or 4, []
+    bits, plans = config.uniform_bits, []
     for (key_rank, value_rank), (keys, values) in zip(config.layer_ranks(shape), spectra):
         held = (sum(map(len, keys)), len(values))
         for wanted, there in zip((key_rank, value_rank), held):

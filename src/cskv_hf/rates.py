@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from .attention import CPU_TILE
-from .config import ModelShape
 from .factors import compute_dtype
 from .kernels import cpu
+from .model_shape import ModelShape
 
 SHORT, LONG = 1024, 8192  # tokens at which a device's full caches are measured, of 8 KV heads x 128
 

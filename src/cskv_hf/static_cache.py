@@ -20,7 +20,7 @@ from .factors import Fingerprint, LayerFactors, without_autocast
 from .latents import LatentFormat, Latents
 from .rope import RotaryFrequencies
 from .static_tokens import StaticStep, StaticTable
-from .step import once_for, take
+from .step import once, take
 
 
 class CSKVStaticLayer(CacheLayerMixin):
@@ -128,12 +128,14 @@ class CSKVStaticLayer(CacheLayerMixin):
             step.frequencies,
             staged,
         )
-        where = once_for(step.made, f"where to on {self.device}")
-        if not where:
-            where += torch.arange(len(step.blocks), device=self.device)[:, None], step.blocks.to(self.device)
+
+        def rows_and_blocks() -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.arange(len(step.blocks), device=self.device)[:, None], step.blocks.to(self.device)
+
+        where = once(step.memo, f"where to on {self.device}", rows_and_blocks)
         for latents, block in zip((self.key_latents, self.value_latents), new):
             for target, source in zip(latents.held, block.held):
-                target[where[0], where[1]] = source
+                target[where] = source
 
     def get_seq_length(self) -> torch.Tensor | int:
         return 0 if self.table.is_empty else self.table.length.clone()

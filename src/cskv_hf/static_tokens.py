@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .rope import RotaryFrequencies, TurnInTiles, cos_sin, widened
-from .step import HIDDEN, once_for, take
+from .step import HIDDEN, once, take
 
 FULL = "a CSKVStaticCache is full: it got more tokens than its `max_cache_len`"  # from within a compiled graph
 
@@ -149,7 +149,7 @@ class StaticStep:
         kept: (batch, places), for several new tokens, the columns of the exact states and the new ones that stay.
         evicted: (batch, tokens), the columns of the same that are encoded; if there is one new token, of the places.
         blocks: (batch, num_blocks), where to.
-        made: what layers make of the step for all that follow.
+        memo: what layers make of the step for all that follow.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class StaticStep:
             exact_slots = torch.cat([exact_slots, new_slots], dim=1)
         self.slots = exact_slots.long(), old_slots.masked_fill(~is_old, -1).long()
         self.num_blocks = num_blocks
-        self.made: list = []
+        self.memo: list = []
         self._turn: dict = {}
 
     def _move(self, order: torch.Tensor, num_old: torch.Tensor) -> None:
@@ -229,13 +229,14 @@ class StaticStep:
     def due_blocks(self, device: torch.device) -> torch.Tensor:
         """(batch,) int64: of one new token, the block that becomes old with it, counted over the blocks of all rows;
         -1 where none does. Such a block is whole, and this is the last step in which its tokens are all exact."""
-        found = once_for(self.made, f"blocks that are due on {device}")
-        if not found:
+
+        def make() -> torch.Tensor:
             block = self.blocks[:, 0]
             due = self._num_old_after[:, 0] > block * self.table.block_size
             row = torch.arange(len(block), device=block.device)
-            found.append(torch.where(due, row * self.table.num_blocks + block, -1).to(device))
-        return found[0]
+            return torch.where(due, row * self.table.num_blocks + block, -1).to(device)
+
+        return once(self.memo, f"blocks that are due on {device}", make)
 
     # The rest as attention and encoding know it from `Step` and `Eviction`.
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from .config import ModelShape
+from .model_shape import ModelShape
 
 logger = logging.get_logger(__name__)
 

@@ -6,7 +6,9 @@ is kept in it. Holds no keys and no values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +16,7 @@ from .rope import RotaryFrequencies, TurnInTiles, cos_sin, widened
 
 HIDDEN = -1e4  # what is added to the score of a token that is not seen, at most; a bias is less far from 0
 TURN_CHUNK = 2**17  # cos that are computed at a time; intermediates are several times the result
+Made = TypeVar("Made")
 Index = torch.Tensor | slice  # columns to take: a slice for all rows, or (batch, n) with -1 for "nothing here"
 
 
@@ -51,7 +54,7 @@ class Step:
         old_positions, old_frequencies: of the latents.
         eviction: what to move afterwards, if anything.
         num_dropped: latents that a layer with a sliding window has dropped, before the ``num_old`` that it holds.
-        made: what layers make of the step for all that follow, see [`once_for`].
+        memo: what layers make of the step for all that follow, see [`once`].
     """
 
     start: int
@@ -64,7 +67,7 @@ class Step:
     old_frequencies: RotaryFrequencies
     eviction: Eviction | None = None
     num_dropped: int = 0
-    made: list = field(default_factory=list)
+    memo: list = field(default_factory=list)
     _turn: dict = field(default_factory=dict)
     _without: dict = field(default_factory=dict)
 
@@ -106,7 +109,7 @@ class Step:
                 old_positions=self.old_positions[:, held],
                 old_frequencies=self.old_frequencies.columns(held),
                 num_dropped=num_dropped,
-                made=[],
+                memo=[],
                 _turn={},
                 _without={},
             )
@@ -171,16 +174,17 @@ class Step:
         return self._turn[key]
 
 
-def once_for(made: list, what: str, *of: object) -> list:
-    """Where a step keeps what was made of some objects, the very same ones: empty until it is put there.
+def once(memo: list, what: str, make: Callable[[], Made], *of: object) -> Made:
+    """What a layer makes of the step, and of some objects, the very same ones, made once for all layers.
 
     A list that is searched, since a compiler knows no `id`.
     """
-    for name, objects, found in made:
+    for name, objects, made in memo:
         if name == what and len(objects) == len(of) and all(a is b for a, b in zip(objects, of)):
-            return found
-    made.append((what, of, []))
-    return made[-1][2]
+            return made
+    made = make()
+    memo.append((what, of, made))
+    return made
 
 
 def take(states: torch.Tensor, index: Index, dim: int) -> torch.Tensor:

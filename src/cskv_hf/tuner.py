@@ -18,9 +18,10 @@ from peft.utils import PeftType, register_peft_method
 from torch import nn
 from transformers.utils import logging
 
-from .config import CSKVConfig, ModelShape, num_key_groups
+from .config import CSKVConfig, num_key_groups
 from .families import attention_layers, decoder_of, shape_of
 from .fit_report import forget_measurements
+from .model_shape import ModelShape
 from .patch import attach, detach
 from .plan import LayerPlan, plan, store_plan
 from .quantize import channel_bits

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ..calibration import collect_statistics
-from ..config import ModelShape
 from ..demo import MODEL_PATH
 from ..files import full_rows, replace_file
 from ..generation import has_active_adapter
 from ..hub import ADAPTER, local_adapter
+from ..model_shape import ModelShape
 from ..tuner import adapter_config
 from . import longbench, longeval, lveval
 from .answers import context_length, encode_prompt

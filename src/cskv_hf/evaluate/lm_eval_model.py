@@ -19,9 +19,9 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from ..cache import CSKVCache
 from ..config import CSKVConfig
-from ..families import CHANGING_ROPE_TYPES
 from ..generation import CACHE_ARGUMENT, has_active_adapter
 from ..hub import check_adapter_files, load, local_adapter
+from ..model_shape import CHANGING_ROPE_TYPES
 from .baselines import WindowOnlyCache
 from .fingerprint import active_config
 from .loglikelihood import batches, collect_rows, score_rows

@@ -16,9 +16,10 @@ from transformers.cache_utils import Cache
 from transformers.trainer_callback import PrinterCallback
 
 from ..cache import CSKVCache
-from ..config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape
+from ..config import POSITION_BYTES, CSKVConfig
 from ..families import modes_kept
 from ..fitting import fit
+from ..model_shape import ModelShape
 from ..statistics import KVStatistics
 from ..train import CSKVTrainer, training_arguments
 from ..tuner import sidecars
@@ -171,7 +172,7 @@ def equal_bytes_window(length: int, share: float, window: int = 32, sinks: int =
 def bytes_of_old_token(model: nn.Module, method: Method) -> float | None:
     """Bytes of one more old token in a 16-bit model, all layers; None where a cache has no such number."""
     shape = ModelShape.from_model_config(model.config)
-    full = 2.0 * PLAIN_BYTES * shape.num_hidden_layers * shape.kv_dim
+    full = shape.full_bytes_per_token
     if method.kind == "full":
         return full
     if method.kind == "window":

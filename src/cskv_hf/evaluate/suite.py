@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..config import POSITION_BYTES, CSKVConfig, ModelShape
+from ..config import POSITION_BYTES, CSKVConfig
 from ..files import replace_file
+from ..model_shape import ModelShape
 from .benchmarks import Benchmark, Measurement
 from .fingerprint import differences, versions
 from .memory import cache_nbytes
@@ -216,7 +217,7 @@ def _row(
 def _sizes(model: nn.Module, method: Method, make_cache: Callable, benchmark: Benchmark) -> dict[str, Any]:
     """Bytes of an old token and of a whole context, in a 16-bit model, counted on tensors."""
     shape = ModelShape.from_model_config(model.config)
-    full = 2 * 2 * shape.num_hidden_layers * shape.kv_dim
+    full = shape.full_bytes_per_token
     ids = torch.ones(1, benchmark.length, dtype=torch.long, device=model.device)
     held = cache_nbytes(model, make_cache, ids, torch.bfloat16)
     per_token = bytes_of_old_token(model, method)

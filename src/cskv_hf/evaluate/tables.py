@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape
+from ..config import POSITION_BYTES, CSKVConfig
+from ..model_shape import PLAIN_BYTES, ModelShape
 from ..quantize import RANGE_BYTES
 from .methods import Method
 
@@ -162,6 +163,6 @@ TABLES: dict[str, Callable[[ModelShape], list[Method]]] = {
 
 def adapter_table(config: CSKVConfig, shape: ModelShape) -> list[Method]:
     """A model with an adapter of its own: the full cache, a window of equal bytes, and the adapter."""
-    kept = config.bytes_per_token(shape) / (2 * PLAIN_BYTES * shape.num_hidden_layers * shape.kv_dim)
+    kept = config.bytes_per_token(shape) / shape.full_bytes_per_token
     window = alone(round(1 - kept, 4), window=config.window, sinks=config.sinks, block_size=config.block_size)
     return [FULL, window, Method("this adapter", compression=config.compression)]

@@ -25,7 +25,7 @@ from ..cache_layer import CompressedKV
 from ..factors import LayerFactors
 from ..latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from ..quantize import PackedLayout
-from ..step import once_for
+from ..step import once
 from .pieces import Pieces, cut
 from .sizes import cdiv, power_of_2, row_stride
 from .tiles import FIRST, FROM_POSITIONS, IN_TILES, ONLY, SECOND, TABLES, TILE, tokens_seen
@@ -91,11 +91,13 @@ def _turns(query: torch.Tensor, kv: CompressedKV, old_mask: torch.Tensor | None,
     positions, *rope = in_tiles[2:]
     if not all_alike and positions is not None:
         return FROM_POSITIONS, *[None] * 4, positions, *rope, None, None
-    seen = []
+    seen = None
     if all_alike and (positions is not None or old_mask is not None):
-        seen = once_for(step.made, f"seen of {how}", old_mask, positions)
-        if not seen:
-            seen += tokens_seen(old_mask, positions, kv.key_latents.num_tokens, how[0])
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            return tokens_seen(old_mask, positions, kv.key_latents.num_tokens, how[0])
+
+        seen = once(step.memo, f"seen of {how}", make, old_mask, positions)
     where = ON_HOPPER if on_hopper else IN_TILES
     if positions is None and seen:  # for the second run
         positions, _ = step.old_rope(query.device)

@@ -18,12 +18,13 @@ import torch
 from safetensors import safe_open
 
 from .. import __version__
-from ..config import PLAIN_BYTES, POSITION_BYTES, CSKVConfig, ModelShape
+from ..config import POSITION_BYTES, CSKVConfig
 from ..demo import MODEL_PATH
 from ..evaluate.fingerprint import file_fingerprint
 from ..fit_report import ERRORS, layer_errors, mean_bits
 from ..hub import ADAPTER, REPO_ID, check_adapter_files
 from ..latents import LatentFormat, PlainFormat
+from ..model_shape import ModelShape
 from .rows import ANOTHER, THIS, has_size_of
 
 BUNDLED = "bundled"  # what `cskv eval` calls the model in MODEL_PATH
@@ -107,7 +108,7 @@ def adapter_data(config: CSKVConfig, folder: Path) -> dict[str, Any]:
         "calibration_source": report.get("source") or None,
         "bytes_per_token": config.bytes_per_token(shape),
         "position_bytes": POSITION_BYTES,
-        "full_bytes_per_token": shape.num_hidden_layers * 2 * shape.kv_dim * PLAIN_BYTES,
+        "full_bytes_per_token": shape.full_bytes_per_token,
         "constant_bytes": config.cache_nbytes(shape, 0),
         "memory": memory_data(config, shape, CONTEXTS),
         "curve": memory_data(config, shape, curve_lengths(config, CONTEXTS[-1])),
@@ -120,7 +121,7 @@ def adapter_data(config: CSKVConfig, folder: Path) -> dict[str, Any]:
 def memory_data(config: CSKVConfig, shape: ModelShape, lengths: Sequence[int]) -> list[dict[str, float]]:
     """Bytes of one sequence's cache in a 16-bit model; `before_bytes` one token earlier, when the window may have held
     a block more."""
-    full = shape.num_hidden_layers * 2 * shape.kv_dim * PLAIN_BYTES
+    full = shape.full_bytes_per_token
     return [
         {
             "tokens": tokens,

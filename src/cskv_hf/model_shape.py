@@ -1,0 +1,49 @@
+"""The sizes of a model, read off its config: numbers that a cache depends on, and nothing of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+PLAIN_BYTES = 2  # of an uncompressed value
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+CHANGING_ROPE_TYPES = ("dynamic", "longrope")  # other frequencies beyond a length
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that a CSKV adapter depends on."""
+
+    model_type: str
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> ModelShape:
+        """Read the sizes off a transformers config (or the config of a model's text part)."""
+        config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.model_type, config.num_hidden_layers, config.num_key_value_heads, head_dim)
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def full_bytes_per_token(self) -> int:
+        """Of keys and values of all layers in 16 bits, of which budgets are shares."""
+        return self.num_hidden_layers * 2 * self.kv_dim * PLAIN_BYTES
+
+
+def sliding_window(model_config: Any, layer_idx: int) -> int | None:
+    """The sliding window of a layer of a model, in tokens, the query's own included; None if it attends to all, or for
+    a [`ModelShape`], which does not say."""
+    if isinstance(model_config, ModelShape):
+        return None
+    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    if config.model_type == "mistral":
+        return config.sliding_window
+    if config.model_type in ("qwen2", "qwen3") and config.layer_types[layer_idx] == "sliding_attention":
+        return config.sliding_window
+    return None
