@@ -41,7 +41,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 
 from cskv_hf import ModelShape
-from cskv_hf.attention import column_masks, compressed_attention
+from cskv_hf.attention import compressed_attention
+from cskv_hf.attention_function import column_masks
 from cskv_hf.evaluate.memory import held_nbytes
 
 SETTINGS = (

@@ -34,7 +34,7 @@ from common import (
 )
 
 from cskv_hf import CSKVConfig
-from cskv_hf.attention import _attend, compressed_attention
+from cskv_hf.attention import attend_in_torch, compressed_attention
 from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.factors import LayerFactors
 from cskv_hf.latents import Latents
@@ -180,7 +180,7 @@ def main() -> None:
                 return [compressed_attention(query, kv, sizes.head_dim**-0.5) for kv in kvs]
 
             got = run()[0]  # compiles, before the profiler looks
-            expected = _attend(query[:1].double(), first_row(kvs[0]), sizes.head_dim**-0.5, None, None)
+            expected = attend_in_torch(query[:1].double(), first_row(kvs[0]), sizes.head_dim**-0.5, None, None)
             error = float((got[:1] - expected).norm() / expected.norm())
             seen = {name: t / layers for name, t in kernel_seconds(run).items()}
             by_kernel, seconds = of_ours(seen), graph_seconds(run, args.rounds) / layers

@@ -3,7 +3,7 @@
 import torch
 
 from cskv_hf import CSKVConfig
-from cskv_hf.attention import _attend
+from cskv_hf.attention import attend_in_torch
 from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.factors import LayerFactors
 from cskv_hf.latents import Latents
@@ -91,7 +91,7 @@ def widened(kv):
 def error_against_torch(attend, query, kv, *masks):
     """Of one way to attend, relative to the torch path in float32."""
     scaling = query.shape[-1] ** -0.5
-    ours, oracle = attend(query, kv, scaling, *masks), _attend(query.float(), widened(kv), scaling, *masks)
+    ours, oracle = attend(query, kv, scaling, *masks), attend_in_torch(query.float(), widened(kv), scaling, *masks)
     assert ours.dtype == query.dtype and torch.isfinite(ours).all()
     return float((ours.float() - oracle).norm() / oracle.norm())
 

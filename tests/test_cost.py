@@ -75,7 +75,7 @@ def test_flops_and_bytes_are_those_of_the_attention(key_layout, bits, monkeypatc
         seen.append((counter.get_total_flops(), held, kv.key_latents.num_tokens, exact, kv.value_latents.format))
         return out
 
-    monkeypatch.setattr("cskv_hf.attention._untraced_attention", spy)
+    monkeypatch.setattr("cskv_hf.attention_function._untraced_attention", spy)
     cache = CSKVCache()
     model(prompt(2, 60), past_key_values=cache)
     model(prompt(2, 1), past_key_values=cache)

@@ -31,7 +31,7 @@ def compiled():
     cpu.load.cache_clear()
 
 
-relative_error = functools.partial(error_against_torch, attention._attend_on_cpu)
+relative_error = functools.partial(error_against_torch, attention.attend_on_cpu)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -81,7 +81,8 @@ def test_turns_keys_as_the_model_did(case, dtype):
     shape = {"shared": (1,), "of each token": (96, 1), "of each row and token": (2, 96, 1)}[case]
     inv_freq = frequencies.inv_freq * torch.linspace(0.5, 1.0, 2 * 96)[: torch.Size(shape).numel()].view(shape)
     kv.step.old_frequencies = frequencies._replace(inv_freq=inv_freq, attention_scaling=0.9)
-    ours, oracle = (attend(query, kv, 0.1, None, None) for attend in (attention._attend_on_cpu, attention._attend))
+    both = attention.attend_on_cpu, attention.attend_in_torch
+    ours, oracle = (attend(query, kv, 0.1, None, None) for attend in both)
     assert float((ours - oracle).norm() / oracle.norm()) < 2e-6
 
 
@@ -105,9 +106,9 @@ def test_many_queries_masks_and_groups_of_ranges():
     old_mask[1], exact_mask = False, exact_mask & False  # row 1 sees nothing at all, and gets zeros
     added = torch.where(old_mask, 0.0, torch.finfo(torch.float32).min)
     for mask in (old_mask, added):
-        assert not attention._attend_on_cpu(query, kv, 0.1, exact_mask, mask)[1].any()
+        assert not attention.attend_on_cpu(query, kv, 0.1, exact_mask, mask)[1].any()
     query[0, 0, 0, 0] = torch.nan  # is not hidden by a mask
-    assert attention._attend_on_cpu(query, kv, 0.1, exact_mask, old_mask)[0, 0, 0].isnan().all()
+    assert attention.attend_on_cpu(query, kv, 0.1, exact_mask, old_mask)[0, 0, 0].isnan().all()
 
 
 def test_segments_and_threads():
@@ -202,11 +203,11 @@ def test_sizes_that_do_not_go_together():
         kv = past(factors, 2, 64, torch.float32)
         spoil(kv)
         with pytest.raises(RuntimeError, match=r"tokens where there should be|other sizes|of sizes|do not read"):
-            attention._attend_on_cpu(query, kv, 0.1, None, None)
+            attention.attend_on_cpu(query, kv, 0.1, None, None)
     kv = past(factors, 2, 64, torch.float32)
     for mask in (seen[..., :-1], seen.expand(2, 2, 1, 64), seen.repeat(2, 1, 1, 1), seen.repeat(1, 1, 3, 1)):
         with pytest.raises(RuntimeError, match="A mask of sizes"):
-            attention._attend_on_cpu(query, kv, 0.1, None, mask)
+            attention.attend_on_cpu(query, kv, 0.1, None, mask)
     with pytest.raises(ValueError, match="for 2 queries, and there are 1"):
         attention.compressed_attention(query, kv, 0.1, None, seen.repeat(1, 1, 2, 1))
     layout = kv.key_latents.format.layout
@@ -223,7 +224,7 @@ def test_nan_in_latents_is_not_hidden():
     for value in (torch.nan, torch.inf):
         kv = past(factors, 2, 64, torch.float32)
         kv.value_latents.segments[0][1][1, 0, 0, 0] = value
-        attend = attention._attend_on_cpu, attention._attend
+        attend = attention.attend_on_cpu, attention.attend_in_torch
         ours, oracle = (finite(query, kv, 0.1, None, None).isfinite() for finite in attend)
         assert torch.equal(ours, oracle) and ours[0].all() and not ours[1].all()
 

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 COMPILED_ONLY = pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 as integers")
 
 
-relative_error = functools.partial(error_against_torch, attention._attend_on_gpu)
+relative_error = functools.partial(error_against_torch, attention.attend_on_gpu)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_many_queries_masks_and_groups_of_ranges():
     added = torch.zeros(old_mask.shape, device=DEVICE).masked_fill(~old_mask, torch.finfo(torch.float32).min)
     assert relative_error(query, kv, exact_mask, added) < 2e-6
     exact_mask = exact_mask & False  # row 1 sees nothing at all, and gets zeros
-    assert not attention._attend_on_gpu(query, kv, 0.1, exact_mask, old_mask)[1].any()
+    assert not attention.attend_on_gpu(query, kv, 0.1, exact_mask, old_mask)[1].any()
 
 
 @pytest.mark.parametrize("block_size, times, group_channels", [(32, 1, 1), (64, 4, 3), (24, 8, 1), (32, 2, 100)])
@@ -194,11 +194,11 @@ def test_the_sum_is_split_over_the_past(monkeypatch):
 
 def test_tiles_of_a_program():
     """As many programs as wanted, or a quarter if each would have few tiles; never more splits than tiles."""
-    import cskv_hf.kernels.gpu as gpu
+    from cskv_hf.kernels.gpu_plans import tiles_of_program
 
-    assert gpu.tiles_of_program(512, 128, 2048) == 32  # 16 splits beside 128
-    assert gpu.tiles_of_program(64, 8, 2048) == 1  # 64 splits, a quarter of 256
-    assert gpu.tiles_of_program(5, 1, 1) == 5 and gpu.tiles_of_program(5, 10**6, 2048) == 5
+    assert tiles_of_program(512, 128, 2048) == 32  # 16 splits beside 128
+    assert tiles_of_program(64, 8, 2048) == 1  # 64 splits, a quarter of 256
+    assert tiles_of_program(5, 1, 1) == 5 and tiles_of_program(5, 10**6, 2048) == 5
 
 
 @pytest.mark.parametrize(
@@ -309,6 +309,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import cskv_hf.kernels.gpu as gpu
+import cskv_hf.kernels.gpu_arguments as arguments
+import cskv_hf.kernels.gpu_plans as plans
 import cskv_hf.kernels.tiles as tiles
 import cskv_hf.kernels.triton_kernels as kernels
 from cskv_hf.latents import PackedFormat, PlainFormat
@@ -319,7 +321,7 @@ WORK = ("weights", "key_B", "cos", "sin", "start_cos", "start_sin")
 FP32 = ("maxima", "sums", "summed", "split_maxima", "inv_freq")
 KINDS = dict.fromkeys(MODEL, "*bf16") | dict.fromkeys(FP32, "*fp32")
 KINDS |= dict.fromkeys(("scaling", "attention_scaling"), "fp32") | {"order": "*i64"}
-KINDS |= dict.fromkeys(("pieces", "positions", "seen", "last"), "*i32")
+KINDS |= dict.fromkeys(("pieces", "positions", "seen", "num_seen"), "*i32")
 
 
 def compile_for_all(function, constants, warps=gpu.WARPS, on_hopper=None, **kinds):
@@ -344,20 +346,21 @@ def compile_scores(bits, head_dim, stored, kinds, work=torch.float16, least=None
     ranks = (format.rank,) if least is None else (format.rank - least, least)
     words = stored is in_words
     pieces, held, ahead = gpu.key_pieces(format, ranks, head_dim * work.itemsize, words, torch.device("cpu"))
-    on_hopper = gpu.few_registers(pieces, gpu._form(format, words)[2], None) if words and head_dim == 128 else {}
+    form = arguments.storage(format, words)
+    on_hopper = gpu.few_registers(pieces, form[2], None) if words and head_dim == 128 else {}
     how |= dict(HEAD_DIM=head_dim, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held, AHEAD=ahead, TILE=gpu.TILE)
     compile_for_all(kernels.score_kernel, how | stored(format), on_hopper=on_hopper, **kinds)
 
 
 ROOM = 99 * 1024  # of the smallest cards of these generations
-gpu.shared_memory, gpu.is_hopper = (lambda _: ROOM), (lambda _: True)
+plans.shared_memory, plans.is_hopper = (lambda _: ROOM), (lambda _: True)
 HALF, BF16, WIDE = (dict.fromkeys(WORK, kind) for kind in ("*fp16", "*bf16", "*fp32"))
 WIDE |= dict.fromkeys(MODEL, "*fp32")
 CODES = dict(data="*i32", ranges="*i32")
 BYTES = dict(data="*u8", ranges="*i32")
 PLAIN = dict(data="*bf16", ranges="*bf16")
-in_words = lambda format: dict(FORM=gpu._form(format, True))
-as_bytes = lambda format: dict(FORM=gpu._form(format, False))
+in_words = lambda format: dict(FORM=arguments.storage(format, True))
+as_bytes = lambda format: dict(FORM=arguments.storage(format, False))
 FEW, MIXED, MANY = (4,) * 40, (4,) * 3 + (3,) * 14 + (2,) * 60, (8,) * 2 + (3,) * 75 + (2,) * 246
 for bits in ((4,) * 9, FEW, MIXED, MANY):
     compile_scores(bits, 128, in_words, CODES | HALF)
@@ -443,11 +446,11 @@ def test_encoding_and_packing_compile_for_gpus_that_are_not_here():
 @pytest.mark.parametrize("held", [True, False], ids=["held", "one by one"])
 def test_every_way_to_take_channels(ranks, plain, held, monkeypatch):
     """Few channels at once, several pieces held ready, one by one; heads of other ranks take fewer pieces."""
-    import cskv_hf.kernels.gpu as gpu
+    from cskv_hf.kernels import gpu, gpu_plans
 
     monkeypatch.setattr(gpu, "key_pieces", gpu.key_pieces.__wrapped__)
     if not held:
-        monkeypatch.setattr(gpu, "MOST_HELD", 0)
+        monkeypatch.setattr(gpu_plans, "MOST_HELD", 0)
     bits = tuple(tuple(1 + (3 * i) % 8 for i in range(rank)) for rank in ranks)
     factors = layer("head", ranks if plain else bits, 37 if plain else bits[0], 2, 32, torch.float32)
     kv = past(factors, 1, 96, torch.float32)
@@ -482,7 +485,7 @@ def test_a_mask_for_each_head_is_left_to_torch(kernel, monkeypatch):
     mask = torch.rand(1, 2, 1, 64, device=DEVICE) > 0.5
     assert not torch.equal(mask[:, 0], mask[:, 1])
     ours = attention.compressed_attention(query, kv, 0.2, None, mask)
-    assert torch.equal(ours, attention._attend(query, kv, 0.2, None, mask))
+    assert torch.equal(ours, attention.attend_in_torch(query, kv, 0.2, None, mask))
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 64])
@@ -509,14 +512,14 @@ def test_many_tokens_do_not_overflow_16_bits():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_what_is_held_fits(head_dim, dtype, monkeypatch):
     """Into the shared memory of a GPU, beside a few tiles."""
-    import cskv_hf.kernels.gpu as gpu
+    import cskv_hf.kernels.gpu_plans as plans
 
     of_channel = head_dim * dtype.itemsize
     for room in (64 * 1024, 99 * 1024, 227 * 1024):
-        monkeypatch.setattr(gpu, "shared_memory", lambda _, room=room: room)
+        monkeypatch.setattr(plans, "shared_memory", lambda _, room=room: room)
         for rank in (1, 15, 16, 40, 100, 250, 400, 1000):
             for format in (PackedFormat(PackedLayout((4,) * rank)), PackedFormat(PackedLayout((3,) * rank))):
-                pieces, held, ahead = gpu.key_pieces.__wrapped__(
+                pieces, held, ahead = plans.key_pieces.__wrapped__(
                     format, (rank,), of_channel, True, torch.device("cpu")
                 )
                 assert all(size in (16, 32, 64) and size * of_channel <= 2**14 for size in pieces.sizes)
@@ -588,43 +591,43 @@ def test_codes_are_where_pieces_say():
 
 def test_what_is_kept_of_factors():
     """The transposed factors are made once, and again when the factors are written to."""
-    import cskv_hf.kernels.gpu as gpu
+    import cskv_hf.kernels.gpu_plans as plans
 
     factors = layer(*CASES["packed, head"], torch.float32)
     pieces = cut(factors.key_format, factors.key_ranks, 16, 16)
     how = pieces.order, torch.float32
-    kept, heads = gpu.with_mean(factors.key_B, factors.key_mean, *how), factors.key_mean.view(2, -1)
+    kept, heads = plans.with_mean(factors.key_B, factors.key_mean, *how), factors.key_mean.view(2, -1)
     assert torch.equal(kept, torch.cat([factors.key_B.mT, heads])[pieces.order])
-    assert gpu.with_mean(factors.key_B, factors.key_mean, *how) is kept
+    assert plans.with_mean(factors.key_B, factors.key_mean, *how) is kept
     other = pieces.order.flip(0)
-    assert torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, other, torch.float32), kept.flip(0))
+    assert torch.equal(plans.with_mean(factors.key_B, factors.key_mean, other, torch.float32), kept.flip(0))
     for tensor in (factors.key_B, factors.key_mean):  # in the same place, where a recorded graph reads it
         before = kept.clone()
         tensor.mul_(2)
-        assert gpu.with_mean(factors.key_B, factors.key_mean, *how) is kept and not torch.equal(before, kept)
+        assert plans.with_mean(factors.key_B, factors.key_mean, *how) is kept and not torch.equal(before, kept)
     assert torch.equal(kept, torch.cat([factors.key_B.mT, factors.key_mean.view(2, -1)])[pieces.order])
-    assert gpu.with_mean(factors.key_B, factors.key_mean, pieces.order, torch.float16).dtype == torch.float16
+    assert plans.with_mean(factors.key_B, factors.key_mean, pieces.order, torch.float16).dtype == torch.float16
     before = kept.clone()
     factors.key_B.data = factors.key_B.data * 2  # another tensor, of the same version
-    assert not torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), before)
+    assert not torch.equal(plans.with_mean(factors.key_B, factors.key_mean, *how), before)
     for _ in range(20):  # the second may come to lie where the first was
         factors.key_B.data = factors.key_B.data * 2
         factors.key_B.data = factors.key_B.data * 2
         expected = torch.cat([factors.key_B.mT, factors.key_mean.view(2, -1)])[pieces.order]
-        assert torch.equal(gpu.with_mean(factors.key_B, factors.key_mean, *how), expected)
+        assert torch.equal(plans.with_mean(factors.key_B, factors.key_mean, *how), expected)
     with torch.inference_mode():  # whose tensors count no writes
         inferred = factors.key_B.clone(), factors.key_mean.clone()
-        before = gpu.with_mean(*inferred, *how)
+        before = plans.with_mean(*inferred, *how)
         inferred[0].mul_(2)
-        assert not torch.equal(gpu.with_mean(*inferred, *how), before)
-    turned = gpu.transposed(factors.value_B, torch.float16)
+        assert not torch.equal(plans.with_mean(*inferred, *how), before)
+    turned = plans.transposed(factors.value_B, torch.float16)
     assert torch.equal(turned, factors.value_B.mT.half()) and turned.is_contiguous()
-    assert gpu.transposed(factors.value_B, torch.float16) is turned
+    assert plans.transposed(factors.value_B, torch.float16) is turned
     other = layer(*CASES["packed, joint"], torch.float32)
-    gpu.prepare_tables(other, torch.device("cpu"), torch.float32)  # before a graph is recorded
-    ((_, kept, order, _),) = gpu._kept[other.key_B].values()
-    assert gpu.with_mean(other.key_B, other.key_mean, order, torch.float32) is kept and other.value_B in gpu._kept
-    parts = [gpu.transposed(factors.value_B[rows], torch.float16) for rows in (slice(4), slice(4, 8)) * 2]
+    plans.prepare_tables(other, torch.device("cpu"), torch.float32)  # before a graph is recorded
+    ((_, kept, order, _),) = plans._kept[other.key_B].values()
+    assert plans.with_mean(other.key_B, other.key_mean, order, torch.float32) is kept and other.value_B in plans._kept
+    parts = [plans.transposed(factors.value_B[rows], torch.float16) for rows in (slice(4), slice(4, 8)) * 2]
     assert parts[0] is parts[2] and parts[1] is parts[3]  # of views, as a process has them of a layer that is shared
     assert torch.equal(parts[1], factors.value_B[4:8].mT.half())
 

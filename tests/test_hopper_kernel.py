@@ -60,7 +60,7 @@ def query_of(factors, batch, per_head, dtype, num_new=1):
 
 
 def relative(query, kv):
-    return error_against_torch(attention._attend_on_gpu, query, kv, None, None)
+    return error_against_torch(attention.attend_on_gpu, query, kv, None, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,7 +107,7 @@ def test_a_part_of_each_row(rank, added, served, uninitialised_is_nan):
     kv = past(factors, 4, num_old, torch.float16, positions)
     query, mask = query_of(factors, 4, 2, torch.float16), mask[:, None, None].to(DEVICE)
     mask = as_added(mask, torch.float16) if added else mask
-    assert error_against_torch(attention._attend_on_gpu, query, kv, None, mask) < 4e-3
+    assert error_against_torch(attention.attend_on_gpu, query, kv, None, mask) < 4e-3
     assert relative(query, kv) < 4e-3
     assert len(served) == 2
 
@@ -120,7 +120,7 @@ def test_what_it_leaves_to_others(served):
     kv = past(factors, 1, 64, half)
     two, seen = query_of(factors, 1, 2, half, 2), torch.ones(1, 1, 2, 64, dtype=torch.bool, device=DEVICE)
     seen[:, :, 0, 60:] = False
-    assert error_against_torch(attention._attend_on_gpu, two, past(factors, 1, 64, half, num_new=2), None, seen) < 4e-3
+    assert error_against_torch(attention.attend_on_gpu, two, past(factors, 1, 64, half, num_new=2), None, seen) < 4e-3
     assert relative(query_of(factors, 1, 9, half), kv) < 4e-3
     small = layer("head", FEW, (4,) * 5, 2, 64, half, block_size=16)
     assert relative(query_of(small, 1, 2, half), past(small, 1, 64, half)) < 4e-3
@@ -177,11 +177,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 import cskv_hf.kernels.hopper as hopper
+from cskv_hf.kernels.tiles import Seen
 from cskv_hf.quantize import PackedLayout
 
 KINDS = dict.fromkeys(("query",), "*bf16") | dict.fromkeys(("words", "ranges", "groups"), "*i32")
 KINDS |= dict.fromkeys(("key_B", "cos", "sin", "start_cos", "start_sin", "weights"), "*fp16")
-KINDS |= {"maxima": "*fp32", "scaling": "fp32"} | dict.fromkeys(("seen", "last"), "*i32")
+KINDS |= {"maxima": "*fp32", "scaling": "fp32"} | dict.fromkeys(("seen", "num_seen"), "*i32")
 
 
 class Recorder:
@@ -207,8 +208,8 @@ for i, (bits, ranks, rows, head_dim) in enumerate(CASES):
     layout = PackedLayout(bits, 32, 32, 4)
     query, weights = torch.empty(1, 2, rows, head_dim), torch.empty(1, 1, 1, 64)
     codes, ranges = torch.empty(1, 1, 4, dtype=torch.int32), torch.empty(1, 1, 1, dtype=torch.int32)
-    seen = [torch.empty(1, 1, dtype=torch.int32)] * 2 if i % 2 else [None] * 2
-    hopper.launch(query, codes, ranges, layout, ranks, lambda *_: None, (None,) * 4, 1.0, *seen, weights, None)
+    seen = Seen(*[torch.empty(1, 1, dtype=torch.int32)] * 2) if i % 2 else None
+    hopper.launch(query, codes, ranges, layout, ranks, lambda *_: None, (None,) * 4, 1.0, seen, weights, None)
 """
 
 

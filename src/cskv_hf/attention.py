@@ -1,4 +1,4 @@
-"""Attention over a compressed past, in torch or by the kernels, and the attention function that transformers calls.
+"""Attention over a compressed past, in torch or by the kernels.
 
 Keys of the past are rebuilt in tiles and thrown away; values never are: the attention weights aggregate latents, and
 ``value_B`` is applied once at the end (``P (c_v B_vᵀ + μ) = (P c_v) B_vᵀ + (P 1) μ``). Exact and compressed parts
@@ -8,26 +8,16 @@ values exist at any time.
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import kernels
 from .cache_layer import CompressedKV
 from .factors import LayerFactors, compute_dtype, without_autocast
 from .kernels import cpu
 from .rope import paired, rotate_paired
-from .static_tokens import StaticStep
-from .step import Step, once
 
-PREFIX = "cskv_"  # "cskv_sdpa": compressed attention on a compressed past, sdpa on anything else
 CPU_TILE, GPU_TILE = 2**20, 2**24  # elements of a tile of keys or latents: about a CPU's caches; enough for a GPU
 QUERY_CHUNK = 128  # queries at a time, which bounds the scores of a long prompt over a long past
 GPU_SCORES = 2**26  # elements of scores that the kernels write at a time, at most, if more than one query is left
@@ -73,7 +63,7 @@ def _compressed_attention(query, kv: CompressedKV, scaling: float, exact_mask, o
     served = kernels.choose(query, kv.exact_keys, kv.exact_values, *factors) if old else None
     if served and any(mask is not None and mask.shape[1] != 1 for mask in (exact_mask, old_mask)):
         served = None  # a mask for each head
-    attend = {"gpu": _attend_on_gpu, "cpu": _attend_on_cpu, None: _attend}[served]
+    attend = {"gpu": attend_on_gpu, "cpu": attend_on_cpu, None: attend_in_torch}[served]
     chunk = QUERY_CHUNK
     if served == "gpu":  # all scores of a chunk are written
         rows = query.shape[0] * query.shape[1]  # of one query each
@@ -88,10 +78,7 @@ def _compressed_attention(query, kv: CompressedKV, scaling: float, exact_mask, o
     return torch.cat(chunks, dim=2)
 
 
-_untraced_attention = torch.compiler.disable(compressed_attention)  # of a cache whose shapes change with every token
-
-
-def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
+def attend_in_torch(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
     factors, dtype, batch = kv.factors, compute_dtype(query), len(query)
     wide = torch.promote_types(dtype, torch.float32)  # 16 bits do not hold the sums of a long past
     q, shared = _rows_by_kv_head(query.to(dtype) * scaling, factors.num_key_value_heads)
@@ -121,14 +108,14 @@ def _attend(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> to
     return ((exact + old) / softmax.total).view(query.shape).to(query.dtype)
 
 
-def _attend_on_gpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
+def attend_on_gpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
     from .kernels.gpu import attend
 
     q, _ = _rows_by_kv_head(query, kv.factors.num_key_value_heads)
     return attend(q, kv, scaling, exact_mask, old_mask).view(query.shape)
 
 
-def _attend_on_cpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
+def attend_on_cpu(query, kv: CompressedKV, scaling: float, exact_mask, old_mask) -> torch.Tensor:
     q, _ = _rows_by_kv_head(query, kv.factors.num_key_value_heads)
     return cpu.attend(q, kv, scaling, exact_mask, old_mask).view(query.shape).to(query.dtype)
 
@@ -220,123 +207,3 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor | None, shared: int) -> tor
     if mask.dtype == torch.bool:
         return by_head.masked_fill_(~mask, -torch.inf).flatten(2, 3)
     return by_head.add_(mask.to(scores.dtype)).flatten(2, 3)
-
-
-def column_masks(
-    attention_mask: Any, step: Step | StaticStep, sliding_window: int | None, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The masks of the exact and of the compressed columns, from whatever mask the model made over slots; made once
-    for all layers that are given the same.
-
-    Args:
-        attention_mask: a 4-D tensor over slots (eager, sdpa, or given by the user), a 2-D padding mask (flash), or
-            anything else (None, a flex BlockMask), which stands for causal attention over all real tokens.
-        step: of the cache.
-        sliding_window: of the layer; used where the mask is not 4-D.
-    """
-    if attention_mask is None and _sees_all(step, sliding_window):
-        return None, None
-
-    def make() -> tuple[torch.Tensor, torch.Tensor]:
-        return _column_masks(attention_mask, step, sliding_window, device)
-
-    return once(step.memo, f"masks of {sliding_window} tokens on {device}", make, attention_mask)
-
-
-def _column_masks(attention_mask, step: Step | StaticStep, sliding_window, device) -> tuple:
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-        return tuple(
-            _gather_columns(attention_mask, slots.to(device)) for slots in (step.exact_slots(), step.old_slots())
-        )
-    queries = step.start + torch.arange(step.num_new, device=device)[:, None]
-    masks = []
-    for slots in (step.exact_slots().to(device), step.old_slots().to(device)):
-        visible = (slots[:, None] <= queries) & (slots[:, None] >= 0)  # (batch or 1, num_queries, columns)
-        if sliding_window is not None:
-            visible &= slots[:, None] > queries - sliding_window
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            real = attention_mask.to(device).bool()
-            visible = visible & real.gather(1, slots.clamp_min(0).expand(real.shape[0], -1))[:, None]
-        masks.append(visible[:, None])
-    return tuple(masks)
-
-
-def _sees_all(step: Step | StaticStep, sliding_window: int | None) -> bool:
-    """Whether a causal query sees all that is held."""
-    within = sliding_window is None or step.num_slots <= sliding_window
-    return step.num_new == 1 and step.slots is None and within
-
-
-def _gather_columns(mask: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Columns of a 4-D mask over slots at `slots` (batch or 1, n); columns that hold nothing (-1) are masked out."""
-    rows = max(mask.shape[0], slots.shape[0])
-    index = slots.clamp_min(0).expand(rows, -1)[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
-    columns = mask.expand(rows, -1, -1, -1).gather(3, index)
-    empty = (slots < 0)[:, None, None, :]
-    return columns & ~empty if mask.dtype == torch.bool else columns.masked_fill(empty, torch.finfo(mask.dtype).min)
-
-
-def attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor | CompressedKV,
-    value: torch.Tensor | CompressedKV,
-    attention_mask: Any,
-    *,
-    base: str,
-    scaling: float,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The registered attention function: compressed attention for a [`CompressedKV`], the `base` implementation for
-    tensors.
-
-    Returns:
-        (batch, num_queries, num_attention_heads, head_dim), and attention weights only where the base implementation
-        gives them: asking eager attention for them rebuilds all keys and values.
-    """
-    if isinstance(key, CompressedKV) and base == "eager" and kwargs.get("output_attentions"):
-        key, value = key.materialize()
-    if isinstance(key, CompressedKV):
-        masks = column_masks(attention_mask, key.step, sliding_window, query.device)
-        attend = compressed_attention if isinstance(key.step, StaticStep) else _untraced_attention
-        return attend(query, key, scaling, *masks).transpose(1, 2), None
-    function = base_attention(module, base)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-        attention_mask = attention_mask[..., : key.shape[-2]]  # of a cache of fixed size that was empty
-    if sliding_window is not None:
-        kwargs["sliding_window"] = sliding_window
-    if "flash" in base:
-        module = _With(module, config=_With(module.config, _attn_implementation=base))
-    return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-class _With:
-    """An object with an attribute replaced. Flash attention loads the kernel that its module's config names."""
-
-    def __init__(self, original: Any, **replaced: Any) -> None:
-        self.__dict__.update(replaced, _original=original)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-
-def base_attention(module: nn.Module, base: str) -> Callable:
-    """An attention implementation by its transformers name; eager is the model's own."""
-    if base == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[base]
-
-
-def register(base: str) -> str:
-    """Register (once) the attention function that falls back to `base`, with base's own mask; returns its name."""
-    name = PREFIX + base
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, functools.partial(attention_forward, base=base))
-        if base in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    return name
-
-
-for _base in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
-    register(_base)  # at import, so that an unpickled model finds its function

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .attention import PREFIX, register
+from .attention_function import PREFIX, register
 from .cache import CSKVCache
 from .families import attention_layers, decoder_of, frequencies_of
 from .generation import cache_given, give_generate, take_generate

@@ -17,6 +17,7 @@ from ..quantize import PackedLayout
 from .hopper_latents import PARTS, TOKENS
 from .hopper_scores import COLUMNS, hopper_score_kernel
 from .sizes import cdiv, power_of_2, row_stride
+from .tiles import Seen
 from .triton_latents import THOUSANDS
 
 logger = logging.get_logger(__name__)
@@ -151,14 +152,14 @@ def _products(tier: int, room: int, bits: int, few: bool) -> tuple[tuple[int, in
 def launch(
     query: torch.Tensor, codes: torch.Tensor, ranges: torch.Tensor, layout: PackedLayout, ranks: tuple[int, ...],
     factor_of: Callable[[torch.Tensor, torch.dtype], torch.Tensor], turns: tuple[torch.Tensor, ...], scaling: float,
-    seen: torch.Tensor | None, last: torch.Tensor | None, weights: torch.Tensor, maxima: torch.Tensor,
+    seen: Seen | None, weights: torch.Tensor, maxima: torch.Tensor,
 ) -> None:  # fmt: skip
     """Writes weights and maxima, see `hopper_score_kernel`.
 
     Args:
         factor_of: ``key_B`` for the channels of an order, in a dtype.
         turns: cos and sin of the places in a tile, cos and sin of its first `STARTS` tokens, of each row or of all.
-        seen, last: see tiles.py; None sees everything.
+        seen: None sees everything.
     """
     batch, heads, rows, head_dim = query.shape
     num_tiles, num_blocks = weights.shape[2], codes.shape[1]
@@ -168,9 +169,9 @@ def launch(
     together = planned.num_channels > FEW_CHANNELS
     hopper_score_kernel[cdiv(large, tiles_each), heads, batch](
         query, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32), planned.groups,
-        factor_of(planned.order, torch.float16), *turns, *((query, query) if seen is None else (seen, last)),
+        factor_of(planned.order, torch.float16), *turns, *(seen or (query, query)),
         weights, maxima, scaling, rows, num_blocks, layout.code_bytes // 4, layout.num_ranges, num_tiles, tiles_each,
-        row_stride(turns[2]), row_stride(seen), THOUSANDS,
+        row_stride(turns[2]), 0 if seen is None else row_stride(seen.counts), THOUSANDS,
         TOLD=seen is not None, HEADS_PER_GROUP=heads // len(ranks), HEAD_DIM=head_dim, ROWS=power_of_2(rows),
         TIERS=len(layout.tiers), WAYS=planned.ways, GROUP_CHANNELS=layout.group_channels, FOURS=planned.fours,
         TOGETHER=together, STAGED=2 if together else 4, num_warps=4, enable_fp_fusion=True,

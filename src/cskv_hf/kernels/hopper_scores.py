@@ -30,7 +30,7 @@ CHANGING += ["thousands"]
 
 @gluon.jit(do_not_specialize=CHANGING)
 def hopper_score_kernel(
-    query, words, ranges, groups, key_B, cos, sin, start_cos, start_sin, seen, last, weights, maxima,
+    query, words, ranges, groups, key_B, cos, sin, start_cos, start_sin, seen, num_seen, weights, maxima,
     scaling, rows, num_blocks, block_words, block_ranges, num_tiles, tiles_each, turn_stride, seen_stride, thousands,
     TOLD: gl.constexpr, HEADS_PER_GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, TIERS: gl.constexpr,
     WAYS: gl.constexpr, GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr, TOGETHER: gl.constexpr,
@@ -48,7 +48,7 @@ def hopper_score_kernel(
         cos, sin: (TOKENS, HEAD_DIM / 2), what turns a token from the first of its tile.
         start_cos, start_sin: (batch or 1, tiles * PARTS, HEAD_DIM / 2), what turns the first `PARTS` tokens of every
             tile.
-        seen, last: see tiles.py; `TOLD` if there are any.
+        seen, num_seen: see tiles.py; `TOLD` if there are any.
         weights: (batch, heads * rows, num_tiles, 64) float16, tokens in the order of `token_in_tile`.
         maxima: (batch, heads * rows, num_tiles) float32.
         num_tiles: of 64 tokens; `tiles_each`: of 256, that a program takes.
@@ -75,7 +75,7 @@ def hopper_score_kernel(
     out = weights + row_0 * num_tiles * 64, maxima + row_0 * num_tiles, seen + batch * seen_stride
     first, end = split * tiles_each, gl.minimum((split + 1) * tiles_each, (num_tiles + 3) // 4)
     if TOLD:
-        end = gl.minimum(end, (gl.load(last + gl.where(seen_stride > 0, batch, 0)) + 3) // 4)
+        end = gl.minimum(end, (gl.load(num_seen + gl.where(seen_stride > 0, batch, 0)) + 3) // 4)
     tiles = first, end, num_tiles
     for way in gl.static_range(len(WAYS)):
         here = first < end

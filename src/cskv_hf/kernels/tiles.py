@@ -8,6 +8,8 @@ no host waits for it and a CUDA graph holds for whatever comes.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -20,19 +22,25 @@ TILE, BLOCK = 64, 32  # tokens of a tile, and of what is seen of it or not
 OTHERWISE = -1  # a tile for the second run
 
 
-def tokens_seen(
-    old_mask: torch.Tensor | None, positions: torch.Tensor | None, num_old: int, span: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many tokens of each tile are seen, and how many tiles there are up to the last of which any are.
+class Seen(NamedTuple):
+    """What is seen of old tokens.
+
+    Attributes:
+        counts: (batch or 1, tiles) int32, tokens of each tile: 0, 32 or 64 from its first on, or `OTHERWISE`.
+        num_tiles: (batch or 1,) int32, how many tiles there are up to the last of which any are.
+    """
+
+    counts: torch.Tensor
+    num_tiles: torch.Tensor
+
+
+def tokens_seen(old_mask: torch.Tensor | None, positions: torch.Tensor | None, num_old: int, span: int) -> Seen:
+    """How many tokens of each tile are seen.
 
     Args:
         old_mask: (batch or 1, 1, 1, num_old), bool or float to be added; None sees all.
         positions: (batch or 1, num_old) of every token; None if they follow one another.
         span: tokens whose turns are taken from the first of them, a multiple of `TILE`.
-
-    Returns:
-        (batch or 1, tiles) int32, 0, 32 or 64 from the first token of the tile on, or `OTHERWISE`; (batch or 1,)
-        int32.
     """
     some = positions if old_mask is None else old_mask
     seen = plain = torch.ones(1, num_old, dtype=torch.bool, device=some.device)
@@ -55,4 +63,4 @@ def tokens_seen(
     plain = plain & (whole == some).all(-1) & (first | ~second)
     count = torch.where(plain, BLOCK * whole.sum(-1), OTHERWISE).int()
     order = torch.arange(1, num_tiles + 1, device=seen.device, dtype=torch.int32)
-    return count, torch.where(count != 0, order, 0).amax(-1)
+    return Seen(count, torch.where(count != 0, order, 0).amax(-1))

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from ..factors import LayerFactors
-from ..latents import LatentFormat, Latents, PackedFormat
+from ..latents import Latents, PackedFormat
+from .gpu_arguments import description, format_of
 from .sizes import power_of_2
-from .triton_quantize import layout_of, quantize_into, serves, tables_of
+from .triton_quantize import quantize_into, serves, tables_of
 
 CHANNELS = 16  # of a program
 FEWEST_TOKENS = 16  # of a product
@@ -66,26 +67,22 @@ def encode_due(
     cos, sin = (t.expand(len(places), -1, -1).contiguous() for t in back)
     encode(
         *_stored(key_latents), key_states, places, cos, sin, target, factors.key_A, factors.key_mean,
-        factors.key_ranks, *_description(key_latents.format),
+        factors.key_ranks, *description(key_latents.format),
     )  # fmt: skip
     encode(
         *_stored(value_latents), value_states, places, None, None, target, factors.value_A, factors.value_mean,
-        (value_latents.format.rank,), *_description(value_latents.format),
+        (value_latents.format.rank,), *description(value_latents.format),
     )  # fmt: skip
-
-
-# A compiler does not look into the following, and calls it as an operation, so latents are described by tensors and
-# numbers: bits of every channel, none of plain ones, and the tokens of a block and tokens and channels of a range.
 
 
 def _encode(
     data: torch.Tensor, ranges: torch.Tensor | None, states: torch.Tensor, places: torch.Tensor,
     cos: torch.Tensor | None, sin: torch.Tensor | None, target: torch.Tensor, A: torch.Tensor, mean: torch.Tensor,
-    ranks: Sequence[int], bits: Sequence[int], sizes: Sequence[int],
+    ranks: Sequence[int], bits: Sequence[int], rank: int, sizes: Sequence[int],
 ) -> None:  # fmt: skip
+    """One side of [`encode_due`] as an operation, into which a compiler does not look."""
     batch, heads, num_places, head_dim = states.shape
-    tokens, rank = places.shape[1], len(A)
-    layout = layout_of(tuple(bits), *sizes) if bits else None
+    tokens, format = places.shape[1], format_of(tuple(bits), rank, *sizes)
     out = torch.empty(batch, tokens, rank, dtype=torch.float32, device=states.device) if bits else data
     turn = (states, states) if cos is None else (cos, sin)  # never read, or read
     tiles = channel_tiles(tuple(ranks), states.device)
@@ -95,8 +92,8 @@ def _encode(
             TURNED=cos is not None, PACKED=bool(bits), HEADS=heads, GROUP_HEADS=heads // len(ranks),
             HEAD_DIM=head_dim, BLOCK=tokens, TOKENS=max(FEWEST_TOKENS, power_of_2(tokens)), CHANNELS=CHANNELS,
         )  # fmt: skip
-    if layout is not None:
-        quantize_into(data, ranges, out, layout, target)
+    if bits:
+        quantize_into(data, ranges, out, format.layout, target)
 
 
 gpu_encode = torch.library.custom_op("cskv_hf::gpu_encode", _encode, mutates_args=("data", "ranges"))
@@ -171,10 +168,3 @@ def _stored(latents: Latents) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Codes and ranges; plain latents and nothing."""
     data, *ranges = latents.held
     return data, ranges[0] if ranges else None
-
-
-def _description(format: LatentFormat) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if not isinstance(format, PackedFormat):
-        return (), ()
-    layout = format.layout
-    return layout.bits, (layout.block_size, layout.group_tokens, layout.group_channels)

@@ -28,7 +28,7 @@ OF_LAYER = ["block_bytes", "block_ranges", "thousands"]
 
 @triton.jit(do_not_specialize=CHANGING + OF_LAYER)
 def score_kernel(
-    query, data, ranges, pieces, key_B, cos, sin, start_cos, start_sin, positions, inv_freq, mask, seen, last,
+    query, data, ranges, pieces, key_B, cos, sin, start_cos, start_sin, positions, inv_freq, mask, seen, num_seen,
     weights, maxima,
     scaling, attention_scaling, rows, num_queries, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each,
     turn_stride, mask_batch, mask_query, seen_stride, thousands,
@@ -41,8 +41,8 @@ def score_kernel(
 
     Args:
         TURNS, RUN: of tiles.py.
-        seen, last: see there; of the first and the second run. The second takes all tiles of a program that has any
-            that the first could not.
+        seen, num_seen: see there; of the first and the second run. The second takes all tiles of a program that has
+            any that the first could not.
         SIZES: of a head's pieces.
         LEAST: pieces that the head of the fewest needs; heads of fewer than there are take a way of their own.
         HELD: whether what rebuilds keys from all pieces is held ready; else pieces are taken one by one.
@@ -57,7 +57,7 @@ def score_kernel(
     first, end = split * tiles_each, tl.minimum((split + 1) * tiles_each, num_tiles)
     if RUN != ONLY:
         seen += batch * seen_stride
-        end = tl.minimum(end, tl.load(last + tl.where(seen_stride > 0, batch, 0)))
+        end = tl.minimum(end, tl.load(num_seen + tl.where(seen_stride > 0, batch, 0)))
     if RUN == SECOND:
         end = tl.where(_any_left(seen, first, end), end, first)
     tiles = first, end, num_tiles
@@ -267,10 +267,10 @@ def _masked(scores, mask, of_query, column, there, MASK: tl.constexpr):
     return tl.where(there, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_tiles", "tiles_each", "last_stride", *OF_LAYER])
+@triton.jit(do_not_specialize=["num_blocks", "num_tiles", "tiles_each", "num_seen_stride", *OF_LAYER])
 def value_kernel(
-    weights, maxima, data, ranges, pieces, order, last, summed, split_maxima,
-    rows, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each, row_tiles, last_stride, thousands,
+    weights, maxima, data, ranges, pieces, order, num_seen, summed, split_maxima,
+    rows, num_blocks, rank, block_bytes, block_ranges, num_tiles, tiles_each, row_tiles, num_seen_stride, thousands,
     TOLD: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
@@ -278,7 +278,7 @@ def value_kernel(
     split's maximum. The last channel is always one, and its sum that of the weights.
 
     Args:
-        last: see tiles.py; `TOLD` if there is one.
+        num_seen: see tiles.py; `TOLD` if there is one.
     """
     index, split = tl.program_id(0), tl.program_id(1)
     batch, num_batch = (tl.program_id(2) // row_tiles).to(tl.int64), tl.num_programs(2) // row_tiles
@@ -292,7 +292,7 @@ def value_kernel(
     maxima += (batch * rows + row)[:, None] * num_tiles * PARTS
     begin, end = split * tiles_each, tl.minimum((split + 1) * tiles_each, num_tiles)
     if TOLD:
-        end = tl.minimum(end, tl.load(last + batch * last_stride))
+        end = tl.minimum(end, tl.load(num_seen + batch * num_seen_stride))
     found = tl.zeros([ROWS, 32], dtype=tl.float32) + NOTHING
     for part_0 in range(begin * PARTS, end * PARTS, 32):
         part = part_0 + tl.arange(0, 32)

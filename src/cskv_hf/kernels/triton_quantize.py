@@ -110,7 +110,7 @@ def quantize_as_operation(latents: torch.Tensor, layout: PackedLayout) -> tuple[
 def gpu_quantize(
     latents: torch.Tensor, bits: Sequence[int], block_size: int, group_tokens: int, group_channels: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize(latents, layout_of(tuple(bits), block_size, group_tokens, group_channels))
+    return quantize(latents, _layout(tuple(bits), block_size, group_tokens, group_channels))
 
 
 @gpu_quantize.register_fake
@@ -122,7 +122,7 @@ def _(latents, bits, *sizes):
 
 
 @functools.cache
-def layout_of(*fields) -> PackedLayout:
+def _layout(*fields) -> PackedLayout:
     return PackedLayout(*fields)
 
 
