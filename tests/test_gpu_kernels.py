@@ -415,10 +415,12 @@ def compile_for_all(function, constants, **kinds):
     signature = {n: "constexpr" if n in constants else (KINDS | kinds).get(n, "i32") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
     for capability in (80, 90):
-        options = dict(enable_fp_fusion=False)
-        ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+        options = dict(num_stages=1) if function is encode_kernel else dict(enable_fp_fusion=False)
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
         rounded_as_torch_does = "div.full" not in ptx and ("fma" not in ptx or function is encode_kernel)
-        print(".local" not in ptx, rounded_as_torch_does)  # in registers
+        little = shared <= 64 * 1024
+        print(".local" not in ptx, rounded_as_torch_does and little)  # in registers
 
 for block, tokens, padded, of_group, channels in ((32, 32, 32, 4, 64), (24, 3, 4, 1, 64), (32, 16, 16, 128, 128)):
     sizes = dict(BLOCK=block, GROUP_TOKENS=tokens, TOKENS=padded, GROUP_CHANNELS=of_group, CHANNELS=channels)

@@ -91,6 +91,7 @@ def _encode(
             states, places, *turn, target, A.to(states.dtype).contiguous(), mean, tiles, out, rank, num_places,
             TURNED=cos is not None, PACKED=bool(bits), HEADS=heads, GROUP_HEADS=heads // len(ranks),
             HEAD_DIM=head_dim, BLOCK=tokens, TOKENS=max(FEWEST_TOKENS, power_of_2(tokens)), CHANNELS=CHANNELS,
+            num_stages=1,
         )  # fmt: skip
     if bits:
         quantize_into(data, ranges, out, format.layout, target)
