@@ -51,7 +51,7 @@ from transformers import (
 import cskv_hf
 from cskv_hf import CSKVConfig
 
-pytest_plugins = ["doc_tables"]
+pytest_plugins = ["doc_tables", "report_pages"]
 
 torch.set_num_threads(THREADS)
 

@@ -6,108 +6,108 @@ import re
 import pytest
 import torch
 
-from cskv_hf.allocate import PACKED_LEVELS, Block, allocate, allocate_average, quantisation_loss
+from cskv_hf.allocate import PACKED_LEVELS, Side, allocate, allocate_average, quantisation_loss
 from cskv_hf.config import CSKVConfig
 from cskv_hf.model_shape import ModelShape
 from cskv_hf.plan import check_budget, plan, store_plan
 from cskv_hf.quantize import PackedLayout, dequantize, quantize
 
 
-def predicted_loss(blocks, bits):
+def predicted_loss(sides, bits):
     """What [`allocate`] minimises, in the units of the energies."""
     total = 0.0
-    for block, groups in zip(blocks, bits):
-        for energies, channels in zip(block.energies, groups):
-            shares = [quantisation_loss(b, block.group_tokens * block.group_channels) for b in channels]
+    for side, groups in zip(sides, bits):
+        for energies, channels in zip(side.energies, groups):
+            shares = [quantisation_loss(b, side.group_tokens * side.group_channels) for b in channels]
             total += float((energies.double() * torch.tensor(shares, dtype=torch.float64)).sum())
     return total
 
 
 def spectra(*shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    blocks = []
+    sides = []
     for groups, channels, scale in shapes:
         energies = torch.rand(groups, channels, generator=generator, dtype=torch.float64) ** 6 * scale
-        blocks.append(Block(tuple(energies.sort(descending=True)[0])))
-    return blocks
+        sides.append(Side(tuple(energies.sort(descending=True)[0])))
+    return sides
 
 
-BLOCKS = spectra((2, 16, 1.0), (1, 32, 30.0), (2, 16, 0.01), (1, 32, 0.2))
+SIDES = spectra((2, 16, 1.0), (1, 32, 30.0), (2, 16, 0.01), (1, 32, 0.2))
 
 
-def spent(blocks, bits):
+def spent(sides, bits):
     total = 0.0
-    for block, groups in zip(blocks, bits):
+    for side, groups in zip(sides, bits):
         flat = list(itertools.chain(*groups))
-        total += block.bytes_per_token({n: flat.count(n) for n in set(flat)})
+        total += side.bytes_per_token({n: flat.count(n) for n in set(flat)})
     return total
 
 
 @pytest.mark.parametrize("levels", [(0, 16), (0, 4), (0, *PACKED_LEVELS)])
 @pytest.mark.parametrize("budget", [20.0, 40.0, 90.0])
 def test_within_the_budget_and_hardly_below(levels, budget):
-    bits = allocate(BLOCKS, budget, levels)
-    everything = [[[max(levels)] * len(e) for e in block.energies] for block in BLOCKS]
-    assert min(budget, spent(BLOCKS, everything)) - 2.2 <= spent(BLOCKS, bits) <= budget
+    bits = allocate(SIDES, budget, levels)
+    everything = [[[max(levels)] * len(e) for e in side.energies] for side in SIDES]
+    assert min(budget, spent(SIDES, everything)) - 2.2 <= spent(SIDES, bits) <= budget
 
 
 def test_bytes_are_those_of_the_packed_layout():
     for group in ((32, 1), (1, 5), (16, 3)):
-        block = Block((torch.ones(11),), *group)
+        side = Side((torch.ones(11),), *group)
         bits = (8, 8, 4, 4, 4, 4, 3, 3, 2, 2, 2)
         layout = PackedLayout(bits, 32, *group)
-        assert block.bytes_per_token({b: bits.count(b) for b in set(bits)}) == layout.bytes_per_token
+        assert side.bytes_per_token({b: bits.count(b) for b in set(bits)}) == layout.bytes_per_token
 
 
 def test_no_choice_of_the_same_cost_loses_less():
     """A minimum of loss + price * rate for one price is optimal among all allocations of at most its own cost
     (Everett 1963): against every one of the 3^6 others."""
     energies = (torch.tensor([5.0, 1.0, 0.3]), torch.tensor([2.0, 0.5, 0.01]))
-    block, levels = Block(energies), (0, 2, 4)
-    chosen = allocate([block], 2.5, levels)
-    cost, loss = spent([block], chosen), predicted_loss([block], chosen)
+    side, levels = Side(energies), (0, 2, 4)
+    chosen = allocate([side], 2.5, levels)
+    cost, loss = spent([side], chosen), predicted_loss([side], chosen)
     for other in itertools.product(levels, repeat=6):
         candidate = [[list(other[:3]), list(other[3:])]]
-        if other[0] and spent([block], candidate) <= cost:
-            assert predicted_loss([block], candidate) >= loss - 1e-12
+        if other[0] and spent([side], candidate) <= cost:
+            assert predicted_loss([side], candidate) >= loss - 1e-12
 
 
 def test_channels_of_more_energy_get_at_least_as_many_bits():
-    bits = allocate(BLOCKS, 60.0, (0, *PACKED_LEVELS))
+    bits = allocate(SIDES, 60.0, (0, *PACKED_LEVELS))
     flat = [
         (float(e), b)
-        for block, groups in zip(BLOCKS, bits)
-        for es, bs in zip(block.energies, groups)
+        for side, groups in zip(SIDES, bits)
+        for es, bs in zip(side.energies, groups)
         for e, b in zip(es, bs)
     ]
     flat.sort(reverse=True)
-    firsts = {max(float(es[0]) for es in block.energies) for block in BLOCKS}  # kept whatever they carry
+    firsts = {max(float(es[0]) for es in side.energies) for side in SIDES}  # kept whatever they carry
     ordered = [b for e, b in flat if e not in firsts]
     assert ordered == sorted(ordered, reverse=True)
 
 
 def test_every_block_keeps_its_first_channel():
     """A layer without keys or values has nothing to store; a KV head without keys is as good as the budget says."""
-    blocks = spectra((4, 8, 1.0), (1, 8, 1e-9))
-    blocks[0] = Block((*blocks[0].energies[:3], blocks[0].energies[3] * 1e-9))
-    bits = allocate(blocks, 8.0, (0, 4))
+    sides = spectra((4, 8, 1.0), (1, 8, 1e-9))
+    sides[0] = Side((*sides[0].energies[:3], sides[0].energies[3] * 1e-9))
+    bits = allocate(sides, 8.0, (0, 4))
     assert bits[1][0][0] == 4 and not any(bits[1][0][1:])
     assert any(bits[0][0]) and not any(bits[0][3])
 
 
 def test_a_smaller_budget_keeps_a_subset():
     """Nested: what is kept at a small budget is kept at a larger one, with no fewer bits, so adapters can be cut."""
-    large, small = allocate(BLOCKS, 80.0, (0, *PACKED_LEVELS)), allocate(BLOCKS, 30.0, (0, *PACKED_LEVELS))
+    large, small = allocate(SIDES, 80.0, (0, *PACKED_LEVELS)), allocate(SIDES, 30.0, (0, *PACKED_LEVELS))
     assert all(a >= b for x, y in zip(large, small) for g, h in zip(x, y) for a, b in zip(g, h))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_average_bits(bits):
-    chosen = allocate_average(BLOCKS, 50.0, bits)
+    chosen = allocate_average(SIDES, 50.0, bits)
     kept = [b for groups in chosen for group in groups for b in group if b]
-    assert 48.0 <= spent(BLOCKS, chosen) <= 50.0
+    assert 48.0 <= spent(SIDES, chosen) <= 50.0
     assert abs(sum(kept) / len(kept) - bits) < 0.35
-    assert predicted_loss(BLOCKS, chosen) <= predicted_loss(BLOCKS, allocate(BLOCKS, 50.0, (0, bits))) + 1e-12
+    assert predicted_loss(SIDES, chosen) <= predicted_loss(SIDES, allocate(SIDES, 50.0, (0, bits))) + 1e-12
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 16])
@@ -132,21 +132,21 @@ def test_budget_too_small():
     with pytest.raises(
         ValueError, match=r"budget of 2\.0 bytes per token does not hold one channel of keys and of values"
     ):
-        allocate(BLOCKS, 2.0, (0, 16))
+        allocate(SIDES, 2.0, (0, 16))
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_energies_that_are_no_numbers_are_refused(wrong):
     """They would leave every layer with the one channel it must keep."""
-    with pytest.raises(ValueError, match=r"`blocks`\[1\] has NaN or infinite energies.*Fit again"):
-        allocate([BLOCKS[0], Block((torch.tensor([1.0, wrong]),))], 20.0, (0, 4))
+    with pytest.raises(ValueError, match=r"`sides`\[1\] has NaN or infinite energies.*Fit again"):
+        allocate([SIDES[0], Side((torch.tensor([1.0, wrong]),))], 20.0, (0, 4))
 
 
 def test_channels_of_the_same_energy_move_together():
     """Alike layers get the same; what does not suffice for all of them stays unspent."""
-    blocks = [Block((torch.tensor([8.0, 4.0, 2.0]),)) for _ in range(4)]
-    bits = allocate(blocks, 6 * 1.125, (0, 8))
-    assert bits == [[[8, 0, 0]]] * 4 and spent(blocks, bits) == 4 * 1.125
+    sides = [Side((torch.tensor([8.0, 4.0, 2.0]),)) for _ in range(4)]
+    bits = allocate(sides, 6 * 1.125, (0, 8))
+    assert bits == [[[8, 0, 0]]] * 4 and spent(sides, bits) == 4 * 1.125
 
 
 @pytest.mark.parametrize("bits, least", [(None, 2), (2, 2), (4, 4), (16, 16)])

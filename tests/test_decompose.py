@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cskv_hf.decompose import (
-    blocks,
+    diagonal_blocks,
     driven_channels,
     key_weight,
     latent_energy,
@@ -70,7 +70,7 @@ def test_eckart_young(data):
 def test_pooled_eckart_young(data):
     """Per head, the error is the sum of the smallest eigenvalues of all heads together, whichever head they are of."""
     _, _, k, C = data
-    eigenvalues = torch.linalg.eigvalsh(blocks(C, 4)).flatten().sort().values
+    eigenvalues = torch.linalg.eigvalsh(diagonal_blocks(C, 4)).flatten().sort().values
     factors = optimal_factors(C, 10, 4)
     error = (k - reconstruct(factors, k)).square().sum(1).mean()
     torch.testing.assert_close(error, eigenvalues[:14].sum())
@@ -84,7 +84,7 @@ def test_centred_factors_are_the_affine_optimum(data, groups):
     _, _, k, C = data
     mean = k.mean(0)
     covariance = (k - mean).mT @ (k - mean) / len(k)
-    eigenvalues, size = torch.linalg.eigvalsh(blocks(covariance, groups)), KV_DIM // groups
+    eigenvalues, size = torch.linalg.eigvalsh(diagonal_blocks(covariance, groups)), KV_DIM // groups
     for rank in (4, 9, 15):
         plain, factors = optimal_factors(C, rank, groups), optimal_factors(C, rank, groups, mean=mean)
         error = (k - mean - reconstruct(factors, k - mean)).square().sum(1).mean()

@@ -21,11 +21,11 @@ PACKED_LEVELS = (2, 3, 4, 6, 8)  # one bit between minimum and maximum loses mor
 
 
 @dataclass(frozen=True)
-class Block:
+class Side:
     """Channels that share a tensor: the keys or the values of one layer.
 
     Attributes:
-        energies: per key group (values have one group), the energy of each channel, falling, in units that all blocks
+        energies: per key group (values have one group), the energy of each channel, falling, in units that all sides
             share.
         group_tokens, group_channels: tokens and channels that share a range.
     """
@@ -40,7 +40,7 @@ class Block:
         return 8 * RANGE_BYTES / (self.group_tokens * self.group_channels)
 
     def bytes_per_token(self, counts: dict[int, int]) -> float:
-        """True bytes of the block for ``counts[bits]`` channels of each number of bits, part-filled groups counted."""
+        """True bytes of the side for ``counts[bits]`` channels of each number of bits, part-filled groups counted."""
         total = 0.0
         for bits, channels in counts.items():
             total += channels * bits / 8
@@ -72,38 +72,38 @@ def quantisation_loss(bits: int, group_size: int) -> float:
     return gaussian_range(group_size) ** 2 / (12 * (2**bits - 1) ** 2)
 
 
-Bits = list[list[list[int]]]  # per block and group, the bits of every channel
+Bits = list[list[list[int]]]  # per side and group, the bits of every channel
 
 
-def allocate(blocks: Sequence[Block], budget: float, levels: Sequence[int]) -> Bits:
-    """Bits of every channel of every block: what one price for all of them buys within a budget.
+def allocate(sides: Sequence[Side], budget: float, levels: Sequence[int]) -> Bits:
+    """Bits of every channel of every side: what one price for all of them buys within a budget.
 
     No other choice that costs as much loses less. Channels of the same energy get the same bits, so that alike layers
     stay alike and neighbours in multiples together; what it would take to raise all of them stays unspent.
 
     Args:
-        budget: bytes per token, over all blocks.
+        budget: bytes per token, over all sides.
         levels: bits a channel may have; 0 drops it.
 
     Returns:
-        Per block and group, the bits of its channels; every block keeps at least its first channel.
+        Per side and group, the bits of its channels; every side keeps at least its first channel.
 
     Raises:
-        ValueError: if not even one channel per block fits, or energies are NaN or infinite.
+        ValueError: if not even one channel per side fits, or energies are NaN or infinite.
     """
-    for i, block in enumerate(blocks):
-        if not all(energies.isfinite().all() for energies in block.energies):
+    for i, side in enumerate(sides):
+        if not all(energies.isfinite().all() for energies in side.energies):
             raise ValueError(
-                f"`blocks`[{i}] has NaN or infinite energies, that is, the spectrum or the sensitivity of its layer "
+                f"`sides`[{i}] has NaN or infinite energies, that is, the spectrum or the sensitivity of its layer "
                 "has. Fit again, or use `allocation`='uniform'."
             )
     levels = sorted(levels)
-    sizes = [len(e) for block in blocks for e in block.energies]
-    owner = torch.tensor([i for i, block in enumerate(blocks) for e in block.energies for _ in range(len(e))])
-    energies = torch.cat([e.double() for block in blocks for e in block.energies]).clamp_min(0.0)
-    firsts = torch.stack([torch.where(owner == i, energies, -1.0).argmax() for i in range(len(blocks))])
+    sizes = [len(e) for side in sides for e in side.energies]
+    owner = torch.tensor([i for i, side in enumerate(sides) for e in side.energies for _ in range(len(e))])
+    energies = torch.cat([e.double() for side in sides for e in side.energies]).clamp_min(0.0)
+    firsts = torch.stack([torch.where(owner == i, energies, -1.0).argmax() for i in range(len(sides))])
     energies = energies / energies.max().clamp_min(torch.finfo(torch.float64).tiny)
-    losses, rates = _loss_and_rate(blocks, levels)
+    losses, rates = _loss_and_rate(sides, levels)
     losses, rates = energies[:, None] * losses[owner], rates[owner]  # (channels, levels)
 
     def at_price(log_price: float) -> torch.Tensor:
@@ -113,9 +113,9 @@ def allocate(blocks: Sequence[Block], budget: float, levels: Sequence[int]) -> B
         return chosen
 
     def total(chosen: torch.Tensor) -> float:
-        counts = torch.bincount(owner * len(levels) + chosen, minlength=len(blocks) * len(levels))
-        by_block = counts.view(len(blocks), -1).tolist()
-        return sum(block.bytes_per_token(dict(zip(levels, n))) for block, n in zip(blocks, by_block))
+        counts = torch.bincount(owner * len(levels) + chosen, minlength=len(sides) * len(levels))
+        by_side = counts.view(len(sides), -1).tolist()
+        return sum(side.bytes_per_token(dict(zip(levels, n))) for side, n in zip(sides, by_side))
 
     low, high = -60.0, 5.0  # of the log price: as many bits as there are; as few as there must be
     best = at_price(high)
@@ -132,33 +132,33 @@ def allocate(blocks: Sequence[Block], budget: float, levels: Sequence[int]) -> B
         else:
             low = middle
     groups = iter([[levels[i] for i in part.tolist()] for part in best.split(sizes)])
-    return [[next(groups) for _ in block.energies] for block in blocks]
+    return [[next(groups) for _ in side.energies] for side in sides]
 
 
-def _loss_and_rate(blocks: Sequence[Block], levels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """f(b) and bits per token of every block and level, (blocks, levels)."""
-    losses = [[quantisation_loss(b, block.group_tokens * block.group_channels) for b in levels] for block in blocks]
-    rates = [[b + block.range_bits * (0 < b < PLAIN_BITS) for b in levels] for block in blocks]
+def _loss_and_rate(sides: Sequence[Side], levels: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """f(b) and bits per token of every side and level, (sides, levels)."""
+    losses = [[quantisation_loss(b, side.group_tokens * side.group_channels) for b in levels] for side in sides]
+    rates = [[b + side.range_bits * (0 < b < PLAIN_BITS) for b in levels] for side in sides]
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(rates, dtype=torch.float64)
 
 
-def allocate_average(blocks: Sequence[Block], budget: float, bits: int) -> Bits:
+def allocate_average(sides: Sequence[Side], budget: float, bits: int) -> Bits:
     """As [`allocate`], with `bits` the average over the channels that are kept.
 
     As many channels are kept as `bits` each leave room for, those of most energy; they share their bits by one more
     water level.
     """
-    kept = allocate(blocks, budget, (0, bits))
+    kept = allocate(sides, budget, (0, bits))
     if bits <= PACKED_LEVELS[0]:
         return kept
     counts = [[sum(b > 0 for b in group) for group in groups] for groups in kept]
     survivors = [
-        Block(tuple(e[:n] for e, n in zip(block.energies, ns)), block.group_tokens, block.group_channels)
-        for block, ns in zip(blocks, counts)
+        Side(tuple(e[:n] for e, n in zip(side.energies, ns)), side.group_tokens, side.group_channels)
+        for side, ns in zip(sides, counts)
     ]
-    spent = sum(block.bytes_per_token({bits: sum(ns)}) for block, ns in zip(blocks, counts))
+    spent = sum(side.bytes_per_token({bits: sum(ns)}) for side, ns in zip(sides, counts))
     shared = allocate(survivors, spent, PACKED_LEVELS)
     return [
-        [part + [0] * (len(e) - len(part)) for e, part in zip(block.energies, groups)]
-        for block, groups in zip(blocks, shared)
+        [part + [0] * (len(e) - len(part)) for e, part in zip(side.energies, groups)]
+        for side, groups in zip(sides, shared)
     ]

@@ -57,7 +57,7 @@ class Factors:
         return self.spectrum.split(list(self.ranks))
 
 
-def blocks(matrix: torch.Tensor, num_groups: int) -> torch.Tensor:
+def diagonal_blocks(matrix: torch.Tensor, num_groups: int) -> torch.Tensor:
     """The diagonal blocks (num_groups, group_dim, group_dim) of a (kv_dim, kv_dim) matrix."""
     size = matrix.shape[0] // num_groups
     return torch.stack([matrix[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(num_groups)])
@@ -137,12 +137,12 @@ def optimal_factors(
                 f"`{name}` has NaN or infinite entries; check the calibration data and the model's weights and dtype."
             )
     mean = torch.zeros(len(second_moment), dtype=torch.float64) if mean is None else mean.double()
-    moments = blocks(centred(second_moment, mean), num_groups)
+    moments = diagonal_blocks(centred(second_moment, mean), num_groups)
     if weight is None:
         values, vectors = torch.linalg.eigh(moments)
         A, B = vectors.flip(-1).mT, vectors.flip(-1)
     else:
-        root, inverse = sqrt_and_inverse(blocks(weight.double(), num_groups))
+        root, inverse = sqrt_and_inverse(diagonal_blocks(weight.double(), num_groups))
         values, vectors = torch.linalg.eigh(root @ moments @ root)
         A, B = vectors.flip(-1).mT @ root, inverse @ vectors.flip(-1)
     spectra = values.flip(-1).clamp_min(0.0)
@@ -213,7 +213,7 @@ def relative_error(factors: Factors, second_moment: torch.Tensor, weight: torch.
     """``E[(x - x̂)ᵀ M (x - x̂)] / E[xᵀ M x]`` on the data that `second_moment` was taken from."""
     second_moment, lost = second_moment.double(), 0.0
     total = float(second_moment.trace() if weight is None else (weight.double() * second_moment).sum())
-    M = None if weight is None else blocks(weight.double(), len(factors.ranks))
+    M = None if weight is None else diagonal_blocks(weight.double(), len(factors.ranks))
     for g, (A, B, moment) in enumerate(_groups(factors, centred(second_moment, factors.mean))):
         residual = torch.eye(moment.shape[0], dtype=torch.float64) - B @ A
         weighted = residual if M is None else M[g] @ residual
@@ -223,7 +223,7 @@ def relative_error(factors: Factors, second_moment: torch.Tensor, weight: torch.
 
 def _groups(factors: Factors, second_moment: torch.Tensor):
     start = 0
-    for rank, moment in zip(factors.ranks, blocks(second_moment, len(factors.ranks))):
+    for rank, moment in zip(factors.ranks, diagonal_blocks(second_moment, len(factors.ranks))):
         channels = slice(start, start + rank)
         yield factors.A[channels].double(), factors.B[:, channels].double(), moment
         start += rank

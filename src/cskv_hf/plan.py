@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .allocate import PACKED_LEVELS, PLAIN_BITS, Block, allocate, allocate_average
+from .allocate import PACKED_LEVELS, PLAIN_BITS, Side, allocate, allocate_average
 from .config import CSKVConfig
 from .decompose import even_ranks, pooled_ranks
 from .model_shape import ModelShape
@@ -84,18 +84,18 @@ def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) 
 
 def _allocated(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
     check_budget(config, shape)
-    blocks = []
+    sides = []
     for (keys, values), (key_price, value_price) in zip(spectra, config.sensitivity):
         levelled = [_in_steps(e.double(), config.rank_multiple) for e in (*keys, values)]
-        blocks.append(Block(tuple(e * key_price for e in levelled[:-1]), *config.group_of("key")))
-        blocks.append(Block((levelled[-1] * value_price,), *config.group_of("value")))
+        sides.append(Side(tuple(e * key_price for e in levelled[:-1]), *config.group_of("key")))
+        sides.append(Side((levelled[-1] * value_price,), *config.group_of("value")))
     budget, bits = config.byte_budget(shape), config.storage_bits
     if bits is None:
-        chosen = allocate(blocks, budget, (0, *PACKED_LEVELS))
+        chosen = allocate(sides, budget, (0, *PACKED_LEVELS))
     elif bits == PLAIN_BITS:
-        chosen = allocate(blocks, budget, (0, PLAIN_BITS))
+        chosen = allocate(sides, budget, (0, PLAIN_BITS))
     else:
-        chosen = allocate_average(blocks, budget, bits)
+        chosen = allocate_average(sides, budget, bits)
     plans = []
     for keys, (values,) in zip(chosen[::2], chosen[1::2]):
         kept = [[b for b in group if b] for group in keys], [b for b in values if b]
