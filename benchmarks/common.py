@@ -25,7 +25,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from cskv_hf import CSKVCache, CSKVConfig, ModelShape, kernels
-from cskv_hf.cache_layer import CompressedKV
+from cskv_hf.cache_layer import CompressedKV, ForwardInputs
 from cskv_hf.config import num_key_groups
 from cskv_hf.factors import LayerFactors
 from cskv_hf.files import replace_file
@@ -166,7 +166,8 @@ class FilledCache:
         positions = torch.arange(self.length, self.length + count, device=self.factors.key_A.device)[None]
         self.length += count
         for layer_idx in range(self.num_layers):
-            self.cache.stage(layer_idx, self.factors, self.config, positions, self.batch, self.frequencies, False)
+            inputs = ForwardInputs(positions, self.batch, self.frequencies)
+            self.cache.stage(layer_idx, self.factors, self.config, inputs)
             yield self.cache.update(states(count), states(count), layer_idx)[0]
 
 

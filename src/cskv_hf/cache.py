@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_layer import MISSING_FACTORS, CSKVLayer, Staged
+from .cache_layer import MISSING_FACTORS, CSKVLayer, ForwardInputs, Staged
 from .config import CSKVConfig
 from .factors import LayerFactors
-from .rope import RotaryFrequencies
 from .step import Step
 from .tokens import ROLLBACK_TOKENS, TokenTable
 
@@ -102,24 +101,8 @@ class CSKVCache(Cache):
         if self.tokens.num_slots == 0:
             self.reset()
 
-    def stage(
-        self,
-        layer_idx: int,
-        factors: LayerFactors,
-        config: CSKVConfig,
-        positions: torch.Tensor,
-        batch_size: int,
-        frequencies: RotaryFrequencies,
-        materialize: bool,
-        sliding_window: int | None = None,
-    ) -> None:
+    def stage(self, layer_idx: int, factors: LayerFactors, config: CSKVConfig, inputs: ForwardInputs) -> None:
         """Called by the pre-hook of each attention layer, before that layer's `update`.
-
-        Args:
-            positions: (batch or 1, num_new).
-            batch_size: rows of the batch.
-            materialize: as the argument of the class, decided for this step.
-            sliding_window: of this layer, in tokens; None if it attends to all.
 
         Raises:
             ValueError: if the cache was filled with other factors or another batch, or if a mask of the user's own
@@ -128,46 +111,16 @@ class CSKVCache(Cache):
         """
         while len(self.layers) <= layer_idx:
             self.layers.append(CSKVLayer(self.offloading))
-        layer = self.layers[layer_idx]
+        layer, sliding_window = self.layers[layer_idx], inputs.sliding_window
         if self.tokens is None:
             window = config.window if self.window is None else self.window
             sinks = config.sinks if self.sinks is None else self.sinks
             self.tokens = TokenTable(window, sinks, config.block_size, self.slack)
-        if layer.is_initialized and layer.heads != factors.heads:
-            raise ValueError(
-                f"This CSKVCache holds {_heads(layer.heads)}, layer {layer_idx} of this model has "
-                f"{_heads(factors.heads)} here. Under tensor parallelism a cache belongs to one process: use a new "
-                "one, or `cache.reset()`."
-            )
-        held, given = (layer.key_latents, layer.value_latents), (factors.key_format, factors.value_format)
-        if layer.is_initialized and tuple(latents.format for latents in held) != given:
-            raise ValueError(
-                f"This CSKVCache was filled with latents of rank {held[0].format.rank} (keys) and "
-                f"{held[1].format.rank} (values), layer {layer_idx} of this model has {given[0].rank} and "
-                f"{given[1].rank}, or stores them in other bits. A cache belongs to one model and adapter: use a new "
-                "one, or `cache.reset()`."
-            )
-        if layer.is_initialized and not layer.fingerprint.is_of(factors):
-            raise ValueError(
-                f"This CSKVCache was filled by another adapter of the same sizes, or before this one was trained "
-                f"further (layer {layer_idx}). A cache belongs to one model and adapter: use a new one, or "
-                "`cache.reset()`."
-            )
-        if layer.is_initialized and layer.keys.shape[0] != batch_size:
-            raise ValueError(
-                f"This CSKVCache holds a batch of {layer.keys.shape[0]} and got a batch of {batch_size}. Use a new "
-                "cache, `cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
-            )
-        if layer.num_dropped and self.has_own_mask:
-            raise ValueError(
-                f"`attention_mask` is a mask of single queries and tokens, which may show layer {layer_idx} what "
-                f"lies beyond its sliding window of {sliding_window} tokens, and this CSKVCache has dropped that. "
-                "Pass a mask of padding, (batch, tokens), or such a mask from the first token on: then nothing is "
-                "dropped."
-            )
+        if layer.is_initialized:
+            self._check_same(layer, layer_idx, factors, inputs)
         if layer.num_slots == self.tokens.num_slots:
-            valid, self._before = self._new_tokens_valid(positions), self.tokens.snapshot()
-            self._step = self.tokens.advance(positions, frequencies, valid, batch_size)
+            valid, self._before = self._new_tokens_valid(inputs.positions), self.tokens.snapshot()
+            self._step = self.tokens.advance(inputs.positions, inputs.frequencies, valid, inputs.batch_size)
         elif self._step is None or layer.num_slots != self._step.start:
             raise RuntimeError(INTERRUPTED)
         layer.sliding_window = sliding_window
@@ -175,7 +128,42 @@ class CSKVCache(Cache):
         drops = sliding_window is not None and self._step.eviction is not None
         drops = drops and not self.has_own_mask and not waits_for_crop
         unseen_blocks = self.tokens.unseen_blocks(sliding_window) if drops else 0
-        layer.staged = Staged(self._step, factors, self.materialize or materialize, unseen_blocks)
+        layer.staged = Staged(self._step, factors, self.materialize or inputs.materialize, unseen_blocks)
+
+    def _check_same(self, layer: CSKVLayer, layer_idx: int, factors: LayerFactors, inputs: ForwardInputs) -> None:
+        if layer.heads != factors.heads:
+            raise ValueError(
+                f"This CSKVCache holds {_heads(layer.heads)}, layer {layer_idx} of this model has "
+                f"{_heads(factors.heads)} here. Under tensor parallelism a cache belongs to one process: use a new "
+                "one, or `cache.reset()`."
+            )
+        held, given = (layer.key_latents, layer.value_latents), (factors.key_format, factors.value_format)
+        if tuple(latents.format for latents in held) != given:
+            raise ValueError(
+                f"This CSKVCache was filled with latents of rank {held[0].format.rank} (keys) and "
+                f"{held[1].format.rank} (values), layer {layer_idx} of this model has {given[0].rank} and "
+                f"{given[1].rank}, or stores them in other bits. A cache belongs to one model and adapter: use a new "
+                "one, or `cache.reset()`."
+            )
+        if not layer.fingerprint.is_of(factors):
+            raise ValueError(
+                f"This CSKVCache was filled by another adapter of the same sizes, or before this one was trained "
+                f"further (layer {layer_idx}). A cache belongs to one model and adapter: use a new one, or "
+                "`cache.reset()`."
+            )
+        batch_size = layer.keys.shape[0]
+        if batch_size != inputs.batch_size:
+            raise ValueError(
+                f"This CSKVCache holds a batch of {batch_size} and got a batch of {inputs.batch_size}. Use a new "
+                "cache, `cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
+            )
+        if layer.num_dropped and self.has_own_mask:
+            raise ValueError(
+                f"`attention_mask` is a mask of single queries and tokens, which may show layer {layer_idx} what "
+                f"lies beyond its sliding window of {inputs.sliding_window} tokens, and this CSKVCache has dropped "
+                "that. Pass a mask of padding, (batch, tokens), or such a mask from the first token on: then nothing "
+                "is dropped."
+            )
 
     def _new_tokens_valid(self, positions: torch.Tensor) -> torch.Tensor | None:
         if self.padding_mask is None:

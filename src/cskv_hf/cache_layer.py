@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -67,6 +67,24 @@ class CompressedKV:
         target = slots.masked_fill(slots < 0, self.step.num_slots).expand(batch, -1)
         frame.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, head_dim), states)
         return frame[:, :, :-1]
+
+
+class ForwardInputs(NamedTuple):
+    """What the pre-hook of an attention layer says of the forward to [`CSKVCache.stage`].
+
+    Attributes:
+        positions: (batch or 1, num_new).
+        batch_size: rows of the batch.
+        frequencies: the rotary frequencies that the new keys were turned by.
+        materialize: whether keys and values are to be rebuilt, for an attention that is not CSKV's.
+        sliding_window: of this layer, in tokens; None if it attends to all.
+    """
+
+    positions: torch.Tensor
+    batch_size: int
+    frequencies: RotaryFrequencies
+    materialize: bool = False
+    sliding_window: int | None = None
 
 
 @dataclass

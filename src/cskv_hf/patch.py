@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .attention_function import PREFIX, register
 from .cache import CSKVCache
+from .cache_layer import ForwardInputs
 from .families import attention_layers, decoder_of, frequencies_of
 from .generation import cache_given, give_generate, take_generate
 from .model_shape import sliding_window
@@ -107,8 +108,8 @@ class StageFactors:
                 "attached, so keys and values are rebuilt in every step, which is slow. Change it before the adapter "
                 "is loaded instead."
             )
-        step = positions, len(hidden_states), frequencies, not fused, self.sliding_window
-        cache.stage(module.layer_idx, sidecar(), config, *step)
+        inputs = ForwardInputs(positions, len(hidden_states), frequencies, not fused, self.sliding_window)
+        cache.stage(module.layer_idx, sidecar(), config, inputs)
 
     def _check_rotary(self, positions: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> None:
         """The cache rebuilds cos and sin from positions; make sure once that they are the model's."""

@@ -14,11 +14,10 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import kernels
-from .cache_layer import MISSING_FACTORS, CompressedKV, Staged, encode, turned_back
+from .cache_layer import MISSING_FACTORS, CompressedKV, ForwardInputs, Staged, encode, turned_back
 from .config import CSKVConfig
 from .factors import Fingerprint, LayerFactors, without_autocast
 from .latents import LatentFormat, Latents
-from .rope import RotaryFrequencies
 from .static_tokens import StaticStep, StaticTable
 from .step import once, take
 
@@ -220,55 +219,43 @@ class CSKVStaticCache(Cache):
             )
         self.attention_mask = attention_mask
 
-    def stage(
-        self,
-        layer_idx: int,
-        factors: LayerFactors,
-        config: CSKVConfig,
-        positions: torch.Tensor,
-        batch_size: int,
-        frequencies: RotaryFrequencies,
-        materialize: bool,
-        sliding_window: int | None = None,
-    ) -> None:
+    def stage(self, layer_idx: int, factors: LayerFactors, config: CSKVConfig, inputs: ForwardInputs) -> None:
         """Called by the pre-hook of each attention layer, before that layer's `update`; as [`CSKVCache.stage`].
 
-        Args:
-            sliding_window: not used; all places exist anyway, and the mask hides what lies beyond.
+        A layer's sliding window is not asked for: all places exist anyway, and the mask hides what lies beyond.
 
         Raises:
             ValueError: if the cache was filled with other factors or another batch, if the new tokens do not fit, or
                 if the model's attention or RoPE is of a kind that a cache of fixed size does not serve.
         """
         if self.tokens is None:
-            self.tokens = self._new_table(config, frequencies, batch_size, positions.device)
+            self.tokens = self._new_table(config, inputs)
         while len(self.layers) <= layer_idx:
             self.layers.append(CSKVStaticLayer(self.tokens))
         layer = self.layers[layer_idx]
-        if materialize:
+        if inputs.materialize:
             raise ValueError(
                 "The attention implementation was changed after CSKV was attached, and a CSKVStaticCache cannot do "
                 "without its own. Change it before the adapter is loaded, or use `CSKVCache()`."
             )
         if layer.is_initialized:
-            self._check_same(layer, layer_idx, factors, batch_size)
+            self._check_same(layer, layer_idx, factors, inputs.batch_size)
         if self._step is None:
-            self._step = StaticStep(self.tokens, positions, frequencies, self.attention_mask)
+            self._step = StaticStep(self.tokens, inputs.positions, inputs.frequencies, self.attention_mask)
         layer.staged = Staged(self._step, factors, materialize=False)
 
     @torch.compiler.disable
     @torch.inference_mode(False)
-    def _new_table(
-        self, config: CSKVConfig, frequencies: RotaryFrequencies, batch_size: int, device: torch.device
-    ) -> StaticTable:
-        if frequencies.change:
+    def _new_table(self, config: CSKVConfig, inputs: ForwardInputs) -> StaticTable:
+        if inputs.frequencies.change:
             raise ValueError(
                 "A CSKVStaticCache does not support RoPE scaling whose frequencies change with the length (dynamic, "
                 "longrope). Use `CSKVCache()`."
             )
         window = config.window if self.window is None else self.window
         sinks = config.sinks if self.sinks is None else self.sinks
-        table = StaticTable(self.max_cache_len, window, sinks, config.block_size, batch_size, device)
+        rows, device = inputs.batch_size, inputs.positions.device
+        table = StaticTable(self.max_cache_len, window, sinks, config.block_size, rows, device)
         keep_in_place(table.tensors)
         return table
 
