@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from common import arguments, fit, load_model
 
+from cskv_hf.adapter_files import save_adapter
 from cskv_hf.demo.corpus import reference_topics
 from cskv_hf.evaluate.divergence import evaluation_record
 from cskv_hf.fit_report import format_evaluation, format_report
-from cskv_hf.hub import save_adapter
 
 
 def main() -> None:

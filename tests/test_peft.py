@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMH
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
+from cskv_hf.adapter_files import save_adapter
 from cskv_hf.fit_report import format_report
-from cskv_hf.hub import save_adapter
 from cskv_hf.tuner import sidecars
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
-from cskv_hf.hub import save_adapter
+from cskv_hf.adapter_files import save_adapter
 from cskv_hf.train import CSKVTrainer, training_arguments, training_rows
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)

@@ -17,13 +17,14 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from .adapter_files import check_adapter_files
 from .cache import CSKVCache
 from .config import CSKVConfig
 from .files import calibration_samples, check_out, documents, full_rows, replace_directory
 from .fit_report import format_evaluation, format_report
 from .fitting import fit as fit_model
 from .generation import has_active_adapter
-from .hub import check_adapter_files, load, local_adapter, push_folder
+from .hub import load, local_adapter, push_folder
 from .kernels import HAS_TRITON, cpu
 
 EVALUATION_LENGTH, EVALUATION_ROWS = 512, 64  # of `cskv fit --evaluate`

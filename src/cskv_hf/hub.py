@@ -27,24 +27,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .adapter_files import ADAPTER, check_adapter_files, save_adapter
 from .card import card_text
 from .config import CSKVConfig
-from .model_shape import ModelShape
-from .sidecar import factor_shapes
 from .tuner import adapter_config, check_can_add, shrink, sidecars
 
 logger = logging.get_logger(__name__)
 
-ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-WEIGHT = re.compile(r"\.layers\.(\d+)\.self_attn\.cskv\.(\w+)\.weight$")
 
 
 def load(
@@ -165,58 +161,6 @@ def dataset_file(repo_id: str, filename: str) -> Path:
             f"({str(error).strip().splitlines()[0]}). Download it where there is a network, unpack it, and give the "
             "path of its .jsonl file."
         ) from error
-
-
-def check_adapter_files(folder: Path) -> None:
-    """Refuse an adapter directory that cannot be loaded, saying which file is at fault and what to do.
-
-    Raises:
-        ValueError: as described.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"There is no directory '{folder}'.")
-    config_file, weights_file = (folder / name for name in ADAPTER)
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ValueError(
-                f"'{folder}' is no complete CSKV adapter: {file.name} is missing. Save it again with "
-                f"`save_pretrained`."
-            )
-    try:
-        settings = json.loads(config_file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"'{config_file}' is not valid JSON ({error}). Save or download the adapter again."
-        ) from error
-    peft_type = settings.get("peft_type") if isinstance(settings, dict) else None
-    if peft_type is None:
-        raise ValueError(f"'{config_file}' names no `peft_type`, so '{folder}' is no adapter.")
-    if peft_type != "CSKV":
-        raise ValueError(f"'{folder}' is a {peft_type} adapter, not a CSKV one.")
-    config = CSKVConfig.from_pretrained(str(folder))
-    try:
-        with safe_open(weights_file, "pt") as weights:
-            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"'{weights_file}' is truncated or corrupt ({error}). Save or download the adapter again."
-        ) from error
-    if config.is_fitted and config.model_shape is not None:
-        found = {(int(at[1]), at[2]): shape for name, shape in shapes.items() if (at := WEIGHT.search(name))}
-        _check_shapes(weights_file, found, config)
-
-
-def _check_shapes(file: Path, found: dict[tuple[int, str], tuple], config: CSKVConfig) -> None:
-    kv_dim = ModelShape(**config.model_shape).kv_dim
-    for layer_idx, ranks in enumerate(zip(config.key_ranks, config.value_ranks)):
-        for name, shape in factor_shapes(*ranks, kv_dim).items():
-            given = found.get((layer_idx, name))
-            if given != shape:
-                raise ValueError(
-                    f"'{file}' does not belong to the {CONFIG_NAME} beside it: `{name}` of layer {layer_idx} is "
-                    f"{'missing' if given is None else given} in the file, {shape} by the config. Save or download "
-                    "the adapter again."
-                )
 
 
 def push_to_hub(
@@ -360,34 +304,6 @@ def _connection(api: HfApi) -> Iterator[None]:
         raise ConnectionError(
             f"The Hub at {api.endpoint} cannot be reached ({error}). Push again where there is a network."
         ) from error
-
-
-def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str | None = None) -> None:
-    """Save one CSKV adapter to a directory, whatever else the model holds: a `PeftModel`, or a transformers model
-    with adapters inside.
-
-    Raises:
-        ValueError: if an adapter of another method has the same name.
-    """
-    name = adapter_name or sidecars(model)[0].adapter_in_use
-    if not isinstance(model.peft_config.get(name), CSKVConfig):
-        raise ValueError(
-            f"The CSKV adapter '{name}' cannot be saved: an adapter of another method was given its name, by which "
-            "PEFT saves. Add that one under another `adapter_name`."
-        )
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder, selected_adapters=[name])
-        if name != "default":  # PEFT saves any other name to a subdirectory
-            for file in list((Path(folder) / name).iterdir()):
-                os.replace(file, Path(folder) / file.name)
-            os.rmdir(Path(folder) / name)
-        return
-    active = model.active_adapters()
-    model.set_adapter(name)  # transformers saves one active adapter
-    try:
-        PreTrainedModel.save_pretrained(model, folder)
-    finally:
-        model.set_adapter(active)
 
 
 def give_push(model: PeftModel) -> PeftModel:

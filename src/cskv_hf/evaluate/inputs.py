@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter_files import ADAPTER
 from ..calibration import collect_statistics
 from ..demo import MODEL_PATH
 from ..files import full_rows, replace_file
 from ..generation import has_active_adapter
-from ..hub import ADAPTER, local_adapter
+from ..hub import local_adapter
 from ..model_shape import ModelShape
 from ..tuner import adapter_config
 from . import longbench, longeval, lveval

@@ -17,10 +17,11 @@ from transformers import AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
+from ..adapter_files import check_adapter_files
 from ..cache import CSKVCache
 from ..config import CSKVConfig
 from ..generation import CACHE_ARGUMENT, has_active_adapter
-from ..hub import check_adapter_files, load, local_adapter
+from ..hub import load, local_adapter
 from ..model_shape import CHANGING_ROPE_TYPES
 from .baselines import WindowOnlyCache
 from .fingerprint import active_config

@@ -18,11 +18,12 @@ import torch
 from safetensors import safe_open
 
 from .. import __version__
+from ..adapter_files import ADAPTER, check_adapter_files
 from ..config import POSITION_BYTES, CSKVConfig
 from ..demo import MODEL_PATH
 from ..evaluate.fingerprint import file_fingerprint
 from ..fit_report import ERRORS, layer_errors, mean_bits
-from ..hub import ADAPTER, REPO_ID, check_adapter_files
+from ..hub import REPO_ID
 from ..latents import LatentFormat, PlainFormat
 from ..model_shape import ModelShape
 from .rows import ANOTHER, THIS, has_size_of
