@@ -67,14 +67,14 @@ def write_cases(path: Path, count: int) -> None:
     """Records with questions, rows of text, and how many tokens CSKV's bytes pay for; needs cskv_hf."""
     from cskv_hf import CSKVConfig
     from cskv_hf.demo.run import evaluation_records, evaluation_text, load_bundled
-    from cskv_hf.evaluate.inputs import BUNDLED_LINES, BUNDLED_ROWS
+    from cskv_hf.evaluate import bundled
     from cskv_hf.evaluate.lines import line_retrieval
     from cskv_hf.evaluate.methods import equal_bytes_window
 
     model, tokenizer = load_bundled()
-    text = evaluation_text(tokenizer, CONTEXT)[:BUNDLED_ROWS]
+    text = evaluation_text(tokenizer, CONTEXT)[: bundled.ROWS]
     records, full = [], {}
-    for num_lines in tqdm(BUNDLED_LINES, desc="Answering with the full cache", unit="length"):
+    for num_lines in tqdm(bundled.NUM_LINES, desc="Answering with the full cache", unit="length"):
         drawn, group = evaluation_records(count, 8, num_lines), f"{num_lines} lines"
         full[group] = line_retrieval(model, tokenizer, drawn, DynamicCache).correct
         records += [

@@ -116,7 +116,7 @@ def test_answers_of_unlike_questions_are_those_of_generate():
 
 def test_full_cache_has_as_many_right_as_the_package(tmp_path, monkeypatch):
     """Through the file of cases: the two commands agree about the full cache."""
-    monkeypatch.setattr("cskv_hf.evaluate.inputs.BUNDLED_LINES", (25,))
+    monkeypatch.setattr("cskv_hf.evaluate.bundled.NUM_LINES", (25,))
     presses.write_cases(tmp_path / "cases.json", 2)
     cases = presses.read_cases(tmp_path / "cases.json")
     model, tokenizer = presses.load(presses.BUNDLED)

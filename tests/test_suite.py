@@ -19,6 +19,7 @@ from cskv_hf.evaluate.cases import Case
 from cskv_hf.evaluate.format import markdown_table, text_tables
 from cskv_hf.evaluate.memory import cache_nbytes
 from cskv_hf.evaluate.methods import Calibration, Method, cache_maker, train_in_place
+from cskv_hf.evaluate.run import evaluate
 from cskv_hf.evaluate.suite import Suite
 from cskv_hf.evaluate.tables import FULL, TABLES, adapter_table, ours, paper
 from cskv_hf.model_shape import ModelShape
@@ -115,11 +116,11 @@ def test_files_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
     for i, text in enumerate(texts):
         text.parent.mkdir()
         text.write_text(f"what is said in {i} " * 200)
-    monkeypatch.setattr(inputs, "load_model", lambda *args: (model, tokenizer))
+    monkeypatch.setattr("cskv_hf.evaluate.run.load_model", lambda *args: (model, tokenizer))
 
     def run():
         specs = [f"text:{text}" for text in texts]
-        return inputs.evaluate(str(adapter), tmp_path / "out", specs, length=128, limit=1, say=lambda text: None)
+        return evaluate(str(adapter), tmp_path / "out", specs, length=128, limit=1, say=lambda text: None)
 
     rows = run()
     assert run() == rows

@@ -290,7 +290,7 @@ def evaluate_model(
 
     An interrupted run continues where it was when started again with the same --out.
     """
-    from .evaluate.inputs import evaluate
+    from .evaluate.run import evaluate
 
     try:
         evaluate(

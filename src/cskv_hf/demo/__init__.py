@@ -5,3 +5,4 @@ from __future__ import annotations
 from pathlib import Path
 
 MODEL_PATH = Path(__file__).parent / "model"
+BUNDLED = "bundled"  # what `cskv eval` and reports call it, wherever it is installed

@@ -1,1 +1,1 @@
-"""Measurements that read the compressed cache: perplexity, line retrieval, memory."""
+"""What `cskv eval` does: benchmarks, methods, the paper's tables, and a suite that measures one on the other."""

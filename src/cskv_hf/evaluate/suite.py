@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import POSITION_BYTES, CSKVConfig
+from ..demo import BUNDLED
 from ..files import replace_file
 from ..model_shape import ModelShape
 from .benchmarks import Benchmark, Measurement
@@ -247,7 +248,7 @@ def describe(model: nn.Module, name: str) -> dict[str, Any]:
     shape = ModelShape.from_model_config(model.config)
     return {
         "name": name,
-        "base_model": name if name == "bundled" else model.config.name_or_path,  # not where it was installed
+        "base_model": name if name == BUNDLED else model.config.name_or_path,
         "model_type": shape.model_type,
         "layers": shape.num_hidden_layers,
         "num_key_value_heads": shape.num_key_value_heads,

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from .. import __version__
 from ..adapter_files import ADAPTER, check_adapter_files
 from ..config import POSITION_BYTES, CSKVConfig
-from ..demo import MODEL_PATH
+from ..demo import BUNDLED, MODEL_PATH
 from ..evaluate.fingerprint import file_fingerprint
 from ..fit_report import ERRORS, layer_errors, mean_bits
 from ..hub import REPO_ID
@@ -28,7 +28,6 @@ from ..latents import LatentFormat, PlainFormat
 from ..model_shape import ModelShape
 from .rows import ANOTHER, THIS, has_size_of
 
-BUNDLED = "bundled"  # what `cskv eval` calls the model in MODEL_PATH
 VERSION = 1  # of report.json, and of the results files it reads
 CONTEXTS = (1024, 8192, 32768, 131072)
 TEXTS = ("table", "method", "benchmark", "metric")  # that every row has
