@@ -1,5 +1,12 @@
-"""Attention over a compressed past, and packing it, by kernels: on a GPU in Triton, on a CPU in C++ once the user has
-compiled it. The torch code in attention.py and quantize.py is their oracle and their fallback."""
+"""Attention over a compressed past, and encoding and packing it, by kernels: on a GPU in Triton, on a CPU in C++ once
+the user has compiled it. The torch code in attention.py, cache_layer.py and quantize.py is their oracle and fallback.
+
+This file chooses. On a GPU ``gpu.py`` launches attention, with what ``gpu_plans.py`` keeps and decides for a layer and
+arguments as ``gpu_arguments.py`` makes them: kernels in ``triton_kernels.py``, which read latents by
+``triton_latents.py`` in pieces of channels (``pieces.py``), told by ``tiles.py`` what is seen; on Hopper GPUs the
+scores are those of ``hopper.py``. ``triton_encode.py`` and ``triton_quantize.py`` make latents. On a CPU ``cpu.py``
+compiles and calls ``cpp/``.
+"""
 
 from __future__ import annotations
 
