@@ -453,6 +453,10 @@ def test_files_that_hold_no_cache(tmp_path):
     cache.save(path)
     held = path.read_bytes()
     assert CSKVCache.load(path).nbytes == cache.nbytes and [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match=r"`device` must be one that torch knows, .*got 'gpu'"):
+        CSKVCache.load(path, "gpu")
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        CSKVCache.load(tmp_path)
     path.write_bytes(held[:-20])
     with pytest.raises(ValueError, match=r"is truncated or corrupt.*Save the cache again"):
         CSKVCache.load(path)

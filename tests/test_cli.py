@@ -1,8 +1,10 @@
 """The command line, run as a user would: a text file in, an adapter directory out, and nothing half-written."""
 
+import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +80,7 @@ def test_train_and_plot(folder):
     arguments = ["train", adapter, "--data", text, "--out", folder / "trained", "--length", 64]
     arguments += ["--learning-rate", 0.001]
     code, output, _ = cskv(*arguments)
-    assert code == 0 and "trained on 9 rows of 64 tokens" in output, output
+    assert code == 0 and "9 steps on 576 tokens" in output, output
     assert sorted(p.name for p in folder.iterdir()) == ["adapter", "model", "text.txt", "trained"]
     before, after = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "trained"))
     assert all(
@@ -92,6 +94,60 @@ def test_train_and_plot(folder):
     assert code == 2 and "is empty" in output
     code, output, _ = cskv(*arguments[:-2], "--objective", "kl")
     assert code == 2 and "`--objective` must be one of" in output
+    code, output, _ = cskv(*arguments, "--epochs", 0)
+    assert code == 2 and "`--epochs` must be above 0" in output
+
+
+def test_training_goes_on_with_the_same_only(folder):
+    """Checkpoints of a run that was interrupted, with other data or another rate, are not gone on from."""
+    text, adapter, out = folder / "text.txt", folder / "adapter", folder / "again"
+    code, output, _ = cskv("fit", folder / "model", "--data", text, "--out", adapter, "--length", 100)
+    assert code == 0, output
+    arguments = ["train", adapter, "--data", text, "--out", out, "--length", 64]
+    checkpoint = folder / "again.checkpoints" / "checkpoint-3"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cskv_hf.train.CSKVTrainer.train", lambda *_, **__: checkpoint.mkdir() or exit(9))
+        assert cskv(*arguments)[0] == 9
+    changes = {"learning_rate": ["--learning-rate", 1e-3], "length, epochs": ["--epochs", 2, "--length", 32]}
+    for names, more in changes.items():
+        code, output, _ = cskv(*arguments, *more)
+        assert code == 2 and f"with other {names}" in output, output
+    checkpoint.rmdir()
+    code, output, _ = cskv(*arguments, "--epochs", 2)
+    assert code == 0 and "18 steps" in output and not checkpoint.parent.exists(), output
+
+
+def test_what_else_lies_beside_an_adapter_stays(folder):
+    text, out = folder / "text.txt", folder / "adapter"
+    arguments = ["fit", folder / "model", "--data", text, "--out", out, "--length", 100]
+    assert cskv(*arguments)[0] == 0
+    (out / "notes" / "deep").mkdir(parents=True)
+    (out / "notes" / "deep" / "mine.md").write_text("mine")
+    (out / "link").symlink_to("notes")
+    before = (out / "adapter_model.safetensors").read_bytes()
+    assert cskv(*arguments, "--compression", 0.9)[0] == 0
+    assert (out / "adapter_model.safetensors").read_bytes() != before
+    assert (out / "link" / "deep" / "mine.md").read_text() == "mine" and (out / "link").is_symlink()
+    shutil.rmtree(out)
+
+
+def test_what_is_no_text(folder):
+    for name, content, message in (
+        ("text.gz", gzip.compress(b"some text"), "is no text in UTF-8"),
+        ("text.bin", b"a\0b", "holds null characters"),
+        ("text.NDJSON", b'{"content": "x"}', "Line 1 of"),
+    ):
+        (folder / name).write_bytes(content)
+        code, output, _ = cskv("fit", folder / "model", "--data", folder / name, "--out", folder / "none")
+        assert code == 2 and message in output, output
+
+
+def test_where_nothing_can_be_written(folder):
+    arguments = "fit", folder / "model", "--data", folder / "text.txt"
+    code, output, _ = cskv(*arguments, "--out", "/proc/adapter")
+    assert code == 2 and "`--out`='/proc/adapter' cannot be written" in output, output
+    code, output, _ = cskv(*arguments, "--out", folder / "out", "--device-map", "cuda")
+    assert torch.cuda.is_available() or (code == 2 and "needs a GPU" in output), output
 
 
 def test_eval_report_chat(folder):
@@ -334,7 +390,7 @@ KILLED = """
 import os, sys
 import cskv_hf.calibration as calibration
 from cskv_hf.cli import app
-calibration.SAVE_EVERY_SECONDS = 0.0
+calibration.SAVE_EVERY_SECONDS, calibration.MOST_TIME_SAVING = 0.0, float('inf')
 save = calibration.KVStatistics.save
 def save_and_die(self, path):
     save(self, path)

@@ -70,13 +70,30 @@ def test_every_kind_of_data():
 def test_strings_with_a_tokenizer():
     model, text = make_model(), "to shrink a cache one keeps what attention reads"
     tokenizer = WordTokenizer()
-    expected = collect_statistics(model, [tokenizer(text)["input_ids"][:5]], progress=False)
+    ids = tokenizer(text)["input_ids"]
+    expected = collect_statistics(model, [ids[:5], ids[5:]], progress=False)  # in pieces
     for data in ([text], [{"text": text}], Dataset.from_dict({"text": [text]})):
         assert_same(collect_statistics(model, data, tokenizer=tokenizer, max_length=5, progress=False), expected)
     with pytest.raises(ValueError, match="`data` holds strings; pass `tokenizer=`"):
         collect_statistics(model, [text], progress=False)
     with pytest.raises(TypeError, match="got an element of type int"):
         collect_statistics(model, [3], progress=False)
+    turns = [{"role": "user", "content": text}]
+    with pytest.raises(TypeError, match=r"samples with 'messages'; .*apply_chat_template"):
+        collect_statistics(model, [{"messages": turns}], tokenizer=tokenizer, progress=False)
+    with pytest.raises(TypeError, match="got an element of type list"):
+        collect_statistics(model, [turns], tokenizer=tokenizer, progress=False)
+
+
+def test_statistics_of_other_weights(caplog):
+    """Of the same sizes: there may be a reason, so that it is said and not refused."""
+    statistics = collect_statistics(make_model(), calibration_data(None), progress=False)
+    for seed, warned in ((0, False), (1, True)):
+        caplog.clear()
+        cskv_hf.fit(make_model(seed=seed), statistics, CSKVConfig(key_rank=8, value_rank=8), progress=False)
+        assert ("collected on other weights" in caplog.text) == warned
+    with pytest.raises(TypeError, match="`config` must be a `CSKVConfig`, got one of type float"):
+        cskv_hf.fit(make_model(), statistics, 0.8)
 
 
 def test_padding_does_not_count():
@@ -96,6 +113,7 @@ def test_interrupted_pass_resumes_to_the_same(tmp_path, monkeypatch):
     """The state is saved between samples; a second start skips what was seen."""
     model, rows, state = make_model(), [prompt(1, 12, seed) for seed in range(6)], tmp_path / "state.safetensors"
     monkeypatch.setattr("cskv_hf.calibration.SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("cskv_hf.calibration.MOST_TIME_SAVING", float("inf"))
 
     def interrupted():
         yield from rows[:4]

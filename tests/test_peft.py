@@ -296,3 +296,54 @@ def test_ranks_above_kv_dim():
         ValueError, match=r"value rank 33 of layer 0 is above the model's kv_dim=32 \(4 KV heads x 8\)"
     ):
         cskv_hf.fit(make_model(), [torch.ones(1, 8)], CSKVConfig(key_rank=8, value_rank=33))
+
+
+def test_a_base_is_in_one_peft_model(saved):
+    """A second adapter that is loaded or fitted onto the same base would change the first model under its user."""
+    folder, _ = saved
+    base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    first = cskv_hf.load(base, folder / "adapter")
+    before = first(prompt(1, 50), past_key_values=CSKVCache()).logits
+    again = (
+        lambda: cskv_hf.load(base, folder / "adapter", compression=0.8),
+        lambda: cskv_hf.load(base, folder / "adapter", adapter_name="second"),
+        lambda: cskv_hf.fit(base, calibration_data(base), CSKVConfig(compression=0.8), progress=False),
+    )
+    for call in again:
+        with pytest.raises(ValueError, match=r"inside a PeftModel that has the CSKV adapter 'default'.*unload"):
+            call()
+    assert torch.equal(first(prompt(1, 50), past_key_values=CSKVCache()).logits, before)
+    first.unload()
+    assert cskv_hf.load(base, folder / "adapter", compression=0.8).peft_config["default"].compression == 0.8
+    with pytest.raises(TypeError, match="`model` must be the model that the adapter is put on, got one of type str"):
+        cskv_hf.load("base", folder / "adapter")
+
+
+def test_a_fit_leaves_a_lora_of_the_model_in_use():
+    """With adapters inside a transformers model; what was fitted is what is served."""
+    model = make_model()
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), adapter_name="style")
+    expected = model(prompt(1, 20)).logits
+    fitted = cskv_hf.fit(model, calibration_data(model), CSKVConfig(key_rank=8, value_rank=8), adapter_name="mem")
+    assert torch.equal(fitted(prompt(1, 20)).logits, expected) and fitted.active_adapters() == ["style", "mem"]
+    fitted = cskv_hf.fit(model, calibration_data(model), CSKVConfig(key_rank=4, value_rank=4), adapter_name="less")
+    assert torch.equal(fitted(prompt(1, 20)).logits, expected) and fitted.active_adapters() == ["style", "less"]
+
+
+def test_adapters_that_lie_deeper_or_contradict_themselves(saved):
+    folder, _ = saved
+    (folder / "named").mkdir()
+    (folder / "adapter").rename(folder / "named" / "memory")
+    with pytest.raises(ValueError, match=r"adapters by their names, 'memory': give .*subfolder='memory'"):
+        cskv_hf.load(make_model(), folder / "named")
+    file = folder / "named" / "memory" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    changes = {
+        "compression": (0.99, "`compression`=0.99, but its ranks and bits keep"),
+        "value_ranks": (settings["value_ranks"][:1], "contradicts itself"),
+        "model_shape": ({}, "contradicts itself"),
+    }
+    for name, (value, message) in changes.items():
+        file.write_text(json.dumps(settings | {name: value}))
+        with pytest.raises(ValueError, match=message):
+            cskv_hf.load(make_model(), folder / "named" / "memory")

@@ -61,10 +61,14 @@ def check_adapter_files(folder: Path) -> None:
     config_file, weights_file = (folder / name for name in ADAPTER)
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise ValueError(
-                f"'{folder}' is no complete CSKV adapter: {file.name} is missing. Save it again with "
-                f"`save_pretrained`."
+            inside = sorted(there.parent.name for there in folder.glob(f"*/{CONFIG_NAME}"))
+            way = (
+                f"It holds adapters by their names, {', '.join(map(repr, inside))}: give '{folder / inside[0]}', or "
+                f"`subfolder='{inside[0]}'`."
+                if inside
+                else "Save it again with `save_pretrained`."
             )
+            raise ValueError(f"'{folder}' is no complete CSKV adapter: {file.name} is missing. {way}")
     try:
         settings = json.loads(config_file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -76,7 +80,14 @@ def check_adapter_files(folder: Path) -> None:
         raise ValueError(f"'{config_file}' names no `peft_type`, so '{folder}' is no adapter.")
     if peft_type != "CSKV":
         raise ValueError(f"'{folder}' is a {peft_type} adapter, not a CSKV one.")
-    config = CSKVConfig.from_pretrained(str(folder))
+    try:
+        config = CSKVConfig.from_pretrained(str(folder))
+        if config.is_fitted and config.model_shape is not None:
+            _check_budget(config_file, config)
+    except (TypeError, IndexError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"'{config_file}' contradicts itself ({error}). Save or download the adapter again."
+        ) from error
     try:
         with safe_open(weights_file, "pt") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
@@ -87,6 +98,17 @@ def check_adapter_files(folder: Path) -> None:
     if config.is_fitted and config.model_shape is not None:
         found = {(int(at[1]), at[2]): shape for name, shape in shapes.items() if (at := WEIGHT.search(name))}
         _check_shapes(weights_file, found, config)
+
+
+def _check_budget(file: Path, config: CSKVConfig) -> None:
+    shape = ModelShape(**config.model_shape)
+    kept = config.bytes_per_token(shape) / shape.full_bytes_per_token
+    by_hand = config.key_rank_per_layer or config.value_rank_per_layer
+    if config.compression is not None and not by_hand and kept > 1 - config.compression + 0.005:
+        raise ValueError(
+            f"'{file}' says `compression`={config.compression}, but its ranks and bits keep {100 * kept:.1f} % of the "
+            "bytes. Download or fit the adapter again, or cut it with `cskv_hf.load(model, adapter, compression=...)`."
+        )
 
 
 def _check_shapes(file: Path, found: dict[tuple[int, str], tuple], config: CSKVConfig) -> None:

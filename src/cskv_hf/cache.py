@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_layer import MISSING_FACTORS, CSKVLayer, ForwardInputs, Staged
+from .cache_layer import MISSING_FACTORS, CSKVLayer, ForwardInputs, Staged, check_tokens
 from .config import CSKVConfig
 from .factors import LayerFactors
 from .step import Step
@@ -55,10 +55,7 @@ class CSKVCache(Cache):
         offloading: bool = False,
     ) -> None:
         super().__init__(layers=[])  # not told of `offloading`: its way moves the window too, and needs CUDA
-        if window is not None and window < 1:
-            raise ValueError(f"`window` must be at least 1 token, got {window}.")
-        if sinks is not None and sinks < 0:
-            raise ValueError(f"`sinks` must be at least 0 tokens, got {sinks}.")
+        check_tokens(window=(window, 1), sinks=(sinks, 0))
         self.window, self.sinks, self.materialize, self.offloading = window, sinks, materialize, offloading
         self.tokens: TokenTable | None = None
         self.padding_mask: torch.Tensor | None = None

@@ -89,8 +89,15 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offl
         offloading: keep the latents on the CPU, as [`CSKVCache`] does.
 
     Raises:
-        ValueError: if the file is truncated, corrupt, something else, or of another version.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, corrupt, something else, or of another version; for a `device` that is none.
     """
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be one that torch knows, as 'cpu' or 'cuda:0', got {device!r}.") from error
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file '{path}'. Write one with `cache.save(path)`.")
     try:
         with safe_open(path, "pt", device="cpu" if offloading else str(device)) as file:
             metadata = (file.metadata() or {}).get(KEY)

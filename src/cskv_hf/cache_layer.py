@@ -320,6 +320,22 @@ class CSKVLayer(CacheLayerMixin):
         return nbytes_of(t for latents in offloaded for t in latents.held)
 
 
+def check_tokens(**arguments: tuple[int | None, int]) -> None:
+    """Check arguments that are a number of tokens or None, each given with the least that is allowed.
+
+    Raises:
+        TypeError: for what is no whole number.
+        ValueError: for less.
+    """
+    for name, (value, least) in arguments.items():
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"`{name}` must be a whole number of tokens, got {value!r}.")
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least} token{'s' * (least != 1)}, got {value}.")
+
+
 def nbytes_of(tensors: Iterable[torch.Tensor]) -> int:
     storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -28,7 +28,7 @@ from .statistics import KVStatistics
 
 logger = logging.get_logger(__name__)
 
-SAVE_EVERY_SECONDS = 60.0
+SAVE_EVERY_SECONDS, MOST_TIME_SAVING = 10.0, 0.05  # or less often, for this share of the time
 
 
 @torch.no_grad()
@@ -50,9 +50,9 @@ def collect_statistics(
         data: an iterable of `input_ids` tensors (length) or (batch, length), of dicts with `input_ids` and perhaps
             `attention_mask`, of strings or dicts with `text` (with `tokenizer`), or a `datasets.Dataset` of these.
         tokenizer: for strings.
-        max_length: longest piece of a string used, in tokens.
-        max_tokens: stop after this many tokens.
-        state_file: where to save the statistics once a minute and at the end; if it exists, the pass continues from
+        max_length: strings are cut into pieces of so many tokens.
+        max_tokens: take no further sample once there are so many tokens.
+        state_file: where to save the statistics on the way and at the end; if it exists, the pass continues from
             it, skipping the samples it has seen.
         source: names the data, so that `state_file` is not continued with other data.
         progress: show a progress bar.
@@ -70,7 +70,7 @@ def collect_statistics(
     if state_file is not None and Path(state_file).exists():
         statistics = _resumed(state_file, statistics)
     collector = _Collector(model, statistics)
-    device, last_saved = input_device(model), time.monotonic()
+    device, next_save = input_device(model), time.monotonic() + SAVE_EVERY_SECONDS
     of_tokens = dict(total=max_tokens, initial=statistics.num_tokens, unit="tok", unit_scale=True, desc="Calibrating")
     with in_eval_mode(model), collector, tqdm(**of_tokens, disable=not progress) as bar:
         for index, (input_ids, mask) in enumerate(batches):
@@ -94,9 +94,11 @@ def collect_statistics(
             statistics.num_tokens += new
             statistics.num_samples += 1
             bar.update(new)
-            if state_file is not None and time.monotonic() - last_saved > SAVE_EVERY_SECONDS:
+            if state_file is not None and time.monotonic() > next_save:
+                started = time.monotonic()
                 statistics.save(state_file)
-                last_saved = time.monotonic()
+                took = time.monotonic() - started
+                next_save = started + took + max(SAVE_EVERY_SECONDS, took / MOST_TIME_SAVING)
     if statistics.num_tokens == 0:
         raise ValueError(
             "`data` is empty: no calibration token was seen. An iterator can be used only once; pass a list to use "
@@ -129,7 +131,7 @@ def _resumed(state_file: str | os.PathLike, new: KVStatistics) -> KVStatistics:
             f"'{state_file}' does not say of which weights its statistics are; an older version wrote it. Delete "
             "the file to start over, or choose another."
         )
-    if not _same_weights(held.weights, new.weights):
+    if not same_weights(held.weights, new.weights):
         raise ValueError(
             f"'{state_file}' holds statistics of another model: of the same sizes, but of other weights. Delete "
             "the file to start over, or choose another."
@@ -236,12 +238,24 @@ def _samples(
         if isinstance(sample, str):
             if tokenizer is None:
                 raise ValueError("`data` holds strings; pass `tokenizer=` as well, or give `input_ids` tensors.")
-            sample = tokenizer(sample, truncation=True, max_length=max_length)["input_ids"]
+            ids = torch.tensor(tokenizer(sample)["input_ids"], dtype=torch.long)
+            for piece in ids.split(max_length):
+                yield piece[None], None
+            continue
         mask = None
         if hasattr(sample, "keys"):
+            if "input_ids" not in sample:
+                raise TypeError(
+                    f"`data` holds samples with {', '.join(map(repr, sample))}; give them 'input_ids', or 'text' and "
+                    "pass `tokenizer=`. Of a chat make a string first: `tokenizer.apply_chat_template(messages, "
+                    "tokenize=False)`."
+                )
             mask, sample = sample.get("attention_mask"), sample["input_ids"]
             mask = None if mask is None else torch.atleast_2d(torch.as_tensor(mask))
-        if not isinstance(sample, (torch.Tensor, list, tuple)):
+        is_numbers = isinstance(sample, torch.Tensor) or (
+            isinstance(sample, (list, tuple)) and not any(isinstance(item, (str, Mapping)) for item in sample)
+        )
+        if not is_numbers:
             raise TypeError(
                 "`data` must be an iterable of input_ids tensors, of dicts with 'input_ids' (and 'attention_mask') "
                 f"or 'text', or of strings with `tokenizer=`; got an element of type {type(sample).__name__}."
@@ -263,7 +277,8 @@ def weight_hashes(decoder: nn.Module) -> dict[str, str | None]:
     return hashes
 
 
-def _same_weights(one: dict[str, str | None], other: dict[str, str | None]) -> bool:
+def same_weights(one: dict[str, str | None], other: dict[str, str | None]) -> bool:
+    """Whether two of [`weight_hashes`] can be of the same weights; what was not in memory can be anything."""
     return one.keys() == other.keys() and all(one[n] == other[n] for n in one if one[n] and other[n])
 
 

@@ -5,8 +5,6 @@ What most subcommands do not need, and takes long to load, is imported by those 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -15,12 +13,23 @@ from typing import Annotated
 
 import torch
 import typer
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from .adapter_files import check_adapter_files
+from .adapter_files import ADAPTER, check_adapter_files
 from .cache import CSKVCache
 from .config import CSKVConfig
-from .files import calibration_samples, check_out, documents, full_rows, replace_directory
+from .files import (
+    calibration_samples,
+    check_out,
+    check_same_run,
+    documents,
+    file_hash,
+    forget_run,
+    full_rows,
+    remember_run,
+    replace_directory,
+)
 from .fit_report import format_evaluation, format_report
 from .fitting import fit as fit_model
 from .generation import has_active_adapter
@@ -38,6 +47,17 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
+def check_device_map(device_map: str | None) -> str | None:
+    """Refuse a GPU that is not there, as above."""
+    if device_map is not None and device_map.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter(f"'{device_map}' needs a GPU that torch can use, and there is none.")
+    return device_map
+
+
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="As in from_pretrained; 'auto' fits models larger than the GPU.", callback=check_device_map),
+]
 DType = Annotated[str, typer.Option(help="As in from_pretrained.", callback=check_dtype)]
 
 app = typer.Typer(
@@ -88,11 +108,9 @@ def fit(
     allocation: Annotated[str | None, typer.Option(help="'auto' or 'uniform' over the layers.")] = None,
     window: Annotated[int, typer.Option(help="Most recent tokens kept exactly.")] = 32,
     sinks: Annotated[int, typer.Option(help="First tokens kept exactly.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens at most.")] = 65536,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens, to whole samples.")] = 65536,
     length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample.")] = 2048,
-    device_map: Annotated[
-        str | None, typer.Option(help="As in from_pretrained; 'auto' fits models larger than the GPU.")
-    ] = None,
+    device_map: DeviceMap = None,
     dtype: DType = "auto",
     evaluate: Annotated[
         Path | None,
@@ -103,8 +121,9 @@ def fit(
 ) -> None:
     """Fit an adapter to MODEL in closed form and save it.
 
-    An interrupted fit continues where it was when started again with the same --out; an adapter already in --out
-    stays until the new one is complete. Nothing else is replaced.
+    An interrupted fit goes on from the statistics that it saved last, some seconds before, when started again with
+    the same --out; what follows them is done again. An adapter in --out stays until the new one is complete, and
+    whatever else is there stays.
     """
     from .evaluate.divergence import evaluation_record
 
@@ -121,7 +140,7 @@ def fit(
         )
         tokenizer = AutoTokenizer.from_pretrained(model)
         samples = calibration_samples(data, tokenizer, length)
-        source = f"{data.name}, sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:16]}, {length} tokens a sample"
+        source = f"{data.name}, sha256 {file_hash(data)}, {length} tokens a sample"
         held_out = None if evaluate is None else torch.stack(full_rows(evaluate, tokenizer, EVALUATION_LENGTH))
         out.parent.mkdir(parents=True, exist_ok=True)
         state_file = out.with_name(out.name + ".statistics.safetensors")
@@ -130,12 +149,12 @@ def fit(
         config = fitted.peft_config["default"]
         if held_out is not None:
             config.fit_report["evaluation"] = evaluation_record(fitted, held_out[:EVALUATION_ROWS], evaluate.name)
-    except (ValueError, OSError) as error:
+        typer.echo(format_report(config))
+        if evaluate is not None:
+            typer.echo(format_evaluation(config.fit_report["evaluation"]))
+        replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    except (ValueError, OSError, SafetensorError) as error:
         raise refused(ctx, error) from error
-    typer.echo(format_report(config))
-    if evaluate is not None:
-        typer.echo(format_evaluation(config.fit_report["evaluation"]))
-    replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
     os.remove(state_file)
     typer.echo(f"\nsaved the adapter in {out}")
 
@@ -152,19 +171,21 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-5,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 1024,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Training tokens at most.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Training tokens, to whole rows.")] = None,
+    device_map: DeviceMap = None,
     dtype: DType = "auto",
 ) -> None:
     """Fine-tune an adapter layer by layer; with packed latents, quantisation-aware.
 
-    An interrupted run continues from its last checkpoint when started again with the same --out; an adapter already
-    in --out stays until the new one is complete. Nothing else is replaced.
+    An interrupted run goes on from its last checkpoint when started again with the same arguments. An adapter in
+    --out stays until the new one is complete, and whatever else is there stays.
     """
     from .train import CSKVTrainer, last_checkpoint, training_arguments, training_rows
 
     try:
         check_out(out)
+        if epochs <= 0:
+            raise ValueError(f"`epochs` must be above 0, got {epochs:g}.")
         folder = local_adapter(adapter)
         check_adapter_files(folder)
         name = model or CSKVConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -172,10 +193,15 @@ def train(
             raise ValueError(f"'{adapter}' does not name its base model; give it with --model.")
         tokenizer = AutoTokenizer.from_pretrained(name)
         rows = training_rows(documents(data), tokenizer, length, max_tokens)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints = out.with_name(out.name + ".checkpoints")
+        settings = {
+            "adapter": file_hash(folder / ADAPTER[1]), "data": file_hash(data), "length": length,
+            "max_tokens": max_tokens, "objective": objective, "epochs": epochs, "learning_rate": learning_rate,
+            "batch_size": batch_size,
+        }  # fmt: skip
+        check_same_run(checkpoints, settings)
         base = AutoModelForCausalLM.from_pretrained(name, device_map=device_map, dtype=dtype)
         fitted = load(base, folder)
-        checkpoints = out.with_name(out.name + ".checkpoints")
         arguments = training_arguments(
             checkpoints,
             num_train_epochs=epochs,
@@ -183,15 +209,16 @@ def train(
             per_device_train_batch_size=batch_size,
         )
         trainer = CSKVTrainer(fitted, arguments, rows, objective=objective)
+        remember_run(checkpoints, settings)
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-    except (ValueError, OSError) as error:
+        replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    except (ValueError, OSError, SafetensorError) as error:
         raise refused(ctx, error) from error
-    replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
     for checkpoint in checkpoints.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    with contextlib.suppress(OSError):  # what else is there stays
-        checkpoints.rmdir()
-    typer.echo(f"trained on {len(rows)} rows of {length} tokens; saved the adapter in {out}")
+    forget_run(checkpoints)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    typer.echo(f"{trainer.state.global_step} steps on {tokens:,} tokens; saved the adapter in {out}")
 
 
 @app.command()
@@ -274,7 +301,7 @@ def evaluate_model(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens at most.")] = 65536,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens, to whole samples.")] = 65536,
     epochs: Annotated[float, typer.Option(min=0.0, help="Of training, for the paper's recipe.")] = 2.0,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of training. Default: the paper's 5e-5; 1e-3 for 'bundled'.")
@@ -283,7 +310,7 @@ def evaluate_model(
         int | None, typer.Option(min=1, help="Tokens that the model can take, if its config is wrong about it.")
     ] = None,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
+    device_map: DeviceMap = None,
     dtype: DType = "auto",
 ) -> None:
     """Measure an adapter, or the paper's tables on a model; print the numbers, and save them with their intervals.
@@ -341,7 +368,7 @@ def chat(
     model: Annotated[str, typer.Argument(help="Adapter or model, id or directory.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 512,
     full_cache: Annotated[bool, typer.Option("--full-cache", help="Hold the conversation in a full cache.")] = False,
-    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
+    device_map: DeviceMap = None,
     dtype: DType = "auto",
 ) -> None:
     """Talk to a model, with the whole conversation in one cache, and see what that holds.

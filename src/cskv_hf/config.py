@@ -7,6 +7,7 @@ Knows shapes and numbers only; nothing here looks at a model's weights.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,8 +74,9 @@ class CSKVConfig(PeftConfig):
             "attention" and "mse".
         asvd_alpha: Exponent of ASVD's activation scale (the paper's 0.5).
         bits: Storage of the latents. 8, 4, 3 or 2 packs them in that many bits, the average over the channels kept;
-            16 leaves them in the model's dtype, as the paper does without quantisation. By default every channel
-            gets the bits it is worth (2 to 8) if `compression` is at least 0.5, else 16.
+            16 leaves them in the model's dtype, as the paper does without quantisation. By default, if `compression`
+            is at least 0.5, every channel gets the bits it is worth (2 to 8), or 4 where nothing says what it is
+            worth (`allocation` "uniform", `init` "svd", "asvd" or "random"); else 16.
         allocation: ``"auto"`` spends one byte budget on ranks and bits over all layers, KV heads, K and V, where the
             model's output gains most by it; ``"uniform"`` (the paper's) keeps the same rank and bits everywhere. By
             default "auto" where there are energies to go by: a `compression`, and `init` "attention" or "mse".
@@ -139,11 +141,9 @@ class CSKVConfig(PeftConfig):
             if getattr(self, name) is not None:  # JSON turns the layer indices into strings
                 setattr(self, name, {int(layer): int(rank) for layer, rank in getattr(self, name).items()})
         self._check_budget()
-        if self.key_layout not in ("head", "joint") and not (
-            self.key_layout.startswith("group:") and self.key_layout[6:].isdigit() and int(self.key_layout[6:]) > 0
-        ):
+        if not re.fullmatch(r"head|joint|group:0*[1-9]\d*", str(self.key_layout)):
             raise ValueError(
-                f"`key_layout` must be 'head', 'joint' or 'group:N' with N >= 1, got '{self.key_layout}'."
+                f"`key_layout` must be 'head', 'joint' or 'group:N' with N >= 1, got {self.key_layout!r}."
             )
         for name, least, unit in (
             ("window", 1, "tokens"),
@@ -235,10 +235,10 @@ class CSKVConfig(PeftConfig):
                 f"`compression`={self.compression} and explicit ranks (`key_rank`={self.key_rank}, "
                 f"`value_rank`={self.value_rank}) exclude each other; give one of them."
             )
-        if self.compression is not None and not 0.0 <= self.compression < 1.0:
+        if isinstance(self.compression, str) or not 0.0 <= (self.compression or 0.0) < 1.0:
             raise ValueError(
                 f"`compression` is the fraction of KV bytes removed from old tokens, in [0, 1), got "
-                f"{self.compression}."
+                f"{self.compression!r}."
             )
         if self.compression is None and None in ranks:
             raise ValueError(f"`key_rank` and `value_rank` must be given together, got {ranks[0]} and {ranks[1]}.")

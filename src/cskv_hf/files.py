@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -12,36 +14,50 @@ from typing import Any
 
 import torch
 
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+RUN = "cskv_run.json"  # what a run was started with
+
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents of a text file (one) or of a JSON-lines file (one per line that is not blank, field ``text``).
+    """The documents of a text file (one) or of a JSON-lines file (one per line that is not blank, field ``text``),
+    which ends in .jsonl, .ndjson or .json.
 
     Raises:
-        ValueError: if the file is missing, empty, or a line is no JSON object with a ``text`` that is a string.
+        ValueError: if the file is missing, empty or no text in UTF-8, or a line is no JSON object with a ``text`` that
+            is a string.
     """
     if not path.is_file():
         raise ValueError(f"The text file '{path}' does not exist.")
-    if path.suffix not in (".jsonl", ".json"):
-        text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix.lower() not in JSON_LINES:
+        text = _text_of(path)
         if not text.strip():
             raise ValueError(f"The text file '{path}' is empty.")
         yield text
         return
     empty = True
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f"Line {number} of '{path}' is no JSON object with a 'text' field that is a string.")
-            empty = empty and not text.strip()
-            yield text
+    for number, line in enumerate(_text_of(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(f"Line {number} of '{path}' is no JSON object with a 'text' field that is a string.")
+        empty = empty and not text.strip()
+        yield text
     if empty:
         raise ValueError(f"The text file '{path}' is empty.")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is no text in UTF-8 ({error}). Unpack or convert it first.") from error
+    if "\0" in text:
+        raise ValueError(f"'{path}' is no text: it holds null characters. Unpack or convert it first.")
+    return text
 
 
 def calibration_samples(path: Path, tokenizer: Any, length: int) -> list[torch.Tensor]:
@@ -70,7 +86,8 @@ def check_out(out: Path) -> None:
     """Refuse a place for an adapter where something else lies, before any work is done.
 
     Raises:
-        ValueError: if `out` is a file, has no name of its own, or is a directory that holds no CSKV adapter.
+        ValueError: if `out` is a file, has no name of its own, is a directory that holds no CSKV adapter, or lies
+            where nothing can be written.
     """
     if out.name in ("", ".."):
         raise ValueError(f"`out`='{out}' has no name of its own. Name a new directory, such as 'my-adapter'.")
@@ -81,6 +98,11 @@ def check_out(out: Path) -> None:
             f"`out`='{out}' holds something that is no CSKV adapter and would be lost. Name a new or an empty "
             "directory, or that of a CSKV adapter to replace."
         )
+    there = next(folder for folder in out.absolute().parents if folder.is_dir())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        raise ValueError(f"`out`='{out}' cannot be written ({error.strerror}). Name a directory elsewhere.") from error
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -93,7 +115,7 @@ def _is_adapter(folder: Path) -> bool:
 
 def replace_directory(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new directory beside `path`, then put it in the place of `path`, an adapter, which is kept
-    until then.
+    until then. What else lies in `path` is in the new directory, too.
 
     Raises:
         ValueError: see [`check_out`].
@@ -105,6 +127,7 @@ def replace_directory(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(new)
         if path.exists():
+            _link_others(path, new)
             os.replace(path, old)
         os.replace(new, path)
     except BaseException:
@@ -113,6 +136,59 @@ def replace_directory(path: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _link_others(there: Path, new: Path) -> None:
+    """Files and directories of one directory that another has none of the same name of, by links where links can be
+    made."""
+    for entry in there.iterdir():
+        target = new / entry.name
+        if entry.is_symlink() or not (target.exists() or entry.is_dir()):
+            _link(entry, target)
+        elif not target.exists():
+            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # across devices, or a file system without links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on from checkpoints in `folder` of a run that was started with other settings.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    file = folder / RUN
+    if file.is_file() and any(folder.glob("checkpoint-*")):
+        before = json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name, value in settings.items() if before.get(name) != value]
+        if other:
+            raise ValueError(
+                f"'{folder}' holds checkpoints of a run that was interrupted, with other {', '.join(other)}. Go on "
+                "with the same, delete the folder, or name another `out`."
+            )
+
+
+def remember_run(folder: Path, settings: dict[str, Any]) -> None:
+    """For [`check_same_run`] of a run that goes on with this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / RUN, json.dumps(settings))
+
+
+def forget_run(folder: Path) -> None:
+    """Take away what [`remember_run`] wrote, and the folder, unless something else is in it."""
+    (folder / RUN).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def file_hash(path: Path) -> str:
+    """By which a file is known again: 16 digits of its SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def replace_file(path: Path, text: str) -> None:

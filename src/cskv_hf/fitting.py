@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .calibration import collect_statistics
+from .calibration import collect_statistics, same_weights, weight_hashes
 from .config import CSKVConfig, num_key_groups
 from .decompose import (
     Factors,
@@ -72,13 +72,16 @@ def fit(
         prints it.
 
     Raises:
+        TypeError: for a `config` of another kind.
         ValueError: for an unsupported model, a rank that does not fit, empty data, NaN; before anything of the model
             is changed.
     """
+    if config is not None and not isinstance(config, CSKVConfig):
+        raise TypeError(f"`config` must be a `CSKVConfig`, got one of type {type(config).__name__}.")
     config = CSKVConfig() if config is None else copy.deepcopy(config)
     for name in FITTED:  # by an earlier fit
         setattr(config, name, None)
-    decoder_of(model)
+    decoder = decoder_of(model)
     refuse_tensor_parallelism(model, "`fit`")
     check_can_add(model, adapter_name)
     shape = shape_of(model)
@@ -98,6 +101,11 @@ def fit(
         )
     if statistics.model_shape != vars(shape):
         raise ValueError(f"The statistics are of another model ({statistics.model_shape}); this one is {vars(shape)}.")
+    if statistics is data and statistics.weights and not same_weights(statistics.weights, weight_hashes(decoder)):
+        logger.warning(
+            "The statistics were collected on other weights than this model's, of the same sizes. Unless that is the "
+            "same model in another dtype or storage, collect them anew."
+        )
 
     layers = attention_layers(model)
     bar = tqdm(layers, desc="Factoring", unit="layer", disable=not progress)

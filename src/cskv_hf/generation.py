@@ -133,7 +133,7 @@ def _as_cache(cache: Any) -> Cache:
     if not isinstance(cache, Cache):
         raise TypeError(
             f"`cache` must be a cache class such as `CSKVCache`, an instance of one, or a function that makes one; "
-            f"got {cache!r}."
+            f"got {'one of type ' + type(cache).__name__ if not isinstance(cache, str) else repr(cache)}."
         )
     return cache
 

@@ -73,6 +73,10 @@ def load(
     download = {
         name: kwargs.pop(name) for name in ("cache_dir", "local_files_only", "force_download") if name in kwargs
     }
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be the model that the adapter is put on, got one of type {type(model).__name__}."
+        )
     check_can_add(model, adapter_name)
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
         raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import kernels
-from .cache_layer import MISSING_FACTORS, CompressedKV, ForwardInputs, Staged, encode, turned_back
+from .cache_layer import MISSING_FACTORS, CompressedKV, ForwardInputs, Staged, check_tokens, encode, turned_back
 from .config import CSKVConfig
 from .factors import Fingerprint, LayerFactors, without_autocast
 from .latents import LatentFormat, Latents
@@ -185,12 +185,7 @@ class CSKVStaticCache(Cache):
 
     def __init__(self, max_cache_len: int, window: int | None = None, sinks: int | None = None) -> None:
         super().__init__(layers=[])
-        if max_cache_len < 1:
-            raise ValueError(f"`max_cache_len` must be at least 1 token, got {max_cache_len}.")
-        if window is not None and window < 1:
-            raise ValueError(f"`window` must be at least 1 token, got {window}.")
-        if sinks is not None and sinks < 0:
-            raise ValueError(f"`sinks` must be at least 0 tokens, got {sinks}.")
+        check_tokens(max_cache_len=(max_cache_len, 1), window=(window, 1), sinks=(sinks, 0))
         self.max_cache_len, self.window, self.sinks = max_cache_len, window, sinks
         self.tokens: StaticTable | None = None
         self.attention_mask: Any = None

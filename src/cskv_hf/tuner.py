@@ -169,8 +169,9 @@ def add_adapter(model: nn.Module, config: CSKVConfig, adapter_name: str) -> nn.M
         model.set_adapter(adapter_name)
         return model
     if getattr(model, "_hf_peft_config_loaded", False):
+        active = [name for name in model.active_adapters() if not isinstance(model.peft_config[name], CSKVConfig)]
         model.add_adapter(config, adapter_name=adapter_name)
-        model.set_adapter(adapter_name)
+        model.set_adapter([*active, adapter_name])
         return model
     return get_peft_model(model, config, adapter_name=adapter_name)
 
@@ -179,10 +180,17 @@ def check_can_add(model: nn.Module, adapter_name: str) -> None:
     """Refuse, before any work is done, a model that cannot get a CSKV adapter of that name.
 
     Raises:
-        ValueError: for a `PeftModel` of another method, which PEFT cannot mix with ours, and for a name that an
-            adapter of another method has.
+        ValueError: for a `PeftModel` of another method, which PEFT cannot mix with ours, for a name that an adapter of
+            another method has, and for a model that is inside a `PeftModel` with CSKV adapters.
     """
     configs = getattr(model, "peft_config", {})
+    inside = not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False)
+    if inside and any(hasattr(attention, "cskv") for attention in attention_layers(model)):
+        names = ", ".join(f"'{name}'" for name in configs)
+        raise ValueError(
+            f"This model is inside a PeftModel that has the CSKV adapter {names}, and would change under it. Pass "
+            "that PeftModel with another `adapter_name`, call `unload()` on it first, or load the model once more."
+        )
     if isinstance(model, PeftModel):
         others = {str(c.peft_type.value) for c in configs.values()} - {"CSKV"}
         if others:

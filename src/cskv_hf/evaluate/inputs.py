@@ -109,7 +109,12 @@ def parse_benchmark(
         cases = sample(longeval.load_topics(source), limit)
     elif kind == "needle":
         lengths = [length // 8, length // 4, length // 2, length]
-        cases = needle_cases(tokenizer, Path(source), lengths, DEPTHS, needles_per_cell=limit or 10)
+        try:
+            cases = needle_cases(tokenizer, Path(source), lengths, DEPTHS, needles_per_cell=limit or 10)
+        except ValueError as error:
+            raise ValueError(
+                f"Haystacks of an eighth of `length`={length} tokens up to all of it cannot be made: {error}"
+            ) from error
     else:
         load = {"longbench": longbench.cases, "lveval": lveval.cases}[kind]
         cases = sample(load(source if Path(source).is_file() else spec, tokenizer, cut), limit)

@@ -143,7 +143,8 @@ def task_names(manager: TaskManager, tasks: str | Sequence[str]) -> list[str]:
             raise ValueError(
                 f"lm-evaluation-harness knows no task '{task}'"
                 + (f"; did you mean {', '.join(alike)}? " if alike else ". ")
-                + "`lm_eval ls tasks` lists all; the folder of tasks of your own is given by `include_path`."
+                + "`lm_eval ls tasks` lists all; tasks of your own are files, or in a folder that `run_lm_eval` is "
+                "given by `include_path`."
             )
         names += [name for name in found if name not in names]
     if not names:

@@ -32,10 +32,10 @@ def write_report(
             the report would overwrite a results file; nothing is written then.
     """
     out = Path(out)
-    if out.is_dir():
+    if out.is_dir() or not out.suffix:
         out = out / "report.html"
     if out.suffix != ".html":
-        raise ValueError(f"`out` must be a file ending in .html or an existing directory, got '{out}'.")
+        raise ValueError(f"`out` must be a file ending in .html or a directory, got '{out}'.")
     beside = out.with_suffix(".json")
     for path in results_paths:
         if Path(path).resolve() == beside.resolve():
