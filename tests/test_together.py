@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Trainer, TrainingArguments
 
 import cskv_hf
-from cskv_hf import CSKVCache, CSKVConfig
+from cskv_hf import CSKVCache, CSKVConfig, CSKVStaticCache
 from cskv_hf.adapter_files import save_adapter
 from cskv_hf.train import CSKVTrainer, training_arguments, training_rows
 
@@ -356,3 +356,35 @@ def test_copy_and_pickle(documented):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(twin, PeftModel) and twin.push_to_hub.args[0] is twin
         assert torch.equal(generated(twin), generated(model))
+
+
+@torch.no_grad()
+def test_a_first_forward_that_was_refused_leaves_no_trace():
+    """Neither the settings of its adapter nor its batch; what a speculation asked for meanwhile holds."""
+    model = lossy(make_model())
+    other = CSKVConfig(compression=0.6, bits=4, allocation="uniform", window=16, sinks=0, block_size=8)
+    model = cskv_hf.fit(model, calibration_data(model), other, adapter_name="other", progress=False)
+    ids = prompt(2, 60)
+    for make in (CSKVCache, lambda: CSKVStaticCache(64)):
+        caches = make(), make()
+        model.set_adapter("default")
+        with pytest.raises(ValueError):
+            if isinstance(caches[0], CSKVStaticCache):
+                model(prompt(1, 70), past_key_values=caches[0])
+            else:
+                model(ids, attention_mask=torch.ones(2, 59, dtype=torch.long), past_key_values=caches[0])
+        model.set_adapter("other")
+        first, second = ([model(part, past_key_values=c).logits for part in ids.split([50, 10], 1)] for c in caches)
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+    cache = CSKVCache()
+    with pytest.raises(ValueError):
+        model(ids, attention_mask=torch.ones(2, 59, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(ValueError, match="is empty"):
+        cache.save("nowhere")
+    cache.batch_repeat_interleave(2)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError):
+        model(ids[:, :5], attention_mask=torch.ones(2, 3, dtype=torch.long), past_key_values=cache)
+    cache.activate_past_recording()
+    model(ids[:, :5], past_key_values=cache)
+    assert cache.slack == cache.tokens.slack > 0

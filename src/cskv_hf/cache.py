@@ -90,11 +90,14 @@ class CSKVCache(Cache):
             RuntimeError: if one stopped between two layers.
         """
         self._step = None
+        if self.tokens is not None and self.tokens.num_slots == 0 and not any(x.is_initialized for x in self.layers):
+            self.reset()  # a first forward was refused, of an adapter that need not be the next one's
         if self.tokens is None or all(layer.num_slots == self.tokens.num_slots for layer in self.layers):
             return
         if self._before is None:
             raise RuntimeError(INTERRUPTED)
         self.tokens, self._before = self._before, None
+        self.tokens.slack = self.slack  # may have been set since
         if self.tokens.num_slots == 0:
             self.reset()
 

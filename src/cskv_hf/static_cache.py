@@ -212,6 +212,9 @@ class CSKVStaticCache(Cache):
                 "An earlier forward with this CSKVStaticCache was interrupted between two layers, which now hold "
                 "different tokens. Call `cache.reset()` or use a new cache."
             )
+        if self.tokens is not None and not any(layer.is_initialized for layer in self.layers):
+            self.tokens = None  # a first forward was refused, of a batch or adapter that need not be the next one's
+            self.layers.clear()
         self.attention_mask = attention_mask
 
     def stage(self, layer_idx: int, factors: LayerFactors, config: CSKVConfig, inputs: ForwardInputs) -> None:
