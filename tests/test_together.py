@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache,
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig, CSKVStaticCache
 from cskv_hf.adapter_files import save_adapter
+from cskv_hf.tokens import TokenTable
 from cskv_hf.train import CSKVTrainer, training_arguments, training_rows
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)
@@ -388,3 +389,81 @@ def test_a_first_forward_that_was_refused_leaves_no_trace():
     cache.activate_past_recording()
     model(ids[:, :5], past_key_values=cache)
     assert cache.slack == cache.tokens.slack > 0
+
+
+class Stopped(RuntimeError):
+    """Out of memory, say."""
+
+
+@torch.no_grad()
+def test_what_stops_half_way_is_undone_or_refused(monkeypatch):
+    """In the bookkeeping before any layer, in a crop, in a move of rows: never a wrong step afterwards."""
+    model, ids = lossy(make_model()), prompt(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, 50:52] = 0
+
+    def stops(*_):
+        raise Stopped
+
+    expected, cache = CSKVCache(), CSKVCache()
+    for each in (expected, cache):
+        model(ids[:, :50], past_key_values=each)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(TokenTable, "_become_ragged", stops)
+        model(ids[:, 50:52], attention_mask=mask[:, :52], past_key_values=cache)
+    for first in range(50, 60, 2):
+        part = slice(first, first + 2)
+        given = dict(attention_mask=mask[:, : first + 2])
+        ours, theirs = (model(ids[:, part], past_key_values=c, **given).logits for c in (cache, expected))
+        assert torch.equal(ours, theirs)
+    moves = {
+        "crop_columns": lambda: cache.crop(-2),
+        "select_rows": lambda: cache.reorder_cache(torch.tensor([1, 0])),
+    }
+    for name, move in moves.items():
+        cache = CSKVCache()
+        model(ids, past_key_values=cache)
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(cache.layers[1], name, stops)
+            move()
+        with pytest.raises(RuntimeError, match="interrupted between two layers"):
+            model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        model(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [1, 4, 8])
+def test_a_mask_for_each_head(kv_heads):
+    """Query heads that share a KV head have masks of their own, as with DynamicCache."""
+    model = lossless(make_model(num_attention_heads=8, num_key_value_heads=kv_heads, head_dim=8))
+    ids, outputs = prompt(2, 43), []
+    torch.manual_seed(0)
+    seen = torch.ones(43, 43, dtype=torch.bool).tril()[40:].expand(2, 8, 3, 43) & (torch.rand(2, 8, 3, 43) < 0.8)
+    seen[..., 0] = True
+    for cache in (DynamicCache(), CSKVCache()):
+        model(ids[:, :40], past_key_values=cache)
+        outputs.append(model(ids[:, 40:], attention_mask=seen, past_key_values=cache).logits)
+    torch.testing.assert_close(*outputs, atol=1e-9, rtol=1e-9)
+
+
+def test_others_are_left_as_they_were(tmp_path):
+    """By a load that is refused, by `unload`, by a change of dtype that a cache has to see."""
+    lossy(make_model(dtype=torch.float32), compression=0.7).save_pretrained(tmp_path)
+    model = make_model(dtype=torch.float32)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.add_adapter(lora, adapter_name="style")
+    cskv_hf.load(model, tmp_path, adapter_name="memory").unload()
+    assert list(model.peft_config) == ["style"] and model.active_adapters() == ["style"]
+    model = cskv_hf.load(make_model(dtype=torch.float32), tmp_path, adapter_name="x")
+    cskv_hf.load(model, tmp_path, adapter_name="y")
+    cskv_hf.load(model, tmp_path, adapter_name="z")
+    model.set_adapter("y")
+    with pytest.raises(ValueError, match="cannot be cut to"):
+        cskv_hf.load(model, tmp_path, adapter_name="w", compression=0.5)
+    assert model.active_adapter == "y" and list(model.peft_config) == ["x", "y", "z"]
+    cache = CSKVCache()
+    model(prompt(1, 40), past_key_values=cache)
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="A cache belongs to one model and adapter"):
+        model(prompt(1, 1), past_key_values=cache)

@@ -198,12 +198,12 @@ class OnlineSoftmax:
 
 
 def _masked(scores: torch.Tensor, mask: torch.Tensor | None, shared: int) -> torch.Tensor:
-    """Apply a mask (batch or 1, 1, num_queries or 1, columns) in place to scores (batch, kv_heads, shared *
+    """Apply a mask (batch or 1, 1 or heads, num_queries or 1, columns) in place to scores (batch, kv_heads, shared *
     num_queries, columns)."""
     if mask is None:
         return scores
     by_head = scores.unflatten(2, (shared, -1))
-    mask = mask.unsqueeze(2)
+    mask = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (-1, shared))
     if mask.dtype == torch.bool:
         return by_head.masked_fill_(~mask, -torch.inf).flatten(2, 3)
     return by_head.add_(mask.to(scores.dtype)).flatten(2, 3)

@@ -63,6 +63,7 @@ class CSKVCache(Cache):
         self._step: Step | None = None
         self._before: TokenTable | None = None  # the bookkeeping before a forward of which no layer holds anything yet
         self.slack = 0
+        self._moving = False  # whether some layers, and perhaps not all, were cropped or have other rows
 
     def begin_forward(self, attention_mask: torch.Tensor | None) -> None:
         """Called by the model-level pre-hook: remember which of the tokens to come are padding.
@@ -87,19 +88,18 @@ class CSKVCache(Cache):
         """Make sure that all layers hold the same tokens: undo an earlier forward that stopped before the first.
 
         Raises:
-            RuntimeError: if one stopped between two layers.
+            RuntimeError: if a forward, or a move of all layers, stopped between two.
         """
         self._step = None
-        if self.tokens is not None and self.tokens.num_slots == 0 and not any(x.is_initialized for x in self.layers):
-            self.reset()  # a first forward was refused, of an adapter that need not be the next one's
-        if self.tokens is None or all(layer.num_slots == self.tokens.num_slots for layer in self.layers):
+        if self.tokens is None:
             return
-        if self._before is None:
+        if self._before is not None:  # no layer has been updated since
+            self.tokens, self._before = self._before, None
+            self.tokens.slack = self.slack  # may have been set since
+        if self._moving or any(layer.num_slots != self.tokens.num_slots for layer in self.layers):
             raise RuntimeError(INTERRUPTED)
-        self.tokens, self._before = self._before, None
-        self.tokens.slack = self.slack  # may have been set since
-        if self.tokens.num_slots == 0:
-            self.reset()
+        if not any(layer.is_initialized for layer in self.layers):
+            self.reset()  # of a first forward, by an adapter that need not be the next one's
 
     def stage(self, layer_idx: int, factors: LayerFactors, config: CSKVConfig, inputs: ForwardInputs) -> None:
         """Called by the pre-hook of each attention layer, before that layer's `update`.
@@ -215,6 +215,7 @@ class CSKVCache(Cache):
         """Drop all tokens and what was learnt about the model; the cache can then be used anew."""
         self.layers.clear()
         self.tokens = self._step = self._before = self.padding_mask = None
+        self._moving = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: a negative count removes that many (transformers >= 5.14), a positive one is the
@@ -240,9 +241,11 @@ class CSKVCache(Cache):
             for layer in sliding:
                 if layer.num_dropped:
                     self.tokens.check_crop(kept, layer.num_dropped, layer.sliding_window)
+            self._moving = True
             columns = self.tokens.crop(length - kept)
             for layer in self.layers:
                 layer.crop_columns(columns, kept)
+            self._moving = False
         if self.slack and not self.has_own_mask:
             for layer in sliding:
                 layer.drop(self.tokens.unseen_blocks(layer.sliding_window))
@@ -265,8 +268,10 @@ class CSKVCache(Cache):
             indices = indices.nonzero().squeeze(1)
         if self.tokens is not None:
             self.tokens.select_rows(indices)
+        self._moving = True
         for layer in self.layers:
             layer.select_rows(indices)
+        self._moving = False
 
     def activate_past_recording(self) -> None:
         """Keep more exact tokens than the window, so that rejected speculations are rolled back exactly, and what lies

@@ -142,7 +142,7 @@ class Fingerprint:
 
     values: torch.Tensor
     spectrum: torch.Tensor
-    writes: tuple[int, ...]
+    writes: tuple[tuple[torch.dtype, int], ...]
 
     @classmethod
     @torch.no_grad()
@@ -168,5 +168,6 @@ def _written_by_training(factors: LayerFactors) -> tuple[torch.Tensor, ...]:
     return factors.key_A, factors.key_B, factors.value_A, factors.value_B, factors.key_mean, factors.value_mean
 
 
-def _writes(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
-    return tuple(0 if t.is_inference() else t._version for t in tensors)
+def _writes(tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.dtype, int], ...]:
+    """Dtypes too: a model that is cast keeps its tensors and counts no write."""
+    return tuple((t.dtype, 0 if t.is_inference() else t._version) for t in tensors)

@@ -83,6 +83,7 @@ def load(
             f"`adapter_name`='{adapter_name}' is the name of an adapter that this PeftModel has already. Give this "
             f"one another, or take that one off with `delete_adapter('{adapter_name}')`."
         )
+    active = model.active_adapter if isinstance(model, PeftModel) else None
     folder = local_adapter(adapter, revision=revision, subfolder=subfolder, token=token, **download)
     check_adapter_files(folder)
     with _dispatched_as_it_is(model):
@@ -98,6 +99,7 @@ def load(
         except ValueError:
             if peft_model is model:
                 model.delete_adapter(adapter_name)
+                model.set_adapter(active, inference_mode=True)
             else:
                 peft_model.unload()
             raise

@@ -263,10 +263,12 @@ class TokenTable:
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep (and repeat, and reorder) rows of the batch; `rows` is an index vector."""
-        if self.positions is not None:
-            self.positions = self.positions.index_select(0, rows.to(self.positions.device))
-        if self.slots is not None:
-            self.slots = {name: slots.index_select(0, rows.cpu()) for name, slots in self.slots.items()}
+        positions, slots = self.positions, self.slots
+        if positions is not None:
+            positions = positions.index_select(0, rows.to(positions.device))
+        if slots is not None:
+            slots = {name: of_part.index_select(0, rows.cpu()) for name, of_part in slots.items()}
+        self.positions, self.slots = positions, slots  # both or neither
 
 
 def _pick(slots: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,10 @@ class CSKVModel(BaseTuner):
         for name in [name for name in getattr(self.model, "hf_device_map", {}) if name.endswith(".cskv")]:
             del self.model.hf_device_map[name]
         if hasattr(self.model, "peft_config"):
+            others = {n: c for n, c in self.model.peft_config.items() if not isinstance(c, CSKVConfig)}
             del self.model.peft_config
+            if others:  # of adapters inside the model
+                self.model.peft_config = others
         return self.model
 
 
