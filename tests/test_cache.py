@@ -214,6 +214,15 @@ def test_reset_makes_it_new():
     assert torch.equal(feed(model, ids, cache, [40, 1, 1]), expected)
 
 
+def test_rows_are_counted_from_the_end_too():
+    """As in a DynamicCache, and as tensors and lists."""
+    model, ids, caches = lossy(make_model()), prompt(3, 50), [CSKVCache(), CSKVCache()]
+    for cache, indices in zip(caches, (torch.tensor([-1, 0]), [2, 0])):
+        feed(model, ids, cache, [40])
+        cache.batch_select_indices(indices)
+    assert torch.equal(*(feed(model, ids[[2, 0]], cache, [5]) for cache in caches))
+
+
 def test_window_and_sinks_can_be_set_per_cache():
     model, ids = lossy(make_model()), prompt(1, 60)
     cache = CSKVCache(window=20, sinks=1)

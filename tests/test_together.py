@@ -467,3 +467,14 @@ def test_others_are_left_as_they_were(tmp_path):
     model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="A cache belongs to one model and adapter"):
         model(prompt(1, 1), past_key_values=cache)
+
+
+def test_training_leaves_what_else_is_trained(tmp_path):
+    model = make_model(dtype=torch.float32)
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    model.add_adapter(lora, adapter_name="style")
+    model = lossy(model, bits=4, block_size=8)
+    before = {name for name, p in model.named_parameters() if p.requires_grad and "lora" in name}
+    arguments = training_arguments(tmp_path, max_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=True)
+    CSKVTrainer(model, arguments, training_rows(calibration_data(model), length=64)).train()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before and before

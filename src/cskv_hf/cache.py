@@ -266,6 +266,8 @@ class CSKVCache(Cache):
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().squeeze(1)
+        elif self.tokens is not None and self.tokens.positions is not None:
+            indices = torch.where(indices < 0, indices + len(self.tokens.positions), indices)  # from the end
         if self.tokens is not None:
             self.tokens.select_rows(indices)
         self._moving = True

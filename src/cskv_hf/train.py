@@ -162,11 +162,14 @@ class CSKVTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. An interrupted run leaves its last checkpoint and the factors as they are."""
         self.errors = []
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         dtype = _unfreeze(self.model, self.adapter_name)
         try:
             with self._loss_as_forward():
                 return super().train(*args, **kwargs)
         finally:
+            for parameter in trained:  # of a LoRA beside it, say
+                parameter.requires_grad_(True)
             _freeze(self.model, self.adapter_name, dtype)
 
     @contextlib.contextmanager
