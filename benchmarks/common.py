@@ -25,10 +25,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from cskv_hf import CSKVCache, CSKVConfig, ModelShape, kernels
-from cskv_hf.cache_layer import CompressedKV, ForwardInputs
 from cskv_hf.config import num_key_groups
 from cskv_hf.factors import LayerFactors
 from cskv_hf.files import replace_file
+from cskv_hf.handover import CompressedKV, ForwardInputs
 from cskv_hf.kernels import cpu as cpu_kernels
 from cskv_hf.plan import plan, store_plan
 from cskv_hf.rope import RotaryFrequencies

@@ -35,8 +35,8 @@ from common import (
 
 from cskv_hf import CSKVConfig
 from cskv_hf.attention import attend_in_torch, compressed_attention
-from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.factors import LayerFactors
+from cskv_hf.handover import CompressedKV
 from cskv_hf.latents import Latents
 
 SETTINGS = (

@@ -4,8 +4,8 @@ import torch
 
 from cskv_hf import CSKVConfig
 from cskv_hf.attention import attend_in_torch
-from cskv_hf.cache_layer import CompressedKV
 from cskv_hf.factors import LayerFactors
+from cskv_hf.handover import CompressedKV
 from cskv_hf.latents import Latents
 from cskv_hf.quantize import PackedLayout, quantize
 from cskv_hf.rope import RotaryFrequencies

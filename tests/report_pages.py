@@ -30,7 +30,7 @@ def adapters(tmp_path_factory):
         fitted.peft_config["default"].fit_report["evaluation"] = evaluation if name == "packed" else None
         fitted.save_pretrained(folder / name)
         if name == "packed":
-            cskv_hf.tuner.shrink(fitted, 0.9)
+            cskv_hf.shrink(fitted, 0.9)
             fitted.save_pretrained(folder / "cut")
         model = fitted.unload()
     return folder

@@ -108,10 +108,13 @@ def test_training_goes_on_with_the_same_only(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cskv_hf.train.CSKVTrainer.train", lambda *_, **__: checkpoint.mkdir() or exit(9))
         assert cskv(*arguments)[0] == 9
-    changes = {"learning_rate": ["--learning-rate", 1e-3], "length, epochs": ["--epochs", 2, "--length", 32]}
+    changes = {
+        "`--learning-rate` 5e-05 there, 0.001 here": ["--learning-rate", 1e-3],
+        "`--length` 64 there, 32 here; `--epochs` 1.0 there, 2.0 here": ["--epochs", 2, "--length", 32],
+    }
     for names, more in changes.items():
         code, output, _ = cskv(*arguments, *more)
-        assert code == 2 and f"with other {names}" in output, output
+        assert code == 2 and names in output, output
     checkpoint.rmdir()
     code, output, _ = cskv(*arguments, "--epochs", 2)
     assert code == 0 and "18 steps" in output and not checkpoint.parent.exists(), output

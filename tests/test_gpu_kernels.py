@@ -14,7 +14,8 @@ from random_past import CASES, DEVICE, as_added, check_quantizer, error_against_
 
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVStaticCache, kernels
-from cskv_hf.cache_layer import Staged, encode, turned_back
+from cskv_hf.cache_layer import encode, turned_back
+from cskv_hf.handover import Staged
 from cskv_hf.kernels.pieces import Piece, cut
 from cskv_hf.latents import Latents, PackedFormat, PlainFormat
 from cskv_hf.quantize import PackedLayout, dequantize, quantize

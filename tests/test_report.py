@@ -218,9 +218,10 @@ def test_families_whose_layers_may_slide(family, tmp_path):
     fitted.save_pretrained(tmp_path)
     out = write_report(tmp_path, [], tmp_path / "page.html")
     config, data = fitted.peft_config["default"], json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-    per_token = config.bytes_per_token(ModelShape(**config.model_shape))
+    full = fitted.get_base_model().config
+    full.sliding_window, full.layer_types = None, ["full_attention"] * full.num_hidden_layers
     for point in data["adapter"]["memory"]:
-        assert point["cache_bytes"] >= per_token * config.num_old_tokens(point["tokens"])
+        assert point["cache_bytes"] == config.cache_nbytes(full, point["tokens"])
     assert "with a sliding window holds less" in Parsed(out.read_text(encoding="utf-8")).text
 
 

@@ -7,9 +7,9 @@ import pytest
 from report_pages import MODEL, Parsed, results, row
 
 from cskv_hf import CSKVConfig, ModelShape
-from cskv_hf.evaluate import fingerprint
 from cskv_hf.report import write_report
 from cskv_hf.report.data import report_data
+from cskv_hf.runs import file_fingerprint
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_numbers_of_another_adapter_are_not_shown_as_this_ones(adapters, tmp_pat
     summary, methods, same = shown(mine)
     assert "43.2 %" in summary and methods == ["this adapter"] and same is None
     assert "r.json was measured on tiny, an adapter of the same size, and does not say whether" in summary
-    held = fingerprint.file_fingerprint(adapters / "packed" / "adapter_model.safetensors")
+    held = file_fingerprint(adapters / "packed" / "adapter_model.safetensors")
     summary, methods, same = shown(of_this_adapter(adapters, path, files={"adapter": held}))
     assert "43.2 %" in summary and methods == ["this adapter"] and same is True and "of the same size" not in summary
     for changes in (

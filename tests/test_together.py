@@ -369,7 +369,7 @@ def test_a_first_forward_that_was_refused_leaves_no_trace():
     for make in (CSKVCache, lambda: CSKVStaticCache(64)):
         caches = make(), make()
         model.set_adapter("default")
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"covers 59 tokens|and got 70 more"):
             if isinstance(caches[0], CSKVStaticCache):
                 model(prompt(1, 70), past_key_values=caches[0])
             else:
@@ -378,13 +378,13 @@ def test_a_first_forward_that_was_refused_leaves_no_trace():
         first, second = ([model(part, past_key_values=c).logits for part in ids.split([50, 10], 1)] for c in caches)
         assert all(torch.equal(a, b) for a, b in zip(first, second))
     cache = CSKVCache()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="covers 59 tokens"):
         model(ids, attention_mask=torch.ones(2, 59, dtype=torch.long), past_key_values=cache)
     with pytest.raises(ValueError, match="is empty"):
         cache.save("nowhere")
     cache.batch_repeat_interleave(2)
     model(ids, past_key_values=cache)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="covers 3 tokens"):
         model(ids[:, :5], attention_mask=torch.ones(2, 3, dtype=torch.long), past_key_values=cache)
     cache.activate_past_recording()
     model(ids[:, :5], past_key_values=cache)

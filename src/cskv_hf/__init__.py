@@ -7,13 +7,14 @@ from . import _versions  # noqa: F401  (first: refuses versions that lack what t
 from .cache import CSKVCache
 from .calibration import collect_statistics
 from .config import CSKVConfig
+from .cutting import shrink
 from .fitting import fit
 from .hub import load, push_to_hub
 from .model_shape import ModelShape
 from .patch import attach, detach
 from .static_cache import CSKVStaticCache
 from .statistics import KVStatistics
-from .tuner import CSKVModel, register, shrink
+from .tuner import CSKVModel, register
 
 __version__ = "0.1.0"
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 
 from . import kernels
-from .cache_layer import CompressedKV
 from .factors import LayerFactors, compute_dtype, without_autocast
+from .handover import CompressedKV
 from .kernels import cpu
 from .rope import paired, rotate_paired
 

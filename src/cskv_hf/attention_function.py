@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import compressed_attention
-from .cache_layer import CompressedKV
+from .handover import CompressedKV
 from .static_tokens import StaticStep
 from .step import Step, once
 

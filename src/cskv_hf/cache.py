@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_layer import MISSING_FACTORS, CSKVLayer, ForwardInputs, Staged, check_tokens
+from .cache_layer import CSKVLayer
 from .config import CSKVConfig
 from .factors import LayerFactors
+from .handover import MISSING_FACTORS, ForwardInputs, Staged
 from .step import Step
-from .tokens import ROLLBACK_TOKENS, TokenTable
+from .tokens import ROLLBACK_TOKENS, TokenTable, check_tokens
 
 INTERRUPTED = (
     "An earlier forward with this CSKVCache was interrupted between two layers, which now hold different tokens. Call "

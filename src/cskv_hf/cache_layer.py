@@ -1,4 +1,4 @@
-"""One layer of a CSKVCache: its tensors, what `update` does with new keys and values, and what attention gets to see.
+"""One layer of a CSKVCache: its tensors, and what `update` does with new keys and values.
 
 Keys are cached after RoPE, and rotated back when they are encoded.
 """
@@ -6,96 +6,17 @@ Keys are cached after RoPE, and rotated back when they are encoded.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .factors import Fingerprint, LayerFactors, compute_dtype, without_autocast
+from .factors import Fingerprint, compute_dtype, without_autocast
+from .handover import MISSING_FACTORS, CompressedKV, Staged
 from .latents import Latents
 from .offload import Copies, copy_ahead, copy_now, to_cpu
 from .rope import RotaryFrequencies, rotate, turn_back
 from .step import Eviction, Index, Step, once, take
-
-MISSING_FACTORS = (
-    "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "
-    "(`cskv_hf.load(model, adapter)`, or `AutoModelForCausalLM.from_pretrained(adapter)` after `import cskv_hf`), or "
-    "make one with `model = cskv_hf.fit(model, data)`; if the model has one, enable it (`set_adapter`, "
-    "`enable_adapters`). To generate without compression use `transformers.DynamicCache()`."
-)
-
-
-@dataclass
-class CompressedKV:
-    """What `update` hands to the attention function in place of keys and values: references to tensors, nothing
-    rebuilt.
-
-    Attributes:
-        exact_keys, exact_values: (batch, num_key_value_heads, num_sinks + num_recent, head_dim); keys after RoPE.
-        key_latents, value_latents: of ``num_old`` tokens.
-        factors: of this layer.
-        step: which slots the columns are, and the rotation of the latents' keys.
-    """
-
-    exact_keys: torch.Tensor
-    exact_values: torch.Tensor
-    key_latents: Latents
-    value_latents: Latents
-    factors: LayerFactors
-    step: Step
-
-    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys (after RoPE) and values, (batch, num_key_value_heads, num_slots, head_dim), column = slot.
-
-        The slow way, for attention implementations that know nothing of latents: it rebuilds the whole layer.
-        """
-        dtype = compute_dtype(self.exact_keys)
-        cos, sin = (t[:, None].to(dtype) for t in self.step.old_cos_sin(self.exact_keys.device, self.exact_keys.dtype))
-        key_latents, value_latents = (x.read(0, x.num_blocks, dtype) for x in (self.key_latents, self.value_latents))
-        old_keys = rotate(self.factors.decode_keys(key_latents), cos, sin)
-        old_values = self.factors.decode_values(value_latents)
-        slots = torch.cat([self.step.exact_slots(), self.step.old_slots()], dim=1).to(self.exact_keys.device)
-        return (
-            self._by_slot(torch.cat([self.exact_keys, old_keys.to(self.exact_keys.dtype)], dim=2), slots),
-            self._by_slot(torch.cat([self.exact_values, old_values.to(self.exact_values.dtype)], dim=2), slots),
-        )
-
-    def _by_slot(self, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        batch, heads, _, head_dim = states.shape
-        frame = states.new_zeros(batch, heads, self.step.num_slots + 1, head_dim)  # the last takes empty columns
-        target = slots.masked_fill(slots < 0, self.step.num_slots).expand(batch, -1)
-        frame.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, head_dim), states)
-        return frame[:, :, :-1]
-
-
-class ForwardInputs(NamedTuple):
-    """What the pre-hook of an attention layer says of the forward to [`CSKVCache.stage`].
-
-    Attributes:
-        positions: (batch or 1, num_new).
-        batch_size: rows of the batch.
-        frequencies: the rotary frequencies that the new keys were turned by.
-        materialize: whether keys and values are to be rebuilt, for an attention that is not CSKV's.
-        sliding_window: of this layer, in tokens; None if it attends to all.
-    """
-
-    positions: torch.Tensor
-    batch_size: int
-    frequencies: RotaryFrequencies
-    materialize: bool = False
-    sliding_window: int | None = None
-
-
-@dataclass
-class Staged:
-    """What the pre-hook of an attention layer hands over for the `update` that follows; `unseen_blocks` may be dropped
-    after it."""
-
-    step: Step
-    factors: LayerFactors
-    materialize: bool
-    unseen_blocks: int = 0
 
 
 class CSKVLayer(CacheLayerMixin):
@@ -318,22 +239,6 @@ class CSKVLayer(CacheLayerMixin):
         """Those of the latents, if they live on the CPU."""
         offloaded = self._latents() if self.offloading and self.is_initialized else ()
         return nbytes_of(t for latents in offloaded for t in latents.held)
-
-
-def check_tokens(**arguments: tuple[int | None, int]) -> None:
-    """Check arguments that are a number of tokens or None, each given with the least that is allowed.
-
-    Raises:
-        TypeError: for what is no whole number.
-        ValueError: for less.
-    """
-    for name, (value, least) in arguments.items():
-        if value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"`{name}` must be a whole number of tokens, got {value!r}.")
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least} token{'s' * (least != 1)}, got {value}.")
 
 
 def nbytes_of(tensors: Iterable[torch.Tensor]) -> int:

@@ -22,12 +22,8 @@ from .config import CSKVConfig
 from .files import (
     calibration_samples,
     check_out,
-    check_same_run,
     documents,
-    file_hash,
-    forget_run,
     full_rows,
-    remember_run,
     replace_directory,
 )
 from .fit_report import format_evaluation, format_report
@@ -35,6 +31,7 @@ from .fitting import fit as fit_model
 from .generation import has_active_adapter
 from .hub import load, local_adapter, push_folder
 from .kernels import HAS_TRITON, cpu
+from .runs import check_same_run, file_fingerprint, forget_run, remember_run
 
 EVALUATION_LENGTH, EVALUATION_ROWS = 512, 64  # of `cskv fit --evaluate`
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -48,7 +45,7 @@ def check_dtype(dtype: str) -> str:
 
 
 def check_device_map(device_map: str | None) -> str | None:
-    """Refuse a GPU that is not there, as above."""
+    """Refuse a GPU that is not there."""
     if device_map is not None and device_map.startswith("cuda") and not torch.cuda.is_available():
         raise typer.BadParameter(f"'{device_map}' needs a GPU that torch can use, and there is none.")
     return device_map
@@ -140,7 +137,7 @@ def fit(
         )
         tokenizer = AutoTokenizer.from_pretrained(model)
         samples = calibration_samples(data, tokenizer, length)
-        source = f"{data.name}, sha256 {file_hash(data)}, {length} tokens a sample"
+        source = f"{data.name}, sha256 {file_fingerprint(data)}, {length} tokens a sample"
         held_out = None if evaluate is None else torch.stack(full_rows(evaluate, tokenizer, EVALUATION_LENGTH))
         out.parent.mkdir(parents=True, exist_ok=True)
         state_file = out.with_name(out.name + ".statistics.safetensors")
@@ -195,7 +192,7 @@ def train(
         rows = training_rows(documents(data), tokenizer, length, max_tokens)
         checkpoints = out.with_name(out.name + ".checkpoints")
         settings = {
-            "adapter": file_hash(folder / ADAPTER[1]), "data": file_hash(data), "length": length,
+            "adapter": file_fingerprint(folder / ADAPTER[1]), "data": file_fingerprint(data), "length": length,
             "max_tokens": max_tokens, "objective": objective, "epochs": epochs, "learning_rate": learning_rate,
             "batch_size": batch_size,
         }  # fmt: skip

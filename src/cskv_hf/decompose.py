@@ -48,13 +48,18 @@ class Factors:
 
     def cut(self, ranks: Sequence[int]) -> Factors:
         """The first `ranks[g]` channels of every group."""
-        starts = torch.tensor([0, *self.ranks]).cumsum(0)[:-1].tolist()
-        kept = torch.cat([torch.arange(start, start + r) for start, r in zip(starts, ranks)])
+        kept = first_channels(self.ranks, ranks)
         return Factors(self.A[kept], self.B[:, kept], tuple(ranks), self.spectrum[kept], self.mean)
 
     def spectra(self) -> tuple[torch.Tensor, ...]:
         """The spectrum of each group."""
         return self.spectrum.split(list(self.ranks))
+
+
+def first_channels(there: Sequence[int], kept: Sequence[int]) -> torch.Tensor:
+    """The first ``kept[g]`` channels of every group of ``there[g]``, as an index of all."""
+    starts = torch.tensor([0, *there]).cumsum(0)[:-1].tolist()
+    return torch.cat([torch.arange(start, start + rank) for start, rank in zip(starts, kept)])
 
 
 def diagonal_blocks(matrix: torch.Tensor, num_groups: int) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +13,6 @@ from typing import Any
 import torch
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-RUN = "cskv_run.json"  # what a run was started with
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -154,41 +151,6 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # across devices, or a file system without links
         shutil.copy2(source, target, follow_symlinks=False)
-
-
-def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on from checkpoints in `folder` of a run that was started with other settings.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    file = folder / RUN
-    if file.is_file() and any(folder.glob("checkpoint-*")):
-        before = json.loads(file.read_text(encoding="utf-8"))
-        other = [name for name, value in settings.items() if before.get(name) != value]
-        if other:
-            raise ValueError(
-                f"'{folder}' holds checkpoints of a run that was interrupted, with other {', '.join(other)}. Go on "
-                "with the same, delete the folder, or name another `out`."
-            )
-
-
-def remember_run(folder: Path, settings: dict[str, Any]) -> None:
-    """For [`check_same_run`] of a run that goes on with this one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / RUN, json.dumps(settings))
-
-
-def forget_run(folder: Path) -> None:
-    """Take away what [`remember_run`] wrote, and the folder, unless something else is in it."""
-    (folder / RUN).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def file_hash(path: Path) -> str:
-    """By which a file is known again: 16 digits of its SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def replace_file(path: Path, text: str) -> None:

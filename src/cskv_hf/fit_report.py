@@ -13,7 +13,7 @@ from .model_shape import ModelShape
 
 ERRORS = ("key_error", "value_error", "key_attention_error", "value_attention_error")
 OF_THE_DATA = ("layer_idx", "key_mean_share", "value_mean_share")  # of a fit's report on a layer; not of its factors
-OF_THE_RANKS = ("key_ranks", "value_rank", "key_error", "value_error", "key_attention_error", "value_attention_error")
+OF_THE_RANKS = ("key_ranks", "value_rank", *ERRORS)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from transformers.utils import logging
 from .adapter_files import ADAPTER, check_adapter_files, save_adapter
 from .card import card_text
 from .config import CSKVConfig
-from .tuner import adapter_config, check_can_add, shrink, sidecars
+from .cutting import shrink
+from .tuner import adapter_config, check_can_add, sidecars
 
 logger = logging.get_logger(__name__)
 

@@ -19,9 +19,9 @@ from transformers.utils import logging
 
 from .attention_function import PREFIX, register
 from .cache import CSKVCache
-from .cache_layer import ForwardInputs
 from .families import attention_layers, decoder_of, frequencies_of
 from .generation import cache_given, give_generate, take_generate
+from .handover import ForwardInputs
 from .model_shape import sliding_window
 from .rope import cos_sin
 from .sidecar import CSKVFactors

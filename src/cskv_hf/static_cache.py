@@ -14,12 +14,14 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import kernels
-from .cache_layer import MISSING_FACTORS, CompressedKV, ForwardInputs, Staged, check_tokens, encode, turned_back
+from .cache_layer import encode, turned_back
 from .config import CSKVConfig
 from .factors import Fingerprint, LayerFactors, without_autocast
+from .handover import MISSING_FACTORS, CompressedKV, ForwardInputs, Staged
 from .latents import LatentFormat, Latents
 from .static_tokens import StaticStep, StaticTable
 from .step import once, take
+from .tokens import check_tokens
 
 
 class CSKVStaticLayer(CacheLayerMixin):

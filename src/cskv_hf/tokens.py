@@ -271,6 +271,22 @@ class TokenTable:
         self.positions, self.slots = positions, slots  # both or neither
 
 
+def check_tokens(**arguments: tuple[int | None, int]) -> None:
+    """Check arguments that are a number of tokens or None, each given with the least that is allowed.
+
+    Raises:
+        TypeError: for what is no whole number.
+        ValueError: for less.
+    """
+    for name, (value, least) in arguments.items():
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"`{name}` must be a whole number of tokens, got {value!r}.")
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least} token{'s' * (least != 1)}, got {value}.")
+
+
 def _pick(slots: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Slots at the given columns (batch, n); -1 stays -1."""
     return slots.gather(1, columns.clamp_min(0)).masked_fill(columns < 0, -1)

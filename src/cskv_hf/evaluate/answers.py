@@ -21,8 +21,8 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from ..generation import CACHE_ARGUMENT
+from ..runs import differences
 from .cases import Answer, Case
-from .fingerprint import differences
 
 
 @torch.no_grad()

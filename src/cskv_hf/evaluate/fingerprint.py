@@ -1,11 +1,10 @@
-"""What results depend on: model, adapter and files as short hashes, versions of packages; and what differs in it."""
+"""What results depend on: model and adapter as a short hash, versions of packages."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,28 +37,9 @@ def active_config(model: nn.Module) -> CSKVConfig | None:
     return None
 
 
-def file_fingerprint(path: Path) -> str:
-    """Short hash of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
 def versions() -> dict[str, str]:
     """Of the packages whose code makes the numbers."""
     return {name: version(name.replace("_", "-")) for name in ("torch", "transformers", "peft", "cskv_hf")}
-
-
-def differences(held: Any, now: dict[str, Any]) -> str:
-    """What differs between settings read from a file and those of this run, by name, in words."""
-    there, here = _flat(held), _flat(now)
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return "; ".join(f"`{name}` {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of nested objects."""
-    if not isinstance(settings, dict):
-        return {prefix.removesuffix("."): settings}
-    return {k: v for name, value in settings.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
 
 
 def _jsonable(value: Any) -> Any:

@@ -13,9 +13,10 @@ from ..files import replace_file
 from ..generation import has_active_adapter
 from ..hub import local_adapter
 from ..model_shape import ModelShape
+from ..runs import file_fingerprint
 from ..tuner import adapter_config
 from . import bundled
-from .fingerprint import file_fingerprint, fingerprint
+from .fingerprint import fingerprint
 from .format import text_tables
 from .inputs import FORMS, check_benchmark, file_calibration, load_model, parse_benchmark
 from .methods import Calibration

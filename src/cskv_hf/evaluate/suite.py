@@ -19,8 +19,9 @@ from ..config import POSITION_BYTES, CSKVConfig
 from ..demo import BUNDLED
 from ..files import replace_file
 from ..model_shape import ModelShape
+from ..runs import differences
 from .benchmarks import Benchmark, Measurement
-from .fingerprint import differences, versions
+from .fingerprint import versions
 from .memory import cache_nbytes
 from .methods import Calibration, Method, bytes_of_old_token, cache_maker, prepare
 

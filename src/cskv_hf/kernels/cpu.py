@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..cache_layer import CompressedKV
+from ..handover import CompressedKV
 from ..latents import LatentFormat, Latents, PackedFormat
 from ..quantize import PackedLayout
 

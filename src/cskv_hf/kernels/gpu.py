@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..cache_layer import CompressedKV
+from ..handover import CompressedKV
 from ..latents import LatentFormat
 from ..step import once
 from .gpu_arguments import (
@@ -65,8 +65,8 @@ MAX_SPLITS = 128
 FUSED = dict(enable_fp_fusion=True)  # product and sum in one instruction; Triton 3.10 wants to be asked for it
 
 
-class Side(NamedTuple):
-    """Keys or values of the past as they are stored, and what rebuilds them.
+class Compressed(NamedTuple):
+    """Old keys or old values as they are stored, and what rebuilds them.
 
     Attributes:
         data, ranges: (batch, blocks, ...), codes and ranges; plain latents twice.
@@ -201,16 +201,18 @@ def _attend(
     value_sizes: Sequence[int], value_B: torch.Tensor, value_mean: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """[`attend`] as an operation, into which a compiler does not look."""
-    keys = Side(key_data, key_ranges, format_of(tuple(key_bits), key_rank, *key_sizes), key_B, key_mean)
+    key_format = format_of(tuple(key_bits), key_rank, *key_sizes)
+    keys = Compressed(key_data, key_ranges, key_format, key_B, key_mean)
     value_format = format_of(tuple(value_bits), value_rank, *value_sizes)
-    values = Side(value_data, value_ranges, value_format, value_B, value_mean)
+    values = Compressed(value_data, value_ranges, value_format, value_B, value_mean)
     turn = Turns(turns, cos, sin, start_cos, start_sin, positions, inv_freq, attention_scaling)
     told = None if seen is None else Seen(seen, num_seen)
     exact_mask, old_mask = (m if m is None or m.stride(3) == 1 else m.contiguous() for m in (exact_mask, old_mask))
     query, base_2 = query.contiguous(), scaling / math.log(2)
+    work, words = working_dtype(query.dtype, key_format, value_format), in_words(key_format, value_format)
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():  # where Triton launches
-        scores = _score(query, keys, tuple(key_ranks), values.format, turn, told, old_mask, base_2)
-        summed = _sum_values(scores, values, in_words(keys.format, value_format), told, query)
+        scores = _score(query, keys, tuple(key_ranks), work, words, turn, told, old_mask, base_2)
+        summed = _sum_values(scores, values, words, told, query)
         return _finish(query, exact_keys, exact_values, exact_mask, summed, values, base_2)
 
 
@@ -223,7 +225,7 @@ def _(query, *_):
 
 
 def _score(
-    query: torch.Tensor, keys: Side, key_ranks: tuple[int, ...], value_format: LatentFormat, turns: Turns,
+    query: torch.Tensor, keys: Compressed, key_ranks: tuple[int, ...], work: torch.dtype, words: bool, turns: Turns,
     seen: Seen | None, old_mask: torch.Tensor | None, base_2: float,
 ) -> Scores:  # fmt: skip
     batch, heads, rows, _ = query.shape
@@ -231,10 +233,9 @@ def _score(
     parts = 1 if turns.kind == ON_HOPPER else TILE // PART
     new = functools.partial(torch.empty, device=query.device)
     scores = Scores(
-        new(batch, heads * rows, num_tiles, TILE, dtype=working_dtype(query.dtype, keys.format, value_format)),
+        new(batch, heads * rows, num_tiles, TILE, dtype=work),
         new(batch, heads * rows, num_tiles, parts, dtype=torch.float32),
     )
-    words = in_words(keys.format, value_format)
     if turns.kind == ON_HOPPER:
         hopper.launch(
             query, keys.data, keys.ranges, keys.format.layout, key_ranks,
@@ -251,8 +252,8 @@ def _score(
 
 
 def _launch_scores(
-    query: torch.Tensor, keys: Side, key_ranks: tuple[int, ...], turns: Turns, run: int, mask: torch.Tensor | None,
-    base_2: float, words: bool, seen: Seen | None, scores: Scores,
+    query: torch.Tensor, keys: Compressed, key_ranks: tuple[int, ...], turns: Turns, run: int,
+    mask: torch.Tensor | None, base_2: float, words: bool, seen: Seen | None, scores: Scores,
 ) -> None:  # fmt: skip
     batch, heads, rows, head_dim = query.shape
     num_tiles, work, form = scores.weights.shape[2], scores.weights.dtype, storage(keys.format, words)
@@ -276,7 +277,7 @@ def _launch_scores(
 
 
 def _sum_values(
-    scores: Scores, values: Side, words: bool, seen: Seen | None, query: torch.Tensor
+    scores: Scores, values: Compressed, words: bool, seen: Seen | None, query: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The mean of latents for each KV head, (heads, batch * rows, rank) in the dtype of `query`, and the maximum and
     the sum of exponentials that it is weighted by, (heads, batch, rows) float32."""
@@ -309,7 +310,7 @@ def _sum_values(
 
 def _finish(
     query: torch.Tensor, exact_keys: torch.Tensor, exact_values: torch.Tensor, exact_mask: torch.Tensor | None,
-    summed: tuple[torch.Tensor, torch.Tensor, torch.Tensor], values: Side, base_2: float,
+    summed: tuple[torch.Tensor, torch.Tensor, torch.Tensor], values: Compressed, base_2: float,
 ) -> torch.Tensor:  # fmt: skip
     """Values of the summed latents, joined with attention to the exact tokens."""
     batch, heads, rows, head_dim = query.shape

@@ -85,7 +85,7 @@ def few_registers(pieces: Pieces, kinds: int, device: torch.device) -> dict[str,
     on an H100 four with planes of 4 bits alone and few channels, three with others.
 
     Args:
-        kinds: of planes, as in the form.
+        kinds: of planes, as in `storage`.
     """
     if sum(pieces.sizes) > (48 if kinds == 4 else 96) or not is_hopper(device):
         return {}

@@ -1,4 +1,4 @@
-"""How many of the old tokens of every tile of 64 are seen, which is what the score kernels of a GPU are told of masks.
+"""How many old tokens of every tile of 64 are seen: what the score kernels of a GPU read in place of a mask.
 
 They turn keys by their places in a tile and queries by where the tile begins, and hide what lies behind the tokens
 that are seen. Tiles that are not like that, as of positions with gaps or of a mask with holes, are left to a second

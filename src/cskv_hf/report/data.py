@@ -21,11 +21,11 @@ from .. import __version__
 from ..adapter_files import ADAPTER, check_adapter_files
 from ..config import POSITION_BYTES, CSKVConfig
 from ..demo import BUNDLED, MODEL_PATH
-from ..evaluate.fingerprint import file_fingerprint
 from ..fit_report import ERRORS, layer_errors, mean_bits
 from ..hub import REPO_ID
 from ..latents import LatentFormat, PlainFormat
 from ..model_shape import ModelShape
+from ..runs import file_fingerprint
 from .rows import ANOTHER, THIS, has_size_of
 
 VERSION = 1  # of report.json, and of the results files it reads
