@@ -1,8 +1,7 @@
 """Everything that is to be measured on a GPU, in one go: python benchmarks/gpu.py OUT [--minutes 12]
 
 Every benchmark of speed and memory, each in a process of its own, which prints its table and leaves its JSON in the
-folder OUT, and the tests of the kernels on the GPU that is there, which compile for minutes: those of what the next
-benchmarks use come early, and the step that Inductor compiles, for longer than anybody has waited, comes last.
+folder OUT; first the tests of the kernels on the GPU that is there. What compiles longest comes last.
 One that fails does not stop the others. What is not finished once the minutes are over is ended, which counts as
 failed, as does what was not begun; what a benchmark had measured until then is in its JSON.
 """
@@ -21,17 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RECORDED = "benchmarks/step.py --backend recorded --out {out}"
 COMMANDS = {
-    "tests of tiles": "-m pytest tests/test_gpu_kernels.py -k 'fixed_size or under_a_mask or is_due or by_itself'",
-    "tests of Hopper": "-m pytest tests/test_hopper_kernel.py",
+    "tests": "-m pytest -n 8 --dist load tests/test_gpu_kernels.py tests/test_hopper_kernel.py -k 'not not_here'",
     "kernels": "benchmarks/gpu_kernels.py --out {out}",
     "step-8b": RECORDED + " --layers 32 --vocabulary 128256 --length 32768 --compression 0.95 --bits 4 --rounds 2",
     "step-rows": RECORDED + " --layers 4 --length 32768 --batch 8 --compression 0.95 --bits 4 --rounds 2",
     "step-recorded": RECORDED + " --layers 2 --rounds 3",
-    "tests of packing": "-m pytest tests/test_gpu_kernels.py -k quantises",
-    "prefill": "benchmarks/prefill.py --length 8192 --out {out}",
+    "prefill": "benchmarks/prefill.py --layers 4 --length 8192 --out {out}",
     "memory": "benchmarks/memory.py --out {out}",
     "decode": "benchmarks/decode.py --lengths 32768 --batch 1 16 --out {out}",
-    "tests": "-m pytest tests/test_gpu_kernels.py",
     "decode-short": "benchmarks/decode.py --lengths 1024 8192 --batch 1 --out {out}",
     "cost": "benchmarks/cost.py --lengths 8192 32768 --out {out}",
     "capacity": "benchmarks/capacity.py --layers 4 --budget 0.5 --caches DynamicCache '80% head packed'"

@@ -15,6 +15,7 @@ import cskv_hf.attention as attention
 
 pytest.importorskip("triton")
 import cskv_hf.kernels.gpu as gpu
+import cskv_hf.kernels.gpu_plans as gpu_plans
 import cskv_hf.kernels.hopper as hopper
 
 ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
@@ -110,6 +111,25 @@ def test_a_part_of_each_row(rank, added, served, uninitialised_is_nan):
     assert error_against_torch(attention.attend_on_gpu, query, kv, None, mask) < 4e-3
     assert relative(query, kv) < 4e-3
     assert len(served) == 2
+
+
+def test_what_is_kept_is_made_beforehand(served):
+    """So that nothing is allocated among the tensors of a CUDA graph that stays there."""
+    cached = hopper.plan, gpu.key_pieces, gpu.value_pieces
+    for function in cached:
+        function.cache_clear()
+    factors = factors_of(FEW, torch.float16)
+    kv, mask = past(factors, 2, 160, torch.float16), torch.ones(2, 1, 1, 160, dtype=torch.bool, device=DEVICE)
+
+    def kept():
+        made = [id(t) for of_layer in gpu_plans._kept.values() for _, t, *_ in of_layer.values()]
+        return made, [function.cache_info().misses for function in cached]
+
+    gpu.prepare(factors, torch.device(DEVICE), torch.float16)
+    before = kept()
+    for old_mask in (None, mask):  # which tiles are told of
+        attention.attend_on_gpu(query_of(factors, 2, 2, torch.float16), kv, 0.1, None, old_mask)
+    assert len(served) == 2 and kept() == before
 
 
 def test_what_it_leaves_to_others(served):

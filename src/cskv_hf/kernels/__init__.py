@@ -128,7 +128,7 @@ def prepare(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> 
     """Make what the kernels of a GPU keep of a layer, before a CUDA graph is recorded, which would take it for its
     own."""
     if device.type == "cuda" and HAS_TRITON:
-        from . import gpu_plans, triton_encode
+        from . import gpu, triton_encode
 
-        gpu_plans.prepare_tables(factors, device, dtype)
+        gpu.prepare(factors, device, dtype)
         triton_encode.prepare_tables(factors, device)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..factors import LayerFactors
 from ..handover import CompressedKV
 from ..latents import LatentFormat
 from ..step import once
@@ -42,6 +43,7 @@ from .gpu_plans import (
     few_registers,
     is_hopper,
     key_pieces,
+    prepare_tables,
     tiles_of_program,
     transposed,
     value_pieces,
@@ -121,6 +123,16 @@ class Scores(NamedTuple):
         return TILE // self.maxima.shape[3]
 
 
+def prepare(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
+    """What the kernels keep of a layer, those of scores both: which one is called depends on the queries."""
+    prepare_tables(factors, device, dtype)
+    if _scores_on_hopper(factors, factors.key_format, factors.value_format, dtype, 1, device):
+        hopper.prepare(
+            factors.key_format.layout, factors.key_ranks,
+            functools.partial(with_mean, factors.key_B, factors.key_mean), device,
+        )  # fmt: skip
+
+
 def attend(
     query: torch.Tensor,
     kv: CompressedKV,
@@ -138,7 +150,7 @@ def attend(
         (batch, num_key_value_heads, rows, head_dim) in the dtype of `query`.
     """
     factors, key_format = kv.factors, description(kv.key_latents.format)
-    turns, seen = _turns(query, kv, old_mask, key_format)
+    turns, seen = _turns(query, kv, old_mask)
     launch = gpu_attend if torch.compiler.is_compiling() else _attend
     return launch(
         query, kv.exact_keys.to(query.dtype), kv.exact_values.to(query.dtype), exact_mask, old_mask, scaling,
@@ -148,16 +160,14 @@ def attend(
     )  # fmt: skip
 
 
-def _turns(
-    query: torch.Tensor, kv: CompressedKV, old_mask: torch.Tensor | None, key_format: tuple
-) -> tuple[Turns, Seen | None]:
+def _turns(query: torch.Tensor, kv: CompressedKV, old_mask: torch.Tensor | None) -> tuple[Turns, Seen | None]:
     """What turns the keys, and what is seen of them; None if all is."""
     step, all_alike = kv.step, old_mask is None or old_mask.shape[2] == 1
     in_tiles = on_hopper = None
     if query.dtype != torch.float32:  # which keeps the model's own cos and sin; in 16 bits a product is as near
-        work = working_dtype(query.dtype, kv.key_latents.format, kv.value_latents.format)
-        on_hopper = work == torch.float16 and all_alike and bool(key_format[0])
-        on_hopper = on_hopper and served_on_hopper(*key_format, kv.factors.key_ranks, *query.shape[2:], query.device)
+        formats = kv.key_latents.format, kv.value_latents.format
+        on_hopper = all_alike and _scores_on_hopper(kv.factors, *formats, query.dtype, query.shape[2], query.device)
+        work = working_dtype(query.dtype, *formats)
         how = (hopper.TILE, work, hopper.STARTS) if on_hopper else (TILE, work)
         in_tiles = step.old_turn_in_tiles(query.device, *how)
     if in_tiles is None:
@@ -175,6 +185,16 @@ def _turns(
     if positions is None and seen is not None:  # for the second run
         positions, _ = step.old_rope(query.device)
     return Turns(ON_HOPPER if on_hopper else IN_TILES, *in_tiles.within, *in_tiles.starts, positions, *rope), seen
+
+
+def _scores_on_hopper(
+    factors: LayerFactors, key_format: LatentFormat, value_format: LatentFormat, dtype: torch.dtype, rows: int,
+    device: torch.device,
+) -> bool:  # fmt: skip
+    """Whether the kernel of hopper.py scores `rows` of queries of a KV head in `dtype`, whatever they see."""
+    keys = description(key_format)
+    in_float16 = working_dtype(dtype, key_format, value_format) == torch.float16 and bool(keys[0])
+    return in_float16 and served_on_hopper(*keys, factors.key_ranks, rows, factors.head_dim, device)
 
 
 @torch.compiler.assume_constant_result

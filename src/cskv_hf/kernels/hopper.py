@@ -101,6 +101,14 @@ def serves(layout: PackedLayout, ranks: tuple[int, ...], rows: int, head_dim: in
     return planned.num_channels <= (MOST_CHANNELS if planned.fours and set(layout.bits) == {4} else MOST_OTHERS)
 
 
+def prepare(
+    layout: PackedLayout, ranks: tuple[int, ...], factor_of: Callable[[torch.Tensor, torch.dtype], torch.Tensor],
+    device: torch.device,
+) -> None:  # fmt: skip
+    """What a [`launch`] keeps of a layer that the kernel serves."""
+    factor_of(plan(layout, ranks, device).order, torch.float16)
+
+
 @functools.cache
 def plan(layout: PackedLayout, ranks: tuple[int, ...], device: torch.device) -> Plan:
     starts = [tier.first_byte for tier in layout.tiers] + [layout.code_bytes]
