@@ -134,6 +134,27 @@ def test_quantises_bit_for_bit(block_size, times, group_channels):
     check_quantizer(quantize, block_size, times, group_channels, DEVICE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("case", ["packed, groups", "plain, joint", "one KV head"])
+def test_encodes_bit_for_bit(case, rows, dtype, monkeypatch):
+    """The latents of many tokens, cut out of longer states, whether a kernel takes their mean off or torch."""
+    from cskv_hf.kernels.triton_center import center
+
+    factors = layer(*CASES[case], dtype)
+    step, layout = past(factors, 3, 64, dtype).step, (2, 3, factors.num_key_value_heads, 101, factors.head_dim)
+    states = torch.randn(layout).to(DEVICE, dtype)[..., 3:99, :]
+    latents, positions = [], 1000 * torch.arange(rows, device=DEVICE)[:, None] + torch.arange(96, device=DEVICE)
+    for served in (None, center):
+        monkeypatch.setattr(kernels, "centering", lambda *_, served=served: served)
+        step.memo.clear()
+        staged = Staged(step, factors, materialize=False)
+        latents.append(encode(*states, positions, step.old_frequencies, staged))
+    for torch_s, ours in zip(*latents):
+        for one, other in zip(torch_s.held, ours.held):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("block_size", [32, 24, 8])
 @pytest.mark.parametrize("case", CASES)
@@ -467,6 +488,7 @@ def test_compiles_for_gpus_that_are_not_here():
 COMPILE_ENCODERS = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from cskv_hf.kernels.triton_center import center_kernel
 from cskv_hf.kernels.triton_encode import encode_kernel
 from cskv_hf.kernels.triton_quantize import pack_kernel, quantize_kernel
 
@@ -481,12 +503,12 @@ def compile_for_all(function, constants, **kinds):
         options = dict(num_stages=1) if function is encode_kernel else dict(enable_fp_fusion=False)
         compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-        rounded_as_torch_does = "div.full" not in ptx and ("fma" not in ptx or function is encode_kernel)
+        rounded_as_torch_does = "div.full" not in ptx and ("fma.rn.f32" not in ptx or function is encode_kernel)
         little = shared <= 64 * 1024
         print(".local" not in ptx, rounded_as_torch_does and little)  # in registers
 
-for block, tokens, padded, of_group, channels in ((32, 32, 32, 4, 64), (24, 3, 4, 1, 64), (32, 16, 16, 128, 128)):
-    sizes = dict(BLOCK=block, GROUP_TOKENS=tokens, TOKENS=padded, GROUP_CHANNELS=of_group, CHANNELS=channels)
+for block, tokens, of_group, channels in ((32, 32, 4, 64), (24, 3, 1, 64), (32, 16, 128, 128)):
+    sizes = dict(BLOCK=block, GROUP_TOKENS=tokens, GROUP_CHANNELS=of_group, CHANNELS=channels)
     compile_for_all(quantize_kernel, sizes | dict(TOLD=block == tokens))
 for block, together, packed in ((32, 4, "*i32"), (24, 1, "*u8")):
     compile_for_all(pack_kernel, dict(BLOCK=block, TOGETHER=together, UNITS=256, TOLD=together == 4), packed=packed)
@@ -496,6 +518,9 @@ for heads, of_group, head_dim, block, kind in MODELS:
     of_model = dict.fromkeys(("states", "A", "mean"), f"*{kind}")
     compile_for_all(encode_kernel, sizes | dict(TURNED=True, PACKED=True), out="*fp32", **of_model)
     compile_for_all(encode_kernel, sizes | dict(TURNED=False, PACKED=False), out=f"*{kind}", **of_model)
+    sizes = dict(HEADS=heads, HEAD_DIM=head_dim, TOKENS=32)
+    for turned in (True, False):
+        compile_for_all(center_kernel, sizes | dict(TURNED=turned), out=f"*{kind}", **of_model)
 """
 
 
@@ -503,7 +528,7 @@ for heads, of_group, head_dim, block, kind in MODELS:
 def test_encoding_and_packing_compile_for_gpus_that_are_not_here():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", COMPILE_ENCODERS], env=environment, capture_output=True, text=True)
-    assert out.stdout.split() == ["True"] * 2 * 2 * (3 + 2 + 6), out.stdout + out.stderr[-2000:]
+    assert out.stdout.split() == ["True"] * 2 * 2 * (3 + 2 + 6 + 6), out.stdout + out.stderr[-2000:]
 
 
 @pytest.mark.parametrize("ranks", [(3, 9), (20, 1), (40, 47), (60, 70), (130, 2)], ids=str)

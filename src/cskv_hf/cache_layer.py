@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from . import kernels
 from .factors import Fingerprint, compute_dtype, without_autocast
 from .handover import MISSING_FACTORS, CompressedKV, Staged
 from .latents import Latents
 from .offload import Copies, copy_ahead, copy_now, to_cpu
-from .rope import RotaryFrequencies, rotate, turn_back
+from .rope import RotaryFrequencies, rotate, turn_back, widened
 from .step import Eviction, Index, Step, once, take
 
 
@@ -257,16 +258,18 @@ def encode(
 
     Keys are rotated back in float32 or wider, by what is computed once for all layers of the step.
     """
-    dtype, factors, device = torch.promote_types(key_states.dtype, torch.float32), staged.factors, key_states.device
-    back = turned_back(staged.step, positions, frequencies, key_states.dtype, device)
-    unrotated = rotate(key_states.to(dtype), back[0][:, None], back[1][:, None])
-    matmul_dtype = compute_dtype(key_states)
-    return (
-        Latents.of(factors.key_format, factors.encode_keys(unrotated, matmul_dtype), key_states.dtype),
-        Latents.of(
-            factors.value_format, factors.encode_values(value_states.to(dtype), matmul_dtype), key_states.dtype
-        ),
-    )
+    dtype, factors, matmul_dtype = key_states.dtype, staged.factors, compute_dtype(key_states)
+    back = turned_back(staged.step, positions, frequencies, dtype, key_states.device)
+    center = kernels.centering(key_states, factors)
+    if center is not None:
+        keys = factors.project_keys(center(key_states, factors.key_mean, back, matmul_dtype))
+        values = factors.project_values(center(value_states, factors.value_mean, None, matmul_dtype))
+    else:
+        key_states, value_states = widened((key_states, value_states))
+        unrotated = rotate(key_states, back[0][:, None], back[1][:, None])
+        keys = factors.encode_keys(unrotated, matmul_dtype)
+        values = factors.encode_values(value_states, matmul_dtype)
+    return Latents.of(factors.key_format, keys, dtype), Latents.of(factors.value_format, values, dtype)
 
 
 def turned_back(

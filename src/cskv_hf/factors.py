@@ -78,18 +78,20 @@ class LayerFactors:
         default).
         """
         keys = key_states - self._by_head(self.key_mean, key_states.dtype)
-        return self._project_keys(keys if dtype is None else keys.to(dtype))
+        return self.project_keys(keys if dtype is None else keys.to(dtype))
 
     def encode_values(self, value_states: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """(batch, num_key_value_heads, tokens, head_dim) -> latents (batch, tokens, value_rank); dtypes as in
         [`encode_keys`]."""
         values = value_states - self._by_head(self.value_mean, value_states.dtype)
-        return self._project_values(values if dtype is None else values.to(dtype))
+        return self.project_values(values if dtype is None else values.to(dtype))
 
-    def _project_keys(self, keys: torch.Tensor) -> torch.Tensor:
+    def project_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        """[`encode_keys`] of deviations from the mean, in their dtype."""
         return project_keys(keys, self.key_A, self.key_ranks)
 
-    def _project_values(self, values: torch.Tensor) -> torch.Tensor:
+    def project_values(self, values: torch.Tensor) -> torch.Tensor:
+        """[`encode_values`] of deviations from the mean, in their dtype."""
         return values.transpose(1, 2).flatten(2) @ self.value_A.to(values.dtype).mT
 
     def _by_head(self, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -116,7 +116,7 @@ class ShardedFactors(LayerFactors):
     def heads(self) -> tuple[int, int, int]:
         return self.shard.first, self.shard.count, self.shard.total
 
-    def _project_keys(self, keys: torch.Tensor) -> torch.Tensor:
+    def project_keys(self, keys: torch.Tensor) -> torch.Tensor:
         whole, (first, last), (start, stop) = self.whole, self.cut.groups, self.cut.channels
         before = self.shard.first - first * whole.heads_per_group
         after = (last - first) * whole.heads_per_group - self.shard.count - before
@@ -125,8 +125,8 @@ class ShardedFactors(LayerFactors):
         latents[..., start:stop] = project_keys(groups, whole.key_A[start:stop], whole.key_ranks[first:last])
         return self.shard.sum(latents).index_select(-1, _columns(self.cut, keys.device)[0])
 
-    def _project_values(self, values: torch.Tensor) -> torch.Tensor:
-        return self.shard.sum(super()._project_values(values))
+    def project_values(self, values: torch.Tensor) -> torch.Tensor:
+        return self.shard.sum(super().project_values(values))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ the user has compiled it. The torch code in attention.py, cache_layer.py and qua
 This file chooses. On a GPU ``gpu.py`` launches attention, with what ``gpu_plans.py`` keeps and decides for a layer and
 arguments as ``gpu_arguments.py`` makes them: kernels in ``triton_kernels.py``, which read latents by
 ``triton_latents.py`` in pieces of channels (``pieces.py``), told by ``tiles.py`` what is seen; on Hopper GPUs the
-scores are those of ``hopper.py``. ``triton_encode.py`` and ``triton_quantize.py`` make latents. On a CPU ``cpu.py``
+scores are those of ``hopper.py``. ``triton_center.py`` (of a prompt), ``triton_encode.py`` (of a step) and
+``triton_quantize.py`` make latents. On a CPU ``cpu.py``
 compiles and calls ``cpp/``.
 """
 
@@ -72,6 +73,19 @@ def encoder(states: torch.Tensor, factors: LayerFactors) -> Callable | None:
     from .triton_encode import encode_due, serves_factors
 
     return encode_due if serves_factors(factors) else None
+
+
+def centering(states: torch.Tensor, factors: LayerFactors) -> Callable | None:
+    """What prepares many tokens on a GPU for the products that encode them, see triton_center.py; or None: if there
+    are no kernels for such states, if a compiler traces it, which makes short work of torch's operations itself, or if
+    somebody asks for gradients."""
+    if not states.is_cuda or torch.compiler.is_compiling() or why_not(states):
+        return None
+    if torch.is_grad_enabled() and _has_gradients(states, factors):
+        return None
+    from .triton_center import center
+
+    return center
 
 
 def _has_gradients(states: torch.Tensor, factors: LayerFactors) -> bool:

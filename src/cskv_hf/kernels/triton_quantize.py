@@ -20,7 +20,8 @@ from .sizes import cdiv, power_of_2
 
 CHANNELS = 64  # of a program that quantises, at least
 UNITS = 256  # words or bytes of a program that packs
-LARGEST = 2**13  # latents of a program; groups of more are left to torch
+UNROLLED = tl.constexpr(8)  # tokens that are read at once
+LARGEST = 2**10  # channels of a group; larger ones are left to torch
 LIMIT = tl.constexpr(65504.0)  # of float16
 TO_INTEGER = tl.constexpr(12582912.0)  # added and taken off again: rounds to the nearest, to even
 
@@ -44,7 +45,7 @@ class Tables(NamedTuple):
 
 
 def serves(layout: PackedLayout) -> bool:
-    return power_of_2(layout.group_tokens) * _channels(layout) <= LARGEST
+    return _channels(layout) <= LARGEST
 
 
 def quantize(latents: torch.Tensor, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +90,7 @@ def quantize_into(
         quantize_kernel[blocks, cdiv(len(tables.groups) * channels, together), times](
             latents.contiguous(), tables.groups, tables.order, codes, ranges, told[0], len(tables.groups), layout.rank,
             layout.num_ranges, BLOCK=layout.block_size, GROUP_TOKENS=layout.group_tokens,
-            TOKENS=power_of_2(layout.group_tokens), GROUP_CHANNELS=channels, CHANNELS=together, TOLD=told[1],
+            GROUP_CHANNELS=channels, CHANNELS=together, TOLD=told[1], num_warps=min(8, together // 32),
             enable_fp_fusion=False,
         )  # fmt: skip
         pack_kernel[blocks, cdiv(tables.most_units, UNITS), len(tables.planes)](
@@ -157,10 +158,12 @@ def tables_of(layout: PackedLayout, device: torch.device) -> Tables:
 @triton.jit(do_not_specialize=("num_groups", "rank", "num_ranges"))
 def quantize_kernel(
     latents, groups, order, codes, ranges, target, num_groups, rank, num_ranges, BLOCK: tl.constexpr,
-    GROUP_TOKENS: tl.constexpr, TOKENS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr,
-    TOLD: tl.constexpr,
+    GROUP_TOKENS: tl.constexpr, GROUP_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, TOLD: tl.constexpr,
 ):  # fmt: skip
     """Ranges and codes (block, BLOCK, rank) of some groups of channels, one group of tokens of one block.
+
+    Token by token, a channel in each thread, and so twice: of tokens and channels at once, whose order it cannot know,
+    a compiler may have neighbouring threads read numbers that are far from each other.
 
     Args:
         TOLD: whether `target` says where blocks go.
@@ -175,13 +178,17 @@ def quantize_kernel(
     at = groups + 8 * tl.minimum(group, num_groups - 1)
     count, within = tl.load(at + 1), tl.arange(0, CHANNELS) % GROUP_CHANNELS
     channel = tl.load(at) + tl.minimum(within, count - 1)  # those that are not there change no range
-    token = block * BLOCK + time * GROUP_TOKENS + tl.minimum(tl.arange(0, TOKENS), GROUP_TOKENS - 1)
-    x = tl.load(latents + token[:, None] * rank + tl.load(order + channel)[None, :])
+    first = (block * BLOCK + time * GROUP_TOKENS) * rank
+    latent_at = latents + first + tl.load(order + channel)
 
-    is_nan = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000  # which a compiler may take to be nowhere
-    unknown = tl.max(tl.max(is_nan.to(tl.int32), 0).reshape(GROUPS, GROUP_CHANNELS), 1) != 0
-    low = tl.min(tl.min(x, 0).reshape(GROUPS, GROUP_CHANNELS), 1)
-    high = tl.max(tl.max(x, 0).reshape(GROUPS, GROUP_CHANNELS), 1)
+    x = tl.load(latent_at)
+    low, high, unknown = x, x, _is_nan(x)
+    for token in tl.range(1, GROUP_TOKENS, loop_unroll_factor=UNROLLED):
+        x = tl.load(latent_at + token * rank)
+        low, high, unknown = tl.minimum(low, x), tl.maximum(high, x), unknown | _is_nan(x)
+    low = tl.min(low.reshape(GROUPS, GROUP_CHANNELS), 1)
+    high = tl.max(high.reshape(GROUPS, GROUP_CHANNELS), 1)
+    unknown = tl.max(unknown.reshape(GROUPS, GROUP_CHANNELS), 1) != 0
     low, high = tl.where(unknown, float("nan"), low), tl.where(unknown, float("nan"), high)
     at = groups + 8 * tl.minimum(own, num_groups - 1)
     highest = (1 << tl.load(at + 2)) - 1
@@ -194,12 +201,12 @@ def quantize_kernel(
 
     minimum, highest = _of_channels(minimum, GROUP_CHANNELS), _of_channels(highest, GROUP_CHANNELS).to(tl.float32)
     divisor = _of_channels(tl.where(step == 0, 1.0, step), GROUP_CHANNELS)
-    level = tl.div_rn(x - minimum[None, :], tl.broadcast_to(divisor[None, :], (TOKENS, CHANNELS)))
-    level = tl.where(level > 0, tl.minimum(level, highest[None, :]), 0.0)
-    code = ((level + TO_INTEGER) - TO_INTEGER).to(tl.int32).to(tl.uint8)
     there = (group < num_groups) & (within < count)
-    inside = tl.arange(0, TOKENS) < GROUP_TOKENS
-    tl.store(codes + token[:, None] * rank + channel[None, :], code, mask=inside[:, None] & there[None, :])
+    for token in tl.range(0, GROUP_TOKENS, loop_unroll_factor=UNROLLED):
+        level = tl.div_rn(tl.load(latent_at + token * rank) - minimum, divisor)
+        level = tl.where(level > 0, tl.minimum(level, highest), 0.0)
+        code = ((level + TO_INTEGER) - TO_INTEGER).to(tl.int32).to(tl.uint8)
+        tl.store(codes + first + token * rank + channel, code, mask=there)
 
 
 @triton.jit(do_not_specialize=("rank", "block_units"))
@@ -224,6 +231,12 @@ def pack_kernel(
         code = tl.load(codes + token * rank + channel, mask=there, other=0).to(tl.int32)
         packed_unit |= (code >> below & (1 << bits) - 1) << (8 * byte + bits * place)
     tl.store(packed + to * block_units + start + unit, packed_unit.to(packed.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _is_nan(x):
+    """1 or 0. A compiler may take numbers to be none where it is asked in floating point."""
+    return ((x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000).to(tl.int32)
 
 
 @triton.jit
