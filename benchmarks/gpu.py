@@ -32,7 +32,7 @@ COMMANDS = {
     "cost": "benchmarks/cost.py --lengths 8192 32768 --out {out}",
     "capacity": "benchmarks/capacity.py --layers 4 --budget 0.5 --caches DynamicCache '80% head packed'"
     " '95% head packed' --out {out}",
-    "step": "benchmarks/step.py --layers 4 --length 32768 --batch 8 --compression 0.95 --bits 4 --rounds 2 --out {out}",
+    "step": "benchmarks/step.py --layers 2 --compression 0.95 --bits 4 --rounds 3 --out {out}",
 }
 
 

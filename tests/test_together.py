@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Trainer, TrainingArguments
 
 import cskv_hf
@@ -283,6 +284,29 @@ def test_torch_compile(saved, documented):
     model = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter")
     model.forward = torch.compile(model.forward, backend="eager")
     assert torch.equal(generated(model), saved[1])
+
+
+@torch.no_grad()
+def test_nothing_waits_for_the_device(saved):
+    """From the second cache on, no layer asks a tensor for a number, which on a GPU would wait for all that is under
+    way."""
+    model, asked = AutoModelForCausalLM.from_pretrained(saved[0] / "adapter"), []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            asked.extend([function] if function is torch.ops.aten._local_scalar_dense.default else [])
+            return function(*args, **(kwargs or {}))
+
+    ids, counts = prompt(1, 40), []
+    for _ in range(2):
+        cache = CSKVCache()
+        with Asked():
+            model(ids, past_key_values=cache)
+            for token in ids[:, :6].split(1, dim=1):  # with a block of 4 in between
+                model(token, past_key_values=cache)
+        counts.append(len(asked))
+        asked.clear()
+    assert counts == [3, 0], "of the first cache, one for each layer"
 
 
 def test_factors_that_were_never_read(saved):

@@ -24,11 +24,15 @@ class Factor(nn.Module):
 
     Going through the call lets whatever hooks leaf modules (accelerate's CPU and disk offload, ZeRO-3) bring the
     weight in first.
+
+    Attributes:
+        seen_filled: for [`CSKVFactors.check_filled`].
     """
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.seen_filled = False
 
     def forward(self) -> torch.Tensor:
         return self.weight
@@ -136,13 +140,18 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         return next((name for name in self.active_adapters if name in self.key_ranks), None)
 
     def check_filled(self, adapter_name: str) -> None:
-        """Refuse factors that no fit and no file has filled.
+        """Refuse factors that no fit and no file has filled. Once they are, nobody looks again: on a GPU every look
+        would wait for all that is under way.
 
         Raises:
             RuntimeError: if the adapter's spectra and matrices are all zero, as they are made; the spectra of constant
                 keys are, too.
         """
-        if not self.cskv_key_spectrum[adapter_name]().any() and not self.cskv_key_A[adapter_name]().any():
+        spectrum = self.cskv_key_spectrum[adapter_name]
+        if spectrum.seen_filled:
+            return
+        spectrum.seen_filled = bool(spectrum().any()) or bool(self.cskv_key_A[adapter_name]().any())
+        if not spectrum.seen_filled:
             raise RuntimeError(
                 f"The factors of the CSKV adapter '{adapter_name}' in layer {self.layer_idx} were never filled: its "
                 "file was not read into this layer. Load it with `cskv_hf.load(model, adapter)`, or fit it again."
