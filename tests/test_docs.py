@@ -359,10 +359,28 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     launch = [1e6 * (r["seconds"] - sum(r["kernels"].values())) for r in rows if r["batch"] == 1 and "kernels" in r]
     assert f"the launch of the graph: {min(launch):.0f} to {max(launch):.0f} microseconds" in page
     alone = 1000 * of_results("step-8b-gpu")["busy"]["DynamicCache"]
-    assert f"kernels alone take {alone:.1f} ms of one row's step" in page
-    busy = of_results("step-rows-gpu")["busy"]
+    step, rows_step = of_results("step-8b-gpu"), of_results("step-rows-gpu")
+    alone, busy = 1000 * step["busy"]["DynamicCache"], rows_step["busy"]
+    full_ms = f"kernels alone take {alone:.1f} ms of one row's step and {1000 * busy['DynamicCache']:.1f} ms"
+    ours_ms = [f"{1000 * run['busy']['95% 4 bit, recorded']:.1f}" for run in (step, rows_step)]
+    assert f"{full_ms} of the one of 8 rows, {' and '.join(ours_ms)} of ours in a graph" in page
+    of_encoding = ("encode_kernel", "quantize_kernel", "pack_kernel")
+    encoding = 1000 * sum(rows_step["kernels"]["95% 4 bit, recorded"][kernel] for kernel in of_encoding)
     more = 1000 * (busy["95% 4 bit, recorded"] - busy["95% 4 bit"])
-    assert f"take {more:.1f} ms more than those of `CSKVCache`" in page
+    assert f"{encoding:.2f} ms of the recorded step of 8 rows, whose kernels take {more:.1f} ms more than" in page
+    (apart,), (apart_rows,) = (run["differences"].values() for run in (step, rows_step))
+    assert f"by {apart_rows:.3f} of their norm with four layers and by {apart:.3f} with 32" in page
+    ms = {name: 1000 * t for name, t in step["seconds"].items()}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"at 32k takes {ms['95% 4 bit, recorded']:.1f} ms on an H200" in readme
+    assert f"and {ms['StaticCache, recorded']:.1f} ms with `StaticCache`" in readme
+    launched = f"takes {ms['95% 4 bit']:.0f} ms with `CSKVCache` and {ms['DynamicCache, flash']:.0f} ms with"
+    assert launched in readme and f"of whose kernels alone {alone:.1f} ms" in readme
+    of_flash = [
+        run["seconds"]["95% 4 bit, recorded"] / run["seconds"]["DynamicCache, flash"] for run in (rows_step, step)
+    ]
+    limits = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    assert f"with `CSKVStaticCache`, {of_flash[0]:.2f} to {of_flash[1]:.2f} of that" in limits
     recorded = of_results("step-recorded-gpu")
     shares = {name: recorded["busy"][name] / t for name, t in recorded["seconds"].items()}
     assert all(share > 0.9 if "recorded" in name else share < 0.15 for name, share in shares.items())
@@ -380,9 +398,21 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     memory = of_results("memory-gpu")["rows"]
     shares = [f"{100 * row['peak'] / memory[0]['peak']:.1f} % ({row['cache']})" for row in memory[1:]]
     assert f"{', '.join(shares)} of `DynamicCache`'s" in page
-    seconds = of_results("prefill-gpu")["seconds"]
+    prefill = of_results("prefill-gpu")
+    seconds, alone = prefill["seconds"], {name: sum(t.values()) for name, t in prefill["kernels"].items()}
     ratios = [f"{name} {seconds[name] / seconds['DynamicCache']:.2f}" for name in seconds if name != "DynamicCache"]
-    assert ", ".join(ratios) in page
+    first, second, third = (f"{alone[name] / alone['DynamicCache']:.2f}" for name in list(seconds)[1:])
+    assert ", ".join(ratios) in page and f"The kernels alone take {first}, {second} and {third} times as long" in page
+    later = of_results("gpu-kernels-h200")
+    errors = [row["error"] for row in later["rows"] if "error" in row]
+    assert f"the error is {min(errors):.4f} to {max(errors):.4f} there as well" in page
+    by_name = {row["cache"]: row for row in later["rows"] if row["batch"] == 16}
+    shares = [
+        100 * by_name[name]["operations"] / later["matrix_rate"] / by_name[name]["seconds"]
+        for name in ("95% joint 4 bit", "95% head 4 bit")
+    ]
+    of_roof = f"joint keys of 4 bits are at {shares[0]:.0f} % of the roofline and keys per head at {shares[1]:.0f} %"
+    assert of_roof in page
     joint = [
         row
         for run in of_results("cost")["runs"]
