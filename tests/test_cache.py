@@ -335,14 +335,16 @@ def test_a_forward_that_stopped_before_any_layer_had_it_is_undone(held):
     assert caches[0].report() == caches[1].report()
 
 
+@pytest.mark.parametrize("held", [60, 0])
 @pytest.mark.parametrize("use", ["crop", "save", "batch_repeat_interleave", "batch_select_indices", "report"])
-def test_a_cache_whose_layers_differ_is_not_used(use, tmp_path):
-    """Not cropped to where it looks whole, and not saved."""
+def test_a_cache_whose_layers_differ_is_not_used(use, held, tmp_path):
+    """Not cropped to where it looks whole, and not saved; also where the other layers never held anything."""
     model, ids, cache = lossy(make_model()), prompt(1, 70), CSKVCache()
-    feed(model, ids, cache, [60])
+    if held:
+        feed(model, ids, cache, [held])
     stop_at(model.get_base_model().model.layers[1].self_attn.q_proj)
     with pytest.raises(KeyboardInterrupt):
-        model(ids[:, 60:], past_key_values=cache)
+        model(ids[:, held:], past_key_values=cache)
     arguments = {"crop": [-10], "save": [tmp_path / "cache"], "report": []}.get(use, [torch.tensor([0])])
     with pytest.raises(RuntimeError, match="was interrupted between two layers"):
         getattr(cache, use)(*arguments)

@@ -65,6 +65,7 @@ class CSKVCache(Cache):
         self._before: TokenTable | None = None  # the bookkeeping before a forward of which no layer holds anything yet
         self.slack = 0
         self._moving = False  # whether some layers, and perhaps not all, were cropped or have other rows
+        self.has_all_layers = False  # whether a forward has come to its end since the cache was empty
 
     def begin_forward(self, attention_mask: torch.Tensor | None) -> None:
         """Called by the model-level pre-hook: remember which of the tokens to come are padding.
@@ -84,6 +85,7 @@ class CSKVCache(Cache):
     def finish_forward(self) -> None:
         """Called by the hook behind the decoder: what belonged to this forward alone is let go."""
         self._step = self._before = self.padding_mask = None
+        self.has_all_layers = self.tokens is not None
 
     def _settle(self) -> None:
         """Make sure that all layers hold the same tokens: undo an earlier forward that stopped before the first.
@@ -101,6 +103,8 @@ class CSKVCache(Cache):
             raise RuntimeError(INTERRUPTED)
         if not any(layer.is_initialized for layer in self.layers):
             self.reset()  # of a first forward, by an adapter that need not be the next one's
+        elif not self.has_all_layers:
+            raise RuntimeError(INTERRUPTED)
 
     def stage(self, layer_idx: int, factors: LayerFactors, config: CSKVConfig, inputs: ForwardInputs) -> None:
         """Called by the pre-hook of each attention layer, before that layer's `update`.
@@ -216,7 +220,7 @@ class CSKVCache(Cache):
         """Drop all tokens and what was learnt about the model; the cache can then be used anew."""
         self.layers.clear()
         self.tokens = self._step = self._before = self.padding_mask = None
-        self._moving = False
+        self._moving = self.has_all_layers = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: a negative count removes that many (transformers >= 5.14), a positive one is the

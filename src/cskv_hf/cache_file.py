@@ -134,6 +134,7 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offl
         layer.dtype, layer.num_slots = dtype, about["counts"]["num_slots"]
         layer.num_dropped, layer.sliding_window = about["num_dropped"][index], about["sliding_windows"][index]
         cache.layers.append(layer)
+    cache.has_all_layers = True
     return cache
 
 

@@ -171,6 +171,9 @@ class CSKVStaticCache(Cache):
     ``fullgraph=True``. Read the prompt without compiling. Every compiled step attends to all that was allocated, so
     `max_cache_len` should not be larger than needed.
 
+    A compiled step does not look whether the adapter is still the one that filled the cache: `reset` it when that
+    changes.
+
     Tokens cannot be taken back: assisted generation and `crop` need a [`CSKVCache`]. A step that was interrupted,
     outside of a graph, can be repeated.
 
