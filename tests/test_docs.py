@@ -407,6 +407,11 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     errors = [row["error"] for row in later["rows"] if "error" in row]
     assert f"the error is {min(errors):.4f} to {max(errors):.4f} there as well" in page
     by_name = {row["cache"]: row for row in later["rows"] if row["batch"] == 16}
+    on_h200 = by_name["SDPA, ready cache"]["seconds"] / by_name["95% head 4 bit"]["seconds"]
+    assert f"({on_h200:.1f} times on an H200, whose memory is quicker)" in readme
+    most = max(seconds[name] / seconds["DynamicCache"] for name in seconds)
+    of_prompts = f"took 1.2 to {most:.1f} times as long on an H200, of which kernels account for {first} to {second}"
+    assert of_prompts in readme
     shares = [
         100 * by_name[name]["operations"] / later["matrix_rate"] / by_name[name]["seconds"]
         for name in ("95% joint 4 bit", "95% head 4 bit")

@@ -5,8 +5,7 @@ This file chooses. On a GPU ``gpu.py`` launches attention, with what ``gpu_plans
 arguments as ``gpu_arguments.py`` makes them: kernels in ``triton_kernels.py``, which read latents by
 ``triton_latents.py`` in pieces of channels (``pieces.py``), told by ``tiles.py`` what is seen; on Hopper GPUs the
 scores are those of ``hopper.py``. ``triton_center.py`` (of a prompt), ``triton_encode.py`` (of a step) and
-``triton_quantize.py`` make latents. On a CPU ``cpu.py``
-compiles and calls ``cpp/``.
+``triton_quantize.py`` make latents. On a CPU ``cpu.py`` compiles and calls ``cpp/``.
 """
 
 from __future__ import annotations
