@@ -405,7 +405,7 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     assert ", ".join(ratios) in page and f"The kernels alone take {first}, {second} and {third} times as long" in page
     later = of_results("gpu-kernels-h200")
     errors = [row["error"] for row in later["rows"] if "error" in row]
-    assert f"the error is {min(errors):.4f} to {max(errors):.4f} there as well" in page
+    assert f"The error is {min(errors):.4f} to {max(errors):.4f} there as well" in page
     by_name = {row["cache"]: row for row in later["rows"] if row["batch"] == 16}
     on_h200 = by_name["SDPA, ready cache"]["seconds"] / by_name["95% head 4 bit"]["seconds"]
     assert f"({on_h200:.1f} times on an H200, whose memory is quicker)" in readme
