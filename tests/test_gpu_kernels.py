@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import lossy, make_model, prompt
 from random_past import CASES, DEVICE, as_added, check_quantizer, error_against_torch, layer, past
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 import cskv_hf.attention as attention
@@ -721,6 +722,21 @@ def test_what_is_kept_of_factors():
     parts = [plans.transposed(factors.value_B[rows], torch.float16) for rows in (slice(4), slice(4, 8)) * 2]
     assert parts[0] is parts[2] and parts[1] is parts[3]  # of views, as a process has them of a layer that is shared
     assert torch.equal(parts[1], factors.value_B[4:8].mT.half())
+
+
+@pytest.mark.parametrize("chosen", [kernels.encoder, kernels.centering])
+def test_gradients_are_left_to_torch(chosen):
+    """Also where values alone have them, as with a LoRA of `v_proj`."""
+    factors = layer(*CASES["packed, head"], torch.float32)
+    with FakeTensorMode():
+        states = [torch.empty(1, 2, 32, 32, device="cuda") for _ in range(2)]
+    assert chosen(*states, factors) is not None
+    for tensor in (*states, factors.value_A):
+        tensor.requires_grad_()
+        assert chosen(*states, factors) is None
+        with torch.no_grad():
+            assert chosen(*states, factors) is not None
+        tensor.requires_grad_(False)
 
 
 def test_what_the_kernels_do_not_serve(monkeypatch):

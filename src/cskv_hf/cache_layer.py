@@ -260,7 +260,7 @@ def encode(
     """
     dtype, factors, matmul_dtype = key_states.dtype, staged.factors, compute_dtype(key_states)
     back = turned_back(staged.step, positions, frequencies, dtype, key_states.device)
-    center = kernels.centering(key_states, factors)
+    center = kernels.centering(key_states, value_states, factors)
     if center is not None:
         keys = factors.project_keys(center(key_states, factors.key_mean, back, matmul_dtype))
         values = factors.project_values(center(value_states, factors.value_mean, None, matmul_dtype))

@@ -116,7 +116,7 @@ class CSKVStaticLayer(CacheLayerMixin):
         step: StaticStep = staged.step
         if step.evicted.shape[1] == 0:
             return
-        encode_due = kernels.encoder(keys, staged.factors) if step.num_new == 1 else None
+        encode_due = kernels.encoder(keys, values, staged.factors) if step.num_new == 1 else None
         if encode_due is not None:
             back = turned_back(step, step.positions, step.frequencies, keys.dtype, self.device)
             places, target = step.evicted.to(self.device), step.due_blocks(self.device)

@@ -64,31 +64,31 @@ def quantizer(latents: torch.Tensor, layout: PackedLayout) -> Callable | None:
     return None
 
 
-def encoder(states: torch.Tensor, factors: LayerFactors) -> Callable | None:
+def encoder(key_states: torch.Tensor, value_states: torch.Tensor, factors: LayerFactors) -> Callable | None:
     """What encodes the block that is due of a decoding step of fixed shape on a GPU, see triton_encode.py; or None: if
     there are no kernels for such keys or latents, or if somebody asks for gradients."""
-    if not states.is_cuda or why_not(states) or (torch.is_grad_enabled() and _has_gradients(states, factors)):
+    if not _can_encode(key_states, value_states, factors):
         return None
     from .triton_encode import encode_due, serves_factors
 
     return encode_due if serves_factors(factors) else None
 
 
-def centering(states: torch.Tensor, factors: LayerFactors) -> Callable | None:
+def centering(key_states: torch.Tensor, value_states: torch.Tensor, factors: LayerFactors) -> Callable | None:
     """What prepares many tokens on a GPU for the products that encode them, see triton_center.py; or None: if there
     are no kernels for such states, if a compiler traces it, which makes short work of torch's operations itself, or if
     somebody asks for gradients."""
-    if not states.is_cuda or torch.compiler.is_compiling() or why_not(states):
-        return None
-    if torch.is_grad_enabled() and _has_gradients(states, factors):
+    if torch.compiler.is_compiling() or not _can_encode(key_states, value_states, factors):
         return None
     from .triton_center import center
 
     return center
 
 
-def _has_gradients(states: torch.Tensor, factors: LayerFactors) -> bool:
-    return any(t.requires_grad for t in (states, factors.key_A, factors.value_A, factors.key_mean, factors.value_mean))
+def _can_encode(key_states: torch.Tensor, value_states: torch.Tensor, factors: LayerFactors) -> bool:
+    of_layer = factors.key_A, factors.value_A, factors.key_mean, factors.value_mean
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (key_states, value_states, *of_layer))
+    return key_states.is_cuda and not wanted and why_not(key_states) is None
 
 
 def _quantizer_on_cpu() -> Callable:
