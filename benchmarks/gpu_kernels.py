@@ -53,7 +53,7 @@ SETTINGS = (
 )
 KERNELS = {  # a field of the JSON, and what the names of its kernels begin with
     "score_kernel": ("score_kernel", "hopper_score_kernel"),  # one or the other
-    "value_kernel": ("value_kernel",),
+    "value_kernel": ("value_kernel", "hopper_value_kernel"),
     "merge_kernel": ("merge_kernel",),
     "finish_kernel": ("finish_kernel",),
 }

@@ -1,9 +1,9 @@
 """Runs functions written in Gluon, which has no interpreter, with numpy: their numbers and places in memory, without
 layouts, which a compiler checks.
 
-It knows what kernels/hopper_scores.py and hopper_latents.py use. Two rules of the hardware are kept: a product that is
-not waited for may only feed the next one, and a product may read shared memory only once what was written there is
-fenced.
+It knows what kernels/hopper_scores.py, hopper_values.py and hopper_latents.py use. Two rules of the hardware are kept:
+a product that is not waited for may only feed the next one, and a product may read shared memory only once what was
+written there is fenced.
 """
 
 import importlib
@@ -142,6 +142,7 @@ class Machine:
             num_programs=lambda i: self.grid[i], load=load, store=store, allocate_shared_memory=self.allocate,
             arange=lambda start, end, layout: Tensor(np.arange(start, end, dtype=np.int32)),
             zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, dtype)),
+            full=lambda shape, value, dtype, layout: Tensor(np.full(shape, value, dtype)),
             where=lambda c, x, y: Tensor(_alike(np.where(raw(c), raw(x), raw(y)), x, y)),
             minimum=lambda x, y: Tensor(np.minimum(raw(x), raw(y))),
             maximum=lambda x, y: Tensor(np.maximum(raw(x), raw(y))), exp2=lambda x: Tensor(np.exp2(raw(x))),
@@ -164,17 +165,23 @@ class Machine:
 
 
 def _alike(result, *of):
-    """In the dtype of the tensor among them."""
-    return result.astype(next(x.array.dtype for x in of if isinstance(x, Tensor)))
+    """In the dtype of the tensor among them, if there is one."""
+    return result.astype(next((x.array.dtype for x in of if isinstance(x, Tensor)), result.dtype))
 
 
 def assembly(code, constraints, args, dtype, is_pure, pack):
     """What the few pieces of assembly do."""
     args = [raw(x) for x in args]
-    if "prmt" in code:
+    if code.startswith("prmt"):
         shift = 0 if "0x5410" in code else 16
         low, high = (x.view(np.uint32) >> shift & 0xFFFF for x in args)
         return Tensor((low | high << 16).view(np.int32))
+    if "mul.rn.f16x2" in code:
+        pairs, factor = args
+        assert not (factor >> 16).any()
+        halves = np.ascontiguousarray(pairs).view(np.float16).reshape(*pairs.shape, 2)
+        product = halves * factor.astype(np.uint16).view(np.float16)[..., None]
+        return Tensor(np.ascontiguousarray(product).view(np.int32)[..., 0])
     if "lop3" in code:
         codes, step, minimum, thousands, *more = args
         assert thousands == 0x64006400 and bool(more) == ("mad" in code)

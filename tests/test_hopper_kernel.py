@@ -1,4 +1,4 @@
-"""The kernel for Hopper GPUs against the torch path: with numpy on a CPU (see gluon_on_numpy.py), as compiled on such
+"""The kernels for Hopper GPUs against the torch path: with numpy on a CPU (see gluon_on_numpy.py), as compiled on such
 a GPU; and compiled for one where there is none."""
 
 import logging
@@ -22,6 +22,12 @@ ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not ON_HOPPER, reason="another GPU")
 FEW = (4,) * 13, (4,) * 30
 DTYPES = [torch.float16] + [torch.bfloat16] * ON_HOPPER
+VALUES = {
+    "one piece": (4,) * 30,
+    "more pieces than a program takes": (4,) * 200 + (3,) * 130,
+    "all widths": (8, 7, 7, 6, 5, 5, 4, 3, 2, 2, 1),
+    "a constant alone in its piece": (4,) * 64 + (3,) * 64,
+}
 BITS = {  # of the channels of each group
     "heads of few and more channels, by fours": tuple((4,) * rank for rank in (13, 30, 37, 16)),
     "one by one": ((4,) * 14, (4,) * 31),
@@ -37,22 +43,31 @@ BITS = {  # of the channels of each group
 
 
 @pytest.fixture
+def summed(monkeypatch):
+    """Calls of the kernel of values."""
+    calls, launch = [], hopper.launch_values
+    monkeypatch.setattr(hopper, "launch_values", lambda *args: calls.append(args) or launch(*args))
+    return calls
+
+
+@pytest.fixture
 def served(monkeypatch):
-    """Calls of the kernel."""
+    """Calls of the kernel of scores."""
     calls, launch = [], hopper.launch
     monkeypatch.setattr(hopper, "launch", lambda *args: calls.append(args) or launch(*args))
     if not ON_HOPPER:
         from gluon_on_numpy import Kernel
 
         monkeypatch.setattr(gpu, "is_hopper", lambda _: True)
-        kernel = Kernel(Path(hopper.__file__).parent, "hopper_scores", "hopper_score_kernel")
-        monkeypatch.setattr(hopper, "hopper_score_kernel", kernel)
+        for of in ("score", "value"):
+            kernel = Kernel(Path(hopper.__file__).parent, f"hopper_{of}s", f"hopper_{of}_kernel")
+            monkeypatch.setattr(hopper, f"hopper_{of}_kernel", kernel)
     return calls
 
 
-def factors_of(key_bits, dtype, heads=None, head_dim=64):
+def factors_of(key_bits, dtype, heads=None, head_dim=64, value_bits=(6, 4, 4, 3, 2)):
     layout, heads = "joint" if len(key_bits) == 1 else "head", heads or max(2, len(key_bits))
-    return layer(layout, key_bits, (6, 4, 4, 3, 2), heads, head_dim, dtype, group=[32, 4])
+    return layer(layout, key_bits, value_bits, heads, head_dim, dtype, group=[32, 4])
 
 
 def query_of(factors, batch, per_head, dtype, num_new=1):
@@ -74,13 +89,35 @@ def test_equal_to_the_torch_path(key_bits, dtype, served):
     assert len(served) == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value_bits", VALUES.values(), ids=VALUES)
+def test_values(value_bits, dtype, served, summed, monkeypatch):
+    """Latents of all widths, in two splits, of which the last has half a tile."""
+    monkeypatch.setattr(hopper, "VALUE_PROGRAMS", 2)
+    factors = factors_of(FEW, dtype, value_bits=value_bits)
+    kv = past(factors, 2, 4 * 256 + 96, dtype)
+    assert relative(query_of(factors, 2, 3, dtype), kv) < (4e-3 if dtype == torch.float16 else 3e-2)
+    ((weights, _, _, _, _, _, tiles_each, sums, _),) = summed
+    assert weights.shape[2] == 18 and len(sums) == -(-18 // tiles_each)
+
+
 @pytest.mark.parametrize("per_head, num_new", [(1, 1), (3, 1), (8, 1), (2, 3)])
-def test_rows_of_queries(per_head, num_new, served):
+def test_rows_of_queries(per_head, num_new, served, summed):
     """One query head for a KV head and several, and several tokens, where the old ones are seen by all."""
     factors = factors_of(FEW, torch.float16, head_dim=128)
     kv = past(factors, 1, 64, torch.float16, num_new=num_new)
     assert relative(query_of(factors, 1, per_head, torch.float16, num_new), kv) < 4e-3
-    assert len(served) == 1
+    assert len(served) == len(summed) == 1
+
+
+@pytest.mark.parametrize("rows", [5, 17, 33])
+def test_rows_that_other_kernels_scored(rows, served, summed):
+    """Of a maximum for 16 tokens, and more rows than a program takes."""
+    factors = factors_of(((4,) * 130,), torch.float16, heads=2)
+    kv = past(factors, 2, 256 + 96, torch.float16)
+    assert relative(query_of(factors, 2, rows, torch.float16), kv) < 4e-3
+    ((weights, maxima, *_),) = summed
+    assert weights.shape[1] == 2 * rows and maxima.shape[3] == 4 and not served
 
 
 @pytest.mark.parametrize("rank", [13, 76])
@@ -96,7 +133,7 @@ def test_programs_that_share_the_past(rank, served, monkeypatch):
 
 @pytest.mark.parametrize("added", [False, True], ids=["bool", "added"])
 @pytest.mark.parametrize("rank", [13, 76])
-def test_a_part_of_each_row(rank, added, served, uninitialised_is_nan):
+def test_a_part_of_each_row(rank, added, served, summed, uninitialised_is_nan):
     """Masks and positions of each row; tiles with holes, and such that do not follow the first of 256 tokens, are
     scored again by the kernel for all GPUs."""
     num_old = 256 + 96
@@ -110,12 +147,12 @@ def test_a_part_of_each_row(rank, added, served, uninitialised_is_nan):
     mask = as_added(mask, torch.float16) if added else mask
     assert error_against_torch(attention.attend_on_gpu, query, kv, None, mask) < 4e-3
     assert relative(query, kv) < 4e-3
-    assert len(served) == 2
+    assert len(served) == len(summed) == 2
 
 
 def test_what_is_kept_is_made_beforehand(served):
     """So that nothing is allocated among the tensors of a CUDA graph that stays there."""
-    cached = hopper.plan, gpu.key_pieces, gpu.value_pieces
+    cached = hopper.plan, hopper.value_plan, gpu.key_pieces, gpu.value_pieces
     for function in cached:
         function.cache_clear()
     factors = factors_of(FEW, torch.float16)
@@ -132,7 +169,7 @@ def test_what_is_kept_is_made_beforehand(served):
     assert len(served) == 2 and kept() == before
 
 
-def test_what_it_leaves_to_others(served):
+def test_what_it_leaves_to_others(served, summed):
     """Other blocks, float32, masks of each query, rows of more queries, many channels that cannot be read by fours:
     the kernel for all GPUs."""
     half = torch.float16
@@ -146,9 +183,10 @@ def test_what_it_leaves_to_others(served):
     assert relative(query_of(small, 1, 2, half), past(small, 1, 64, half)) < 4e-3
     many = factors_of(((4,) * 129,), half)
     assert relative(query_of(many, 1, 2, half), past(many, 1, 64, half)) < 4e-3
+    assert len(summed) == 3  # values are in blocks of 32
     wide = factors_of(FEW, torch.float32)
     assert relative(query_of(wide, 1, 2, torch.float32), past(wide, 1, 64, torch.float32)) < 2e-6
-    assert not served
+    assert not served and len(summed) == 3
 
 
 def test_a_triton_that_nobody_has_tried(served, monkeypatch, caplog):
@@ -191,6 +229,23 @@ def test_channels_of_a_plan(key_bits):
         first += len(bits)
 
 
+@pytest.mark.parametrize("value_bits", VALUES.values(), ids=VALUES)
+def test_programs_of_values(value_bits):
+    """Every piece is summed once, by a program that knows its bits."""
+    format = factors_of(FEW, torch.float16, value_bits=value_bits).value_format
+    plan = hopper.value_plan(format, torch.device("cpu"))
+    pieces = plan.pieces.table[0].tolist()
+    done = []
+    for kind, first in plan.shares.tolist():
+        bits, count = plan.kinds[kind]
+        assert count <= hopper.MOST_PIECES
+        for number in range(first, first + count):
+            _, of_piece, piece_bits, *_, constant = pieces[number]
+            assert piece_bits == bits or of_piece == constant
+            done.append(number)
+    assert done == list(range(len(pieces)))
+
+
 COMPILE = """
 import torch
 from triton.backends.compiler import GPUTarget
@@ -198,29 +253,34 @@ from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 import cskv_hf.kernels.hopper as hopper
 from cskv_hf.kernels.tiles import Seen
+from cskv_hf.latents import PackedFormat
 from cskv_hf.quantize import PackedLayout
 
 KINDS = dict.fromkeys(("query",), "*bf16") | dict.fromkeys(("words", "ranges", "groups"), "*i32")
-KINDS |= dict.fromkeys(("key_B", "cos", "sin", "start_cos", "start_sin", "weights"), "*fp16")
-KINDS |= {"maxima": "*fp32", "scaling": "fp32"} | dict.fromkeys(("seen", "num_seen"), "*i32")
+KINDS |= dict.fromkeys(("key_B", "cos", "sin", "start_cos", "start_sin"), "*fp16")
+KINDS |= dict.fromkeys(("maxima", "summed", "split_maxima"), "*fp32") | {"scaling": "fp32", "order": "*i64"}
+KINDS |= dict.fromkeys(("seen", "num_seen", "pieces", "shares"), "*i32")
 
 
 class Recorder:
+    def __init__(self, kernel, weights):
+        self.kernel, self.kinds = kernel, KINDS | {"weights": weights}
+
     def __getitem__(self, grid):
-        return lambda *args, num_warps, enable_fp_fusion, maxnreg=None, **constants: compile_for_hopper(
+        return lambda *args, num_warps, enable_fp_fusion, maxnreg=None, **constants: self.compile_for_hopper(
             constants, dict(num_warps=num_warps, enable_fp_fusion=enable_fp_fusion), maxnreg)
 
+    def compile_for_hopper(self, constants, options, maxnreg):
+        names = self.kernel.arg_names
+        signature = {n: "constexpr" if n in constants else self.kinds.get(n, "i32") for n in names}
+        source = GluonASTSource(self.kernel, signature, {(names.index(n),): v for n, v in constants.items()})
+        options |= {"maxnreg": maxnreg} if maxnreg else {}
+        compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        print("wgmma" in compiled.asm["ptx"], compiled.metadata.shared <= 227 * 1024)
 
-def compile_for_hopper(constants, options, maxnreg):
-    names = KERNEL.arg_names
-    signature = {n: "constexpr" if n in constants else KINDS.get(n, "i32") for n in names}
-    source = GluonASTSource(KERNEL, signature, {(names.index(n),): v for n, v in constants.items()})
-    options |= {"maxnreg": maxnreg} if maxnreg else {}
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    print("wgmma" in compiled.asm["ptx"], compiled.metadata.shared <= 227 * 1024)
 
-
-KERNEL, hopper.hopper_score_kernel = hopper.hopper_score_kernel, Recorder()
+hopper.hopper_score_kernel = Recorder(hopper.hopper_score_kernel, "*fp16")
+hopper.hopper_value_kernel = Recorder(hopper.hopper_value_kernel, "*i32")
 MIXED = (6,) * 20 + (4,) * 30 + (3,) * 20 + (2,) * 10
 CASES = (((4,) * 49, (36, 13), 4, 128), ((4,) * 45, (14, 31), 8, 64), ((4,) * 60, (60,), 1, 128),
          ((4,) * 240, (240,), 4, 128), (MIXED, (40, 40), 2, 64), ((8, 7, 5, 3, 1), (5,), 4, 128))
@@ -230,6 +290,10 @@ for i, (bits, ranks, rows, head_dim) in enumerate(CASES):
     codes, ranges = torch.empty(1, 1, 4, dtype=torch.int32), torch.empty(1, 1, 1, dtype=torch.int32)
     seen = Seen(*[torch.empty(1, 1, dtype=torch.int32)] * 2) if i % 2 else None
     hopper.launch(query, codes, ranges, layout, ranks, lambda *_: None, (None,) * 4, 1.0, seen, weights, None)
+for i, (bits, rows) in enumerate((((4,) * 181, 32), (MIXED, 9), ((8, 7, 5), 2))):
+    format, weights = PackedFormat(PackedLayout(bits, 32, 32, 4)), torch.empty(1, rows, 1, 64, dtype=torch.float16)
+    maxima = torch.empty(1, rows, 1, 4 if i else 1)
+    hopper.launch_values(weights, maxima, codes, ranges, format, codes if i % 2 else None, 1, torch.empty(1, 1), None)
 """
 
 
@@ -239,4 +303,4 @@ def test_compiles_where_there_is_none():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
-    assert out.stdout.split() == ["True", "True"] * 6, out.stdout
+    assert out.stdout.split() == ["True", "True"] * 9, out.stdout

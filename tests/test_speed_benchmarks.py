@@ -318,6 +318,8 @@ def test_kernels_are_known_by_how_their_names_begin(scripts):
     ours = {"value_kernel": 2.0, "merge_kernel": 0.5, "finish_kernel": 0.25}
     assert of_ours({"hopper_score_kernel": 1.0, **others}) == {"score_kernel": 1.0, **ours}
     assert of_ours({"score_kernel": 3.0, **others}) == {"score_kernel": 3.0, **ours}
+    on_hopper = {"hopper_value_kernel" if name == "value_kernel" else name: t for name, t in others.items()}
+    assert of_ours({"score_kernel": 3.0, **on_hopper}) == {"score_kernel": 3.0, **ours}
     with pytest.raises(SystemExit, match=r"score_kernel did not run.*gemm_score_kernel"):
         of_ours(others)
 

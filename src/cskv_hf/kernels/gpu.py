@@ -126,6 +126,8 @@ class Scores(NamedTuple):
 def prepare(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
     """What the kernels keep of a layer, those of scores both: which one is called depends on the queries."""
     prepare_tables(factors, device, dtype)
+    if _sums_on_hopper(factors.value_format, working_dtype(dtype, factors.key_format, factors.value_format), device):
+        hopper.value_plan(factors.value_format, device)
     if _scores_on_hopper(factors, factors.key_format, factors.value_format, dtype, 1, device):
         hopper.prepare(
             factors.key_format.layout, factors.key_ranks,
@@ -207,6 +209,13 @@ def served_on_hopper(
         return False
     layout = format_of(bits, rank, *sizes).layout
     return hopper.serves(layout, key_ranks, rows, head_dim) and hopper.compiles_here()
+
+
+def _sums_on_hopper(value_format: LatentFormat, work: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel of hopper.py sums such value latents by weights in `work`."""
+    if hopper is None or work != torch.float16 or not is_hopper(device):
+        return False
+    return hopper.sums(value_format) and hopper.compiles_here()
 
 
 def _attend(
@@ -303,22 +312,31 @@ def _sum_values(
     the sum of exponentials that it is weighted by, (heads, batch, rows) float32."""
     batch, all_rows, num_tiles, _ = scores.weights.shape
     heads, rank = query.shape[1], values.format.rank
-    pieces = value_pieces(values.format, query.device)
-    num_pieces, value_rows = len(pieces.sizes), 16 if all_rows <= 16 else 32
+    on_hopper = _sums_on_hopper(values.format, scores.weights.dtype, query.device)
+    if on_hopper:
+        programs, (beside, value_rows) = hopper.VALUE_PROGRAMS, hopper.programs_of_values(values.format, all_rows)
+    else:
+        pieces = value_pieces(values.format, query.device)
+        programs, beside, value_rows = VALUE_PROGRAMS, len(pieces.sizes), 16 if all_rows <= 16 else 32
     row_tiles = cdiv(all_rows, value_rows)
-    tiles_each = tiles_of_program(num_tiles, num_pieces * batch * row_tiles, VALUE_PROGRAMS)
+    tiles_each = tiles_of_program(num_tiles, beside * batch * row_tiles, programs)
     tiles_each = max(tiles_each, cdiv(num_tiles, MAX_SPLITS))
     splits = cdiv(num_tiles, tiles_each)
     summed = scores.maxima.new_empty(splits, batch, all_rows, rank + 1)
     split_maxima = scores.maxima.new_empty(splits, batch, all_rows)
     num_seen = None if seen is None else seen.num_tiles
-    value_kernel[num_pieces, splits, batch * row_tiles](
-        *scores, codes_of(values.data, words), as_pairs(values.ranges), pieces.table, pieces.order,
-        query if num_seen is None else num_seen, summed, split_maxima, all_rows, values.data.shape[1], rank,
-        *block_sizes(values.format), num_tiles, tiles_each, row_tiles, row_stride(num_seen), THOUSANDS,
-        TOLD=num_seen is not None, ROWS=value_rows, PART=scores.part, TILE=TILE, CHUNK=VALUE_CHUNK,
-        FORM=storage(values.format, words), num_warps=WARPS, num_stages=1, **FUSED,
-    )  # fmt: skip
+    if on_hopper:
+        hopper.launch_values(
+            *scores, values.data, values.ranges, values.format, num_seen, tiles_each, summed, split_maxima
+        )
+    else:
+        value_kernel[beside, splits, batch * row_tiles](
+            *scores, codes_of(values.data, words), as_pairs(values.ranges), pieces.table, pieces.order,
+            query if num_seen is None else num_seen, summed, split_maxima, all_rows, values.data.shape[1], rank,
+            *block_sizes(values.format), num_tiles, tiles_each, row_tiles, row_stride(num_seen), THOUSANDS,
+            TOLD=num_seen is not None, ROWS=value_rows, PART=scores.part, TILE=TILE, CHUNK=VALUE_CHUNK,
+            FORM=storage(values.format, words), num_warps=WARPS, num_stages=1, **FUSED,
+        )  # fmt: skip
     merged = query.new_empty(heads, batch * all_rows // heads, rank)
     old_maxima, old_sums = scores.maxima.new_empty(2, heads, batch, all_rows // heads)
     merge_kernel[cdiv(rank, 64), all_rows, batch](
@@ -342,6 +360,6 @@ def _finish(
         transposed(values.B, query.dtype), values.mean, old_maxima, old_sums, out, base_2, rows,
         num_queries(exact_mask), batch, exact_keys.shape[2], values.format.rank, *mask_strides(exact_mask),
         MASK=mask_kind(exact_mask), HEAD_DIM=head_dim, ROWS=row_tile, TILE=tile, CHUNK=tile, num_warps=2 * WARPS,
-        num_stages=1, **FUSED,
+        num_stages=3 if is_hopper(query.device) else 1, **FUSED,
     )  # fmt: skip
     return out

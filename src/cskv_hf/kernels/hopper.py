@@ -1,4 +1,4 @@
-"""Which layers the kernel of hopper_scores.py serves, and its launch."""
+"""Which layers the kernels of hopper_scores.py and hopper_values.py serve, and their launches."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ import triton
 from packaging.version import Version
 from transformers.utils import logging
 
+from ..latents import LatentFormat, PackedFormat
 from ..quantize import PackedLayout
 from .hopper_latents import PARTS, TOKENS
 from .hopper_scores import COLUMNS, hopper_score_kernel
+from .hopper_values import CHUNK, hopper_value_kernel
+from .pieces import Pieces, cut
 from .sizes import cdiv, power_of_2, row_stride
 from .tiles import Seen
 from .triton_latents import THOUSANDS
 
 logger = logging.get_logger(__name__)
 
-NEWEST_TRITON = (3, 9)  # whose Gluon the kernel is known to compile with; the oldest is that of all kernels
+NEWEST_TRITON = (3, 9)  # whose Gluon the kernels are known to compile with; the oldest is that of all kernels
 TILE, STARTS = TOKENS.value, PARTS.value  # tokens of a tile, and those whose turns it needs
 HEAD_DIMS = (64, 128)
 PROGRAMS = 2048  # about, if there are tokens enough
@@ -30,6 +33,9 @@ MOST_WAYS = 3  # for heads of different ranks, each compiled
 FEW_CHANNELS = 64  # whose words fit into registers
 MOST_CHANNELS = 512  # of 4 bits and by fours: their share of `key_B` fits into shared memory
 MOST_OTHERS = 128  # of more, score_kernel was quicker on an H100
+MOST_PIECES = 3  # of values that a program sums; its registers suffice for no more
+LEAST_ROWS, MOST_ROWS = 8, 32  # of a program that sums values
+VALUE_REGISTERS, VALUE_PROGRAMS = 168, 384  # so that three run on each of 132 multiprocessors, all at a time
 
 
 class Share(NamedTuple):
@@ -193,3 +199,69 @@ def registers(layout: PackedLayout, planned: Plan) -> dict[str, int]:
         return {}
     few = max(layout.bits) <= 4 and (planned.fours or planned.num_channels <= 48)
     return dict(maxnreg=128 if few else 168)
+
+
+class ValuePlan(NamedTuple):
+    """How the kernel takes the channels of values.
+
+    Attributes:
+        pieces: of `CHUNK` channels each.
+        shares: int32 (programs, 2), what each sums: a kind, and its first piece.
+        kinds: (bits of the codes, pieces) each, all that there can be of these bits, so that layers need one kernel.
+    """
+
+    pieces: Pieces
+    shares: torch.Tensor
+    kinds: tuple[tuple[int, int], ...]
+
+
+def sums(format: LatentFormat) -> bool:
+    """Whether the kernel takes these values, with weights in float16."""
+    return isinstance(format, PackedFormat) and format.layout.block_size == 32 == format.layout.group_tokens
+
+
+@functools.cache
+def value_plan(format: PackedFormat, device: torch.device) -> ValuePlan:
+    pieces = cut(format, (format.rank,), CHUNK.value, CHUNK.value)
+    bits = []
+    for of_piece in pieces.table[0, :, 2].tolist():
+        bits.append(of_piece or bits[-1])  # a constant alone is of no tier
+    kinds = tuple(itertools.product(sorted(set(bits)), range(1, MOST_PIECES + 1)))
+    first, shares = 0, []
+    for width, run in itertools.groupby(bits):
+        left = len(list(run))
+        while left:  # divided evenly
+            count = cdiv(left, cdiv(left, MOST_PIECES))
+            shares.append([kinds.index((width, count)), first])
+            first, left = first + count, left - count
+    return ValuePlan(pieces.to(device), torch.tensor(shares, dtype=torch.int32, device=device), kinds)
+
+
+def programs_of_values(format: PackedFormat, rows: int) -> tuple[int, int]:
+    """How many programs divide the channels among them, and how many of `rows` each takes."""
+    shares = value_plan(format, torch.device("cpu")).shares
+    return len(shares), min(max(power_of_2(rows), LEAST_ROWS), MOST_ROWS)
+
+
+def launch_values(
+    weights: torch.Tensor, maxima: torch.Tensor, codes: torch.Tensor, ranges: torch.Tensor, format: PackedFormat,
+    num_seen: torch.Tensor | None, tiles_each: int, summed: torch.Tensor, split_maxima: torch.Tensor,
+) -> None:  # fmt: skip
+    """Writes sums and maxima of splits, see `hopper_value_kernel`.
+
+    Args:
+        num_seen: of `Seen`; None sees everything.
+        tiles_each: tiles of 64 tokens that a split has.
+    """
+    batch, rows, num_tiles, _ = weights.shape
+    planned = value_plan(format, weights.device)
+    beside, of_program = programs_of_values(format, rows)
+    row_tiles = cdiv(rows, of_program)
+    hopper_value_kernel[beside, len(summed), batch * row_tiles](
+        weights.view(torch.int32), maxima, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32),
+        planned.pieces.table, planned.pieces.order, planned.shares, weights if num_seen is None else num_seen,
+        summed, split_maxima, rows, codes.shape[1], format.rank, format.layout.code_bytes // 4,
+        format.layout.num_ranges, num_tiles, tiles_each, row_tiles, row_stride(num_seen), THOUSANDS,
+        TOLD=num_seen is not None, ROWS=of_program, PARTS=maxima.shape[3], KINDS=planned.kinds,
+        GROUP_CHANNELS=format.layout.group_channels, num_warps=4, enable_fp_fusion=True, maxnreg=VALUE_REGISTERS,
+    )  # fmt: skip

@@ -1,10 +1,15 @@
-"""How the kernel for Hopper GPUs reads latents: 256 tokens at once, each thread the very words that hold its own share
-of a product, see hopper_scores.py.
+"""How the kernels for Hopper GPUs read latents: each thread the very words that hold its own share of a product.
 
-Of 64 tokens and 16 channels a thread has two tokens of four channels in a product, and a word of 4-bit codes holds
-eight tokens of a channel. So 256 tokens are read at once and taken in four parts, the first bytes of all words, the
-second, and so on; codes of other widths become such words first. Which token stands where is a matter of naming:
-within a part places are four apart, and the next part is one token on, so only the turn of the queries changes.
+A word of 4-bit codes holds eight tokens of a channel; codes of other widths become such words first.
+
+Keys stand in a product token by token (hopper_scores.py): of 64 tokens and 16 channels a thread has two tokens of four
+channels. So 256 tokens are read at once and taken in four parts, the first bytes of all words, the second, and so on.
+Which token stands where is a matter of naming: within a part places are four apart, and the next part is one token on,
+so only the turn of the queries changes.
+
+Values stand channel by channel (hopper_values.py): of 16 channels and 16 tokens a thread has four tokens of two
+channels, two neighbours each, which are the halves of a word. So 64 tokens are two words of a channel, in four
+products.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ def share_at(at, FOURS: gl.constexpr):
 @gluon.jit
 def fetch(stored, shares, tile, PRODUCT: gl.constexpr, GROUP_CHANNELS: gl.constexpr, FOURS: gl.constexpr):
     """Words of every bit plane of a product's channels (32 eights of tokens, channels), and their ranges, (32,
-    channels / 4) if read by fours. Blocks and channels that are not there are read from the last ones."""
+    channels / 4) if read by fours. In place of blocks and channels that are not there others are read."""
     START: gl.constexpr = PRODUCT[1]
     SIZE: gl.constexpr = PRODUCT[2]
     BITS: gl.constexpr = PRODUCT[3]
@@ -43,34 +48,42 @@ def fetch(stored, shares, tile, PRODUCT: gl.constexpr, GROUP_CHANNELS: gl.conste
     PER_RANGE: gl.constexpr = 4 if FOURS else 1  # channels that a range is read for
     RANGE: gl.constexpr = _word_layout(SIZE, PER_RANGE)
     words, ranges, num_blocks, block_words, block_ranges = stored
-    _, channels, first, constant, lead, tier_word, width, first_range = shares[PRODUCT[0]]
+    _, channels, first, _, lead, tier_word, width, first_range = shares[PRODUCT[0]]
     last = gl.maximum(lead + channels - 1, 0)
+    # on the first block go numbers of 32 bits that are the same for all tiles
+    block_0 = gl.minimum(tile * (TOKENS // 32), num_blocks - 1)
+    words, ranges, left = words + block_0 * block_words, ranges + block_0 * block_ranges, num_blocks - block_0
     eight = gl.arange(0, 32, gl.SliceLayout(1, WORD))
-    block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
+    block = gl.where(eight // 4 < left, eight // 4, 0)
     place = START + gl.arange(0, SIZE, gl.SliceLayout(0, WORD))
     if FOURS:  # of which some may be another head's
         place = gl.minimum(place // 4, last // 4) * 4 + place % 4
     else:
         place = gl.minimum(place, last)
     at = (block * block_words)[:, None] + (tier_word + first + place)[None, :]
-    planes = ()
-    if BITS == 8:
-        planes = (
-            _plane(words, at, (eight % 4 * width)[:, None], FOURS),
-            _plane(words, at, ((eight % 4 + 4) * width)[:, None], FOURS),
-        )
-    if BITS & 4:
-        planes = planes + (_plane(words, at, (eight % 4 * width)[:, None], FOURS),)
-    if BITS & 2:
-        planes = planes + (_plane(words, at, (((BITS & 4) + eight % 2) * width)[:, None], FOURS),)
-    if BITS & 1:
-        planes = planes + (_plane(words, at, ((BITS & 6) * width + eight * 0)[:, None], FOURS),)
+    rows, planes = plane_rows(eight, width, BITS), ()
+    for i in gl.static_range(len(rows)):
+        planes = planes + (_plane(words, at, rows[i][:, None], FOURS),)
     eight = gl.arange(0, 32, gl.SliceLayout(1, RANGE))
-    block = gl.minimum(tile * (TOKENS // 32) + eight // 4, num_blocks - 1)
+    block = gl.where(eight // 4 < left, eight // 4, 0)
     place = START + gl.arange(0, SIZE // PER_RANGE, gl.SliceLayout(0, RANGE)) * PER_RANGE
     of_range = first_range + (first + gl.minimum(place, last)) // GROUP_CHANNELS
-    pair = gl.load(ranges + ((block * block_ranges)[:, None] + of_range[None, :]))
-    return planes, gl.where((place == constant)[None, :], ONE, pair)
+    return planes, gl.load(ranges + ((block * block_ranges)[:, None] + of_range[None, :]))
+
+
+@gluon.jit
+def plane_rows(eight, width, BITS: gl.constexpr):
+    """For every bit plane, where in a block the words of eights of tokens are, of a tier of so many channels."""
+    rows = ()
+    if BITS == 8:
+        rows = (eight % 4 * width, (eight % 4 + 4) * width)
+    if BITS & 4:
+        rows = rows + (eight % 4 * width,)
+    if BITS & 2:
+        rows = rows + (((BITS & 4) + eight % 2) * width,)
+    if BITS & 1:
+        rows = rows + ((BITS & 6) * width + eight * 0,)
+    return rows
 
 
 @gluon.jit
@@ -93,10 +106,25 @@ def _word_layout(size, each=1):
 
 
 @gluon.jit
-def in_words(fetched, BITS: gl.constexpr):
-    """What [`fetch`] gave, as words of 4-bit codes: the last 4 bits of all codes, and the others, if there are."""
+def key_words(fetched, shares, PRODUCT: gl.constexpr):
+    """What [`fetch`] gave, as words of 4-bit codes, and ranges, in which the constant has its own. Nothing before this
+    may look at what is fetched: it would wait for it."""
     planes, pair = fetched
+    START: gl.constexpr = PRODUCT[1]
+    PER_RANGE: gl.constexpr = planes[0].shape[1] // pair.shape[1]
+    place = START + gl.arange(0, pair.shape[1], gl.SliceLayout(0, pair.type.layout)) * PER_RANGE
+    pair = gl.where((place == shares[PRODUCT[0]][3])[None, :], ONE, pair)
     q = (gl.arange(0, 32, gl.SliceLayout(1, planes[0].type.layout)) % 4)[:, None]
+    return in_words(planes, q, PRODUCT[3]), pair
+
+
+@gluon.jit
+def in_words(planes, q, BITS: gl.constexpr):
+    """Words of all bit planes as such of 4-bit codes: the last 4 bits of all codes, and the others, if there are.
+
+    Args:
+        q: which eight of its block a word is of.
+    """
     if BITS == 8:
         low, high = planes[0], planes[1]
         codes = (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4, (low >> 4 & 0x0F0F0F0F) | (high & -0x0F0F0F10)
@@ -112,12 +140,12 @@ def in_words(fetched, BITS: gl.constexpr):
             else:
                 rest = planes[BITS // 4] >> q & 0x11111111
             codes = codes + (rest,)
-    return codes, pair
+    return codes
 
 
 @gluon.jit
 def latents_of(fetched, part: gl.constexpr, thousands, SUMS: gl.constexpr):
-    """(64 tokens, channels) of one part, as a product wants them from registers."""
+    """(64 tokens, channels) of one part of [`key_words`], as a product wants them from registers."""
     codes, pair = fetched
     SIZE: gl.constexpr = codes[0].shape[1]
     first, second = gl.split(gl.reshape(codes[0], (32, SIZE // 2, 2)))
@@ -139,13 +167,43 @@ def latents_of(fetched, part: gl.constexpr, thousands, SUMS: gl.constexpr):
         more_early, more_late = _of_part(first, second, part)
         early = _two_wide_values(early, more_early, step, minimum, thousands)
         late = _two_wide_values(late, more_late, step, minimum, thousands)
-    x = gl.join(early, late)
-    low = (x & 0xFFFF).to(gl.uint16).to(gl.float16, bitcast=True)
-    high = (x >> 16).to(gl.uint16).to(gl.float16, bitcast=True)
     # warp, eight, sixteen, bits 3, 2, 1 of the channel, half of the block, bit 0
-    x = gl.reshape(gl.join(low, high), (4, 8, SIZE // 16, 2, 2, 2, 2, 2))
+    x = gl.reshape(both_halves(gl.join(early, late)), (4, 8, SIZE // 16, 2, 2, 2, 2, 2))
     x = gl.reshape(gl.permute(x, (0, 6, 1, 2, 5, 3, 4, 7)), (64, SIZE))
     return gl.convert_layout(x, gl.DotOperandLayout(0, SUMS, 2), True)
+
+
+@gluon.jit
+def value_latents_of(codes, pair, thousands, SUMS: gl.constexpr):
+    """(channels, 64 tokens) of [`in_words`], as a product wants them from registers.
+
+    Args:
+        codes, pair: (8 eights of tokens, channels).
+    """
+    SIZE: gl.constexpr = pair.shape[1]
+    minimum, step = _low_halves(pair, pair), _high_halves(pair, pair)
+    quarters = ()
+    for i in gl.static_range(4):  # half of the block, and bit 0 of the byte; bit 1 is that of the half of the word
+        quarter = codes[0] >> (i // 2 * 4 + i % 2 * 8)
+        if len(codes) == 1:
+            quarter = _two_values(quarter, step, minimum, thousands)
+        else:
+            more = codes[1] >> (i // 2 * 4 + i % 2 * 8)
+            quarter = _two_wide_values(quarter, more, step, minimum, thousands)
+        quarters = quarters + (quarter,)
+    x = gl.join(gl.join(quarters[0], quarters[1]), gl.join(quarters[2], quarters[3]))
+    # block, eight of it, channel, bit 0 of the byte, half of the block, half of the word
+    x = gl.reshape(both_halves(x), (2, 4, SIZE, 2, 2, 2))
+    x = gl.reshape(gl.permute(x, (2, 0, 4, 3, 1, 5)), (SIZE, 64))
+    return gl.convert_layout(x, gl.DotOperandLayout(0, SUMS, 2), True)
+
+
+@gluon.jit
+def both_halves(x):
+    """(..., 2) float16 of words."""
+    low = (x & 0xFFFF).to(gl.uint16).to(gl.float16, bitcast=True)
+    high = (x >> 16).to(gl.uint16).to(gl.float16, bitcast=True)
+    return gl.join(low, high)
 
 
 @gluon.jit

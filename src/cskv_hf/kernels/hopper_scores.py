@@ -18,14 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_latents import PARTS, TOKENS, fetch, in_words, latents_of, share_at
+from .hopper_latents import PARTS, TOKENS, fetch, key_words, latents_of, share_at
 
 COLUMNS = gl.constexpr(8)  # of queries that a product takes, at least
 NOTHING = gl.constexpr(-1e30)  # the score of a token that is not there
 
 # Numbers that change while a model generates, or that layers differ in: no kernel is compiled for each.
-CHANGING = ["num_blocks", "num_tiles", "tiles_each", "turn_stride", "seen_stride", "block_words", "block_ranges"]
-CHANGING += ["thousands"]
+# A stride of turns makes 16 in any case, which the compiler may know.
+CHANGING = ["num_blocks", "num_tiles", "tiles_each", "seen_stride", "block_words", "block_ranges", "thousands"]
 
 
 @gluon.jit(do_not_specialize=CHANGING)
@@ -110,15 +110,19 @@ def _tiles(
         )
         kept.store(_by_thread(c, s))
     straight = _queries(queries, ROWS, HEAD_DIM)
+    SIDE: gl.constexpr = _side_by_side(ROWS)
     turned = gl.allocate_shared_memory(
-        gl.float16, [STAGED, PARTS * COLUMNS, HEAD_DIM],
+        gl.float16, [STAGED, PARTS // SIDE * COLUMNS, HEAD_DIM],
         gl.NVMMASharedLayout.get_default_for([COLUMNS, HEAD_DIM], gl.float16),
     )  # fmt: skip
+    ahead = ()
+    for i in gl.static_range(0 if TOGETHER else NUM):
+        ahead = ahead + (fetch(stored, shares, first_tile, _product(WAYS, WAY, i), GROUP_CHANNELS, FOURS),)
     for tile in range(first_tile, end_tile):
         if (tile - first_tile) % STAGED == 0:  # the compiler has warps wait for one another, before and after
             for i in gl.static_range(STAGED):
                 at = gl.minimum(tile + i, (num_tiles + 3) // 4 - 1)
-                turned.index(i).store(_turned_back(straight, turns[2], turns[3], at, HEAD_DIM))
+                turned.index(i).store(_turned_back(straight, turns[2], turns[3], at, SIDE, HEAD_DIM))
             fence_async_shared()
         of_tile = turned.index((tile - first_tile) % STAGED)
         scores = ()
@@ -127,7 +131,7 @@ def _tiles(
             keys, before = (nothing, nothing, nothing, nothing), ()
             following = fetch(stored, shares, tile, _product(WAYS, WAY, 0), GROUP_CHANNELS, FOURS)
             for i in gl.static_range(NUM):
-                fetched = in_words(following, _product(WAYS, WAY, i)[3])
+                fetched = key_words(following, shares, _product(WAYS, WAY, i))
                 if i + 1 < NUM:
                     following = fetch(stored, shares, tile, _product(WAYS, WAY, i + 1), GROUP_CHANNELS, FOURS)
                 latents, sums = (), ()
@@ -143,21 +147,25 @@ def _tiles(
                 keys, before = sums, latents
             c, s = _from_threads(kept, TURN)
             for part in gl.static_range(PARTS):
-                scores = scores + (_scores(keys[part], c, s, of_tile.slice(part * COLUMNS, COLUMNS), ROWS),)
+                scores = scores + (_scores(keys[part], c, s, of_tile, part, ROWS),)
         else:
-            raw, fetched = (), ()
+            fetched = ()
             for i in gl.static_range(NUM):
-                raw = raw + (fetch(stored, shares, tile, _product(WAYS, WAY, i), GROUP_CHANNELS, FOURS),)
-            for i in gl.static_range(NUM):
-                fetched = fetched + (in_words(raw[i], _product(WAYS, WAY, i)[3]),)
+                fetched = fetched + (key_words(ahead[i], shares, _product(WAYS, WAY, i)),)
             for part in gl.static_range(PARTS):
                 latents = ()
                 for i in gl.static_range(NUM):
                     latents = latents + (latents_of(fetched[i], part, thousands, SUMS),)
+                if part == PARTS - 1:  # whose words are not needed any more
+                    ahead = ()
+                    for i in gl.static_range(NUM):
+                        ahead = ahead + (
+                            fetch(stored, shares, tile + 1, _product(WAYS, WAY, i), GROUP_CHANNELS, FOURS),
+                        )
                 sums = gl.zeros([64, HEAD_DIM], gl.float16, SUMS)
                 for i in gl.static_range(NUM):
                     sums = warpgroup_mma(latents[i], factors[i], sums, use_acc=i > 0)
-                scores = scores + (_scores(sums, c, s, of_tile.slice(part * COLUMNS, COLUMNS), ROWS),)
+                scores = scores + (_scores(sums, c, s, of_tile, part, ROWS),)
         _exponentials(scores, tile, num_tiles, stored[2], queries[1], out, TOLD, ROWS)
 
 
@@ -171,6 +179,12 @@ def _turn_layout(half):
     registers = [[0, 1], [8, 0]] + [[0, 1 << i] for i in range(3, half.bit_length() - 1)]
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, half])
+
+
+@gluon.constexpr_function
+def _query_layout(head_dim):
+    """(parts, columns, half of head_dim)"""
+    return gl.BlockedLayout([1, 1, head_dim // 32], [1, 2, 16], [1, 4, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
@@ -189,6 +203,12 @@ def _out_layout(rows):
     registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4]] + ([of_column[0]] if bits == 3 else [])
     lanes = [of_column[1], of_column[2], [0, 0, 8], [0, 0, 16], [0, 0, 32]]
     return gl.DistributedLinearLayout(registers, lanes, [[0, 1, 0], [0, 2, 0]], [], [rows, 4, 64])
+
+
+@gluon.constexpr_function
+def _side_by_side(rows):
+    """Parts whose queries take columns of one product: a column in two is all that a part needs, if rows are few."""
+    return 2 if rows < 8 else 1
 
 
 @gluon.constexpr_function
@@ -257,7 +277,7 @@ def _from_threads(kept, TURN: gl.constexpr):
 def _queries(queries, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Both halves of the queries, scaled, (1, COLUMNS, HEAD_DIM / 2) each: few rows come several times, side by side,
     and those that are not there are like the last."""
-    QUERY: gl.constexpr = gl.BlockedLayout([PARTS, 1, HEAD_DIM // 32], [1, 2, 16], [1, 4, 1], [2, 1, 0])
+    QUERY: gl.constexpr = _query_layout(HEAD_DIM)
     query, rows, scaling = queries
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, QUERY)))
     pair = gl.arange(0, HEAD_DIM // 2, gl.SliceLayout(0, gl.SliceLayout(1, QUERY)))
@@ -269,23 +289,27 @@ def _queries(queries, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def _turned_back(straight, start_cos, start_sin, tile, HEAD_DIM: gl.constexpr):
-    """(PARTS * COLUMNS, HEAD_DIM): queries as the keys of each part want them, which are turned by their places only:
-    it is queries, who are few, that are turned to where the part begins."""
-    QUERY: gl.constexpr = gl.BlockedLayout([PARTS, 1, HEAD_DIM // 32], [1, 2, 16], [1, 4, 1], [2, 1, 0])
+def _turned_back(straight, start_cos, start_sin, tile, SIDE: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """(PARTS / SIDE * COLUMNS, HEAD_DIM): queries as the keys of each part want them, which are turned by their places
+    only: it is queries, who are few, that are turned to where the part begins. `SIDE` parts take turns in columns."""
+    QUERY: gl.constexpr = _query_layout(HEAD_DIM)
     first, second = straight
-    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(1, QUERY)))
+    several = gl.arange(0, PARTS // SIDE, gl.SliceLayout(1, gl.SliceLayout(2, QUERY))) * SIDE
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, QUERY)))
     pair = gl.arange(0, HEAD_DIM // 2, gl.SliceLayout(0, gl.SliceLayout(1, QUERY)))
-    at = (tile * PARTS + part)[:, None] * (HEAD_DIM // 2) + pair[None, :]
-    c, s = gl.load(start_cos + at)[:, None, :], gl.load(start_sin + at)[:, None, :]
+    part = tile * PARTS + several[:, None] + (column % SIDE)[None, :]
+    at = part[:, :, None] * (HEAD_DIM // 2) + pair[None, None, :]
+    c, s = gl.load(start_cos + at), gl.load(start_sin + at)
     x = gl.join(first * c + second * s, second * c - first * s)
-    return gl.reshape(gl.permute(x, (0, 1, 3, 2)), (PARTS * COLUMNS, HEAD_DIM))
+    return gl.reshape(gl.permute(x, (0, 1, 3, 2)), (PARTS // SIDE * COLUMNS, HEAD_DIM))
 
 
 @gluon.jit
-def _scores(keys, c, s, queries, ROWS: gl.constexpr):
-    """(64, ROWS) scores of a part: of rebuilt keys, and queries (COLUMNS, HEAD_DIM) in shared memory."""
+def _scores(keys, c, s, turned, part: gl.constexpr, ROWS: gl.constexpr):
+    """(64, ROWS) scores of a part: of rebuilt keys, and queries as [`_turned_back`] orders them, in shared memory."""
     HEAD_DIM: gl.constexpr = keys.shape[1]
+    SIDE: gl.constexpr = _side_by_side(ROWS)
+    queries = turned.slice(part // SIDE * COLUMNS, COLUMNS)
     TURN: gl.constexpr = c.type.layout
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     first, second = gl.split(gl.permute(gl.reshape(keys, (64, 2, HEAD_DIM // 2)), (0, 2, 1)))
@@ -294,8 +318,10 @@ def _scores(keys, c, s, queries, ROWS: gl.constexpr):
     x = gl.convert_layout(gl.reshape(x, (64, HEAD_DIM)), gl.DotOperandLayout(0, SCORES, 2), True)
     scores = gl.zeros([64, COLUMNS], gl.float32, SCORES)
     scores = warpgroup_mma(x, queries.permute((1, 0)), scores, use_acc=False)
-    if ROWS < COLUMNS:  # each came several times
-        scores = gl.max(gl.reshape(scores, (64, ROWS, COLUMNS // ROWS)), axis=2)
+    if ROWS * SIDE < COLUMNS:  # each came several times
+        scores = gl.max(gl.reshape(scores, (64, ROWS, COLUMNS // SIDE // ROWS, SIDE)), axis=2)
+    if SIDE > 1:
+        scores = gl.split(gl.reshape(scores, (64, ROWS, SIDE)))[part % SIDE]
     return scores
 
 
