@@ -52,9 +52,10 @@ def summed(monkeypatch):
 
 @pytest.fixture
 def served(monkeypatch):
-    """Calls of the kernel of scores."""
+    """Calls of the kernel of scores. That of values takes any number of tiles, too."""
     calls, launch = [], hopper.launch
     monkeypatch.setattr(hopper, "launch", lambda *args: calls.append(args) or launch(*args))
+    monkeypatch.setattr(hopper, "LEAST_TILES", 1)
     if not ON_HOPPER:
         from gluon_on_numpy import Kernel
 
@@ -150,6 +151,17 @@ def test_a_part_of_each_row(rank, added, served, summed, uninitialised_is_nan):
     assert len(served) == len(summed) == 2
 
 
+def test_few_values(served, summed, monkeypatch):
+    """A program would have little to do after all that it prepares."""
+    monkeypatch.setattr(hopper, "LEAST_TILES", 6)
+    monkeypatch.setattr(hopper, "VALUE_PROGRAMS", 1)
+    factors = factors_of(FEW, torch.float16, value_bits=(4,) * 30)
+    query = query_of(factors, 1, 2, torch.float16)
+    for tiles, called in ((5, 0), (6, 1)):
+        assert relative(query, past(factors, 1, 64 * tiles, torch.float16)) < 4e-3
+        assert len(summed) == called
+
+
 def test_what_is_kept_is_made_beforehand(served):
     """So that nothing is allocated among the tensors of a CUDA graph that stays there."""
     cached = hopper.plan, hopper.value_plan, gpu.key_pieces, gpu.value_pieces
@@ -162,7 +174,7 @@ def test_what_is_kept_is_made_beforehand(served):
         made = [id(t) for of_layer in gpu_plans._kept.values() for _, t, *_ in of_layer.values()]
         return made, [function.cache_info().misses for function in cached]
 
-    gpu.prepare(factors, torch.device(DEVICE), torch.float16)
+    gpu.prepare(factors, factors.key_B.device, torch.float16)
     before = kept()
     for old_mask in (None, mask):  # which tiles are told of
         attention.attend_on_gpu(query_of(factors, 2, 2, torch.float16), kv, 0.1, None, old_mask)

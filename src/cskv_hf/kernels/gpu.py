@@ -312,15 +312,15 @@ def _sum_values(
     the sum of exponentials that it is weighted by, (heads, batch, rows) float32."""
     batch, all_rows, num_tiles, _ = scores.weights.shape
     heads, rank = query.shape[1], values.format.rank
+    pieces, value_rows = value_pieces(values.format, query.device), 16 if all_rows <= 16 else 32
+    row_tiles = cdiv(all_rows, value_rows)
+    tiles_each = _tiles_of_split(num_tiles, len(pieces.sizes) * batch * row_tiles, VALUE_PROGRAMS)
     on_hopper = _sums_on_hopper(values.format, scores.weights.dtype, query.device)
     if on_hopper:
-        programs, (beside, value_rows) = hopper.VALUE_PROGRAMS, hopper.programs_of_values(values.format, all_rows)
-    else:
-        pieces = value_pieces(values.format, query.device)
-        programs, beside, value_rows = VALUE_PROGRAMS, len(pieces.sizes), 16 if all_rows <= 16 else 32
-    row_tiles = cdiv(all_rows, value_rows)
-    tiles_each = tiles_of_program(num_tiles, beside * batch * row_tiles, programs)
-    tiles_each = max(tiles_each, cdiv(num_tiles, MAX_SPLITS))
+        there = hopper.programs_of_values(values.format, batch, all_rows)
+        of_hopper = _tiles_of_split(num_tiles, math.prod(there), hopper.VALUE_PROGRAMS)
+        on_hopper = of_hopper >= hopper.LEAST_TILES
+        tiles_each = of_hopper if on_hopper else tiles_each
     splits = cdiv(num_tiles, tiles_each)
     summed = scores.maxima.new_empty(splits, batch, all_rows, rank + 1)
     split_maxima = scores.maxima.new_empty(splits, batch, all_rows)
@@ -330,7 +330,7 @@ def _sum_values(
             *scores, values.data, values.ranges, values.format, num_seen, tiles_each, summed, split_maxima
         )
     else:
-        value_kernel[beside, splits, batch * row_tiles](
+        value_kernel[len(pieces.sizes), splits, batch * row_tiles](
             *scores, codes_of(values.data, words), as_pairs(values.ranges), pieces.table, pieces.order,
             query if num_seen is None else num_seen, summed, split_maxima, all_rows, values.data.shape[1], rank,
             *block_sizes(values.format), num_tiles, tiles_each, row_tiles, row_stride(num_seen), THOUSANDS,
@@ -344,6 +344,10 @@ def _sum_values(
         SPLITS=power_of_2(splits), CHUNK=64, **FUSED,
     )  # fmt: skip
     return merged, old_maxima, old_sums
+
+
+def _tiles_of_split(num_tiles: int, beside: int, programs: int) -> int:
+    return max(tiles_of_program(num_tiles, beside, programs), cdiv(num_tiles, MAX_SPLITS))
 
 
 def _finish(

@@ -36,6 +36,7 @@ MOST_OTHERS = 128  # of more, score_kernel was quicker on an H100
 MOST_PIECES = 3  # of values that a program sums; its registers suffice for no more
 LEAST_ROWS, MOST_ROWS = 8, 32  # of a program that sums values
 VALUE_REGISTERS, VALUE_PROGRAMS = 168, 384  # so that three run on each of 132 multiprocessors, all at a time
+LEAST_TILES = 20  # of such a program: with 6 to 11, value_kernel, which has less to prepare, was quicker on an H100
 
 
 class Share(NamedTuple):
@@ -237,10 +238,14 @@ def value_plan(format: PackedFormat, device: torch.device) -> ValuePlan:
     return ValuePlan(pieces.to(device), torch.tensor(shares, dtype=torch.int32, device=device), kinds)
 
 
-def programs_of_values(format: PackedFormat, rows: int) -> tuple[int, int]:
-    """How many programs divide the channels among them, and how many of `rows` each takes."""
+def programs_of_values(format: PackedFormat, batch: int, rows: int) -> tuple[int, int]:
+    """How many programs divide the channels of a split among them, and how many its rows."""
     shares = value_plan(format, torch.device("cpu")).shares
-    return len(shares), min(max(power_of_2(rows), LEAST_ROWS), MOST_ROWS)
+    return len(shares), batch * cdiv(rows, _rows_of_program(rows))
+
+
+def _rows_of_program(rows: int) -> int:
+    return min(max(power_of_2(rows), LEAST_ROWS), MOST_ROWS)
 
 
 def launch_values(
@@ -255,13 +260,12 @@ def launch_values(
     """
     batch, rows, num_tiles, _ = weights.shape
     planned = value_plan(format, weights.device)
-    beside, of_program = programs_of_values(format, rows)
-    row_tiles = cdiv(rows, of_program)
-    hopper_value_kernel[beside, len(summed), batch * row_tiles](
+    of_channels, of_rows = programs_of_values(format, batch, rows)
+    hopper_value_kernel[of_channels, len(summed), of_rows](
         weights.view(torch.int32), maxima, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32),
         planned.pieces.table, planned.pieces.order, planned.shares, weights if num_seen is None else num_seen,
         summed, split_maxima, rows, codes.shape[1], format.rank, format.layout.code_bytes // 4,
-        format.layout.num_ranges, num_tiles, tiles_each, row_tiles, row_stride(num_seen), THOUSANDS,
-        TOLD=num_seen is not None, ROWS=of_program, PARTS=maxima.shape[3], KINDS=planned.kinds,
+        format.layout.num_ranges, num_tiles, tiles_each, of_rows // batch, row_stride(num_seen),
+        THOUSANDS, TOLD=num_seen is not None, ROWS=_rows_of_program(rows), PARTS=maxima.shape[3], KINDS=planned.kinds,
         GROUP_CHANNELS=format.layout.group_channels, num_warps=4, enable_fp_fusion=True, maxnreg=VALUE_REGISTERS,
     )  # fmt: skip
