@@ -98,6 +98,30 @@ def test_train_and_plot(folder):
     assert code == 2 and "`--epochs` must be above 0" in output
 
 
+def test_probing_goes_on(folder, monkeypatch):
+    """A fit that is interrupted while it measures what layers are worth leaves what it has, and takes it away."""
+    from cskv_hf import sensitivity
+
+    arguments = ["fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "probed", "--length", 100]
+    probe_cut, probed = sensitivity.probe_cut, []
+
+    def probe(factors):
+        probed.append(factors)
+        if len(probed) == 3:  # the second layer
+            raise KeyboardInterrupt
+        return probe_cut(factors)
+
+    monkeypatch.setattr(sensitivity, "probe_cut", probe)
+    assert cskv(*arguments)[0] == 130
+    left = {path.name for path in folder.glob("probed*")}
+    assert left == {"probed.statistics.safetensors", "probed.statistics.probing.json"}
+    code, output, _ = cskv(*arguments)
+    layers = AutoModelForCausalLM.from_pretrained(folder / "model").config.num_hidden_layers
+    assert code == 0 and len(probed) == 3 + 2 * (layers - 1), output
+    assert {path.name for path in folder.glob("probed*")} == {"probed"}
+    shutil.rmtree(folder / "probed")
+
+
 def test_training_goes_on_with_the_same_only(folder):
     """Checkpoints of a run that was interrupted, with other data or another rate, are not gone on from."""
     text, adapter, out = folder / "text.txt", folder / "adapter", folder / "again"

@@ -1,5 +1,8 @@
 """Probing: what each layer's keys and values are worth, against whole forwards of a model that is cut by hand."""
 
+import functools
+import json
+
 import pytest
 import torch
 from conftest import FAMILIES, calibration_data, make_model
@@ -69,6 +72,43 @@ def test_a_probe_computes_only_what_follows():
         attention.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
     measure_sensitivity(model, bases, [torch.arange(2, 40)], progress=False)
     assert runs == [4 + 2 * (4 + 3 + 2 + 1)]
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
+    """From the layer after the last that was measured, to the same; of other bases it begins again."""
+    model, file = make_model(num_hidden_layers=4), tmp_path / "probing.json"
+    bases, samples = bases_of(model), [torch.randint(2, 80, (24,), generator=torch.Generator().manual_seed(5))]
+    expected = measure_sensitivity(model, bases, samples, progress=False)
+    measure = functools.partial(measure_sensitivity, model, bases, samples, progress=False, state_file=file)
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cskv_hf.sensitivity.probe_cut", interrupted_after(5, probe_cut))  # in the third layer
+        measure()
+    assert json.loads(file.read_text())["sensitivity"] == expected[:2]
+    forwards.clear()
+    assert measure() == expected
+    assert len(forwards) == 1 + 2 * 2  # whole, and both sides of the other layers
+    forwards.clear()
+    assert measure() == expected and not forwards
+    others = [(values, keys) for keys, values in bases]
+    assert measure_sensitivity(model, others, samples, progress=False, state_file=file) != expected
+    assert len(forwards) == 1 + 2 * 4
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"truncated, corrupt or no file .*Delete it"):
+        measure()
+
+
+def interrupted_after(calls, function):
+    left = [calls]
+
+    def counted(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return counted
 
 
 def test_deep_models_are_probed_on_fewer_tokens():

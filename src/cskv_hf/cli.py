@@ -28,6 +28,7 @@ from .files import (
 )
 from .fit_report import format_evaluation, format_report
 from .fitting import fit as fit_model
+from .fitting import probing_file
 from .generation import has_active_adapter
 from .hub import load, local_adapter, push_folder
 from .kernels import HAS_TRITON, cpu
@@ -118,9 +119,9 @@ def fit(
 ) -> None:
     """Fit an adapter to MODEL in closed form and save it.
 
-    An interrupted fit goes on from the statistics that it saved last, some seconds before, when started again with
-    the same --out; what follows them is done again. An adapter in --out stays until the new one is complete, and
-    whatever else is there stays.
+    An interrupted fit goes on from the statistics that it saved last, some seconds before, or from the last layer
+    whose worth was measured, when started again with the same --out. An adapter in --out stays until the new one is
+    complete, and whatever else is there stays.
     """
     from .evaluate.divergence import evaluation_record
 
@@ -153,6 +154,7 @@ def fit(
     except (ValueError, OSError, SafetensorError) as error:
         raise refused(ctx, error) from error
     os.remove(state_file)
+    probing_file(state_file).unlink(missing_ok=True)
     typer.echo(f"\nsaved the adapter in {out}")
 
 

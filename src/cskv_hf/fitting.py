@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def fit(
         data: calibration data as [`collect_statistics`] takes it, or statistics collected before. Some 50,000 tokens
             of the kind the model will read are plenty. Do not use the text you evaluate on.
         config: [`CSKVConfig`]; the default removes 80 %. It is copied: what is fitted is written into the model's.
-        tokenizer, max_length, max_tokens, state_file, source, progress: see [`collect_statistics`].
+        tokenizer, max_length, max_tokens, source, progress: see [`collect_statistics`].
+        state_file: see there; what layers are worth is saved after every layer, too, in [`probing_file`].
         adapter_name: of the new adapter, which becomes the active one. An adapter of that name is fitted again.
 
     Returns:
@@ -111,7 +113,8 @@ def fit(
     bar = tqdm(layers, desc="Factoring", unit="layer", disable=not progress)
     bases = [layer_bases(a, statistics, i, config, num_groups) for i, a in enumerate(bar)]
     if config.allocates:
-        config.sensitivity = measure_sensitivity(model, bases, statistics.probes(), progress)
+        probing = None if state_file is None else probing_file(state_file)
+        config.sensitivity = measure_sensitivity(model, bases, statistics.probes(), progress, probing)
     spectra = [(keys.spectra(), values.spectrum) for keys, values in bases]
     kept = plan(config, shape, spectra)
     fitted = [(keys.cut(k.key_ranks), values.cut((k.value_rank,))) for (keys, values), k in zip(bases, kept)]
@@ -134,6 +137,11 @@ def fit(
         sidecar.install(adapter_name, keys, values, *placement(attention, model))
     use_adapter(model, adapter_name)
     return give_push(model) if isinstance(model, PeftModel) else model
+
+
+def probing_file(state_file: str | os.PathLike) -> Path:
+    """Beside a `state_file` of statistics, where [`fit`] saves what layers are worth."""
+    return Path(state_file).with_suffix(".probing.json")
 
 
 def _warn_of_unreached(

@@ -12,16 +12,25 @@ models are probed on fewer tokens, which costs little (benchmarks/quality.py --t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
+from .calibration import weight_hashes
 from .decompose import Factors
 from .families import decoder_of, in_eval_mode, input_device, key_source
+from .files import replace_file
+
+logger = logging.get_logger(__name__)
 
 LOST_SHARE = 0.1  # of a side's energy, taken away by a probe; 0.02 to 0.4 measured, 0.05 to 0.2 make little difference
 ALL_TOKENS = 8  # layers: a probe of so many reads all tokens of the samples, one of twice as many half of them
@@ -127,21 +136,61 @@ def _check_finite(finite: bool, what: str) -> None:
         )
 
 
+def _what_is_measured(
+    decoder: nn.Module, bases: Sequence[tuple[Factors, Factors]], samples: Sequence[torch.Tensor]
+) -> str:
+    """A hash of all that [`measure_sensitivity`] depends on."""
+    numbers = [LOST_SHARE, [factors.ranks for sides in bases for factors in sides], [len(ids) for ids in samples]]
+    digest = hashlib.sha256(json.dumps([weight_hashes(decoder), *numbers], sort_keys=True).encode())
+    of_bases = [t for sides in bases for factors in sides for t in (factors.spectrum, factors.mean, factors.B[0])]
+    for tensor in (*samples, *of_bases):
+        digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _measured_before(state_file: str | os.PathLike, what: str) -> list[list[float]]:
+    """What a run left that was interrupted, of the first layers; nothing if it measured something else.
+
+    Raises:
+        ValueError: for a file that is damaged or something else.
+    """
+    if not Path(state_file).exists():
+        return []
+    try:
+        held = json.loads(Path(state_file).read_text(encoding="utf-8"))
+        before, sensitivity = held["what"], [[float(rate) for rate in sides] for sides in held["sensitivity"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"'{state_file}' is truncated, corrupt or no file of what layers are worth ({error!r}). Delete it to "
+            "measure that again."
+        ) from error
+    if before != what:
+        logger.warning(
+            f"What layers are worth is measured again: '{state_file}' is of other weights, data or settings."
+        )
+        return []
+    return sensitivity
+
+
 @torch.no_grad()
 def measure_sensitivity(
     model: nn.Module,
     bases: Sequence[tuple[Factors, Factors]],
     samples: Sequence[torch.Tensor],
     progress: bool = True,
+    state_file: str | os.PathLike | None = None,
 ) -> list[list[float]]:
     """Divergence of the model's output per unit of energy lost, for the keys and values of every layer.
 
     Args:
         bases: per layer, the full-rank factors of keys and values.
         samples: (length,) input_ids to measure on; a deep model reads less of them, see [`probe_samples`].
+        state_file: JSON where what was measured is saved after every layer; if it exists, and is of the same weights,
+            bases and samples, the next layer is measured.
 
     Raises:
-        ValueError: if there is no sample of two tokens or more, or the model puts out NaN or infinite values.
+        ValueError: if there is no sample of two tokens or more, the model puts out NaN or infinite values, or
+            `state_file` is damaged.
 
     Returns:
         Per layer ``[keys, values]``, in nats per token and unit of the spectra.
@@ -153,21 +202,27 @@ def measure_sensitivity(
         )
     device = input_device(model)
     layers = decoder_of(model).layers
-    batches = [ids[None].to(device) for ids in probe_samples(samples, len(layers))]
+    samples = probe_samples(samples, len(layers))
+    batches, sensitivity = [ids[None].to(device) for ids in samples], []
+    if state_file is not None:
+        what = _what_is_measured(decoder_of(model), bases, samples)
+        sensitivity = _measured_before(state_file, what)
+    done = len(sensitivity)
+    if done == len(layers):
+        return sensitivity
 
     def log_probabilities(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
 
     tokens = sum(ids.shape[1] for ids in batches)
-    sensitivity = []
     with in_eval_mode(model):
         with _inputs_kept(layers) as inputs:
             reference = [log_probabilities(ids) for ids in batches]
         for number, full in enumerate(reference):
             _check_finite(not full.isnan().any(), f"of calibration sample {number}")  # -inf forbids a token
-        probed = list(zip(layers, bases))
-        for index, (layer, sides) in enumerate(tqdm(probed, desc="Probing", unit="layer", disable=not progress)):
-            rates = []
+        bar = dict(initial=done, total=len(layers), desc="Probing", unit="layer", disable=not progress)
+        for index in tqdm(range(done, len(layers)), **bar):
+            layer, sides, rates = layers[index], bases[index], []
             modules = key_source(layer.self_attn), layer.self_attn.v_proj
             for name, module, factors in zip(("keys", "values"), modules, sides):
                 projection, lost = probe_cut(factors)
@@ -182,4 +237,6 @@ def measure_sensitivity(
                 _check_finite(math.isfinite(divergence), f"with cut {name} of layer {index}")
                 rates.append(max(divergence / tokens, LEAST) / max(lost, LEAST))
             sensitivity.append(rates)
+            if state_file is not None:
+                replace_file(Path(state_file), json.dumps({"what": what, "sensitivity": sensitivity}))
     return sensitivity

@@ -3,8 +3,8 @@ the user has compiled it. The torch code in attention.py, cache_layer.py and qua
 
 This file chooses. On a GPU ``gpu.py`` launches attention, with what ``gpu_plans.py`` keeps and decides for a layer and
 arguments as ``gpu_arguments.py`` makes them: kernels in ``triton_kernels.py``, which read latents by
-``triton_latents.py`` in pieces of channels (``pieces.py``), told by ``tiles.py`` what is seen; on Hopper GPUs
-scores, and sums of values, are those of ``hopper.py``. ``triton_center.py`` (of a prompt), ``triton_encode.py`` (of a step) and
+``triton_latents.py`` in pieces of channels (``pieces.py``), told by ``tiles.py`` what is seen; on Hopper GPUs scores
+and sums of values are those of ``hopper.py``. ``triton_center.py`` (of a prompt), ``triton_encode.py`` (of a step) and
 ``triton_quantize.py`` make latents. On a CPU ``cpu.py`` compiles and calls ``cpp/``.
 """
 
