@@ -118,7 +118,7 @@ class CSKVStaticLayer(CacheLayerMixin):
             return
         encode_due = kernels.encoder(keys, values, staged.factors) if step.num_new == 1 else None
         if encode_due is not None:
-            back = turned_back(step, step.positions, step.frequencies, keys.dtype, self.device)
+            back = turned_back(step, step.positions, step.old_frequencies, keys.dtype, self.device)
             places, target = step.evicted.to(self.device), step.due_blocks(self.device)
             encode_due(keys, values, places, back, target, staged.factors, self.key_latents, self.value_latents)
             return
@@ -126,7 +126,7 @@ class CSKVStaticLayer(CacheLayerMixin):
             take(keys, step.evicted, 2),
             take(values, step.evicted, 2),
             step.positions,
-            step.frequencies,
+            step.old_frequencies,
             staged,
         )
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from .rope import RotaryFrequencies, TurnInTiles, cos_sin, widened
+from .rope import RotaryFrequencies
 from .step import HIDDEN, once, take
+from .turns import OldTurns
 
 FULL = "a CSKVStaticCache is full: it got more tokens than its `max_cache_len`"  # from within a compiled graph
 
@@ -131,14 +132,14 @@ class StaticTable:
         return mask[:, -num_new:].bool()
 
 
-class StaticStep:
+class StaticStep(OldTurns):
     """What one forward of the model sees and does; made once, used by every layer. As [`Step`], but in tensors.
 
     Args:
         table: advanced by [`finish`], when all layers are done. Until then only tokens that it does not count yet are
             written, so that a forward of one token that stopped half-way can be repeated.
         positions: (batch or 1, num_new) position of every new token.
-        frequencies: the rotary frequencies of the model.
+        frequencies: the rotary frequencies of the model, which are those of all tokens.
         attention_mask: see [`StaticTable.new_valid`].
 
     Attributes:
@@ -156,7 +157,7 @@ class StaticStep:
         self, table: StaticTable, positions: torch.Tensor, frequencies: RotaryFrequencies, attention_mask: Any
     ) -> None:
         table.check_space(positions.shape[-1])
-        self.table, self.frequencies, self.num_new = table, frequencies, positions.shape[-1]
+        self.table, self.old_frequencies, self.num_new = table, frequencies, positions.shape[-1]
         self.was_empty, self.start = table.is_empty, table.length.clone()
         device, held = table.length.device, table.counts
         valid = table.new_valid(attention_mask, self.num_new)
@@ -250,41 +251,8 @@ class StaticStep:
     def old_slots(self) -> torch.Tensor:
         return self.slots[1]
 
-    def old_cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the latents' keys, rounded to the model's dtype, in float32 or wider, (batch, old columns,
-        head_dim / 2); computed once for all layers."""
-        key = ("cos_sin", device, dtype)
-        if key not in self._turn:
-            positions = self.table.positions[:, self.old].to(device)
-            self._turn[key] = widened(cos_sin(positions, self.frequencies, dtype))
-        return self._turn[key]
-
-    def old_rope(self, device: torch.device) -> tuple[torch.Tensor, RotaryFrequencies]:
-        """What has turned the latents' keys: positions (batch, old columns) int32 and frequencies, compact."""
-        key = ("rope", device)
-        if key not in self._turn:
-            inv_freq = self.frequencies.inv_freq.to(device).float().contiguous()
-            positions = self.table.positions[:, self.old].to(device).contiguous()
-            self._turn[key] = positions, self.frequencies._replace(inv_freq=inv_freq)
-        return self._turn[key]
-
-    def old_turn(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """[`old_cos_sin`] as complex numbers, or for a compiler, which knows none, side by side, (batch, old columns,
-        head_dim / 2, 2)."""
-        key = (device, dtype)
-        if key not in self._turn:
-            cos, sin = self.old_cos_sin(device, dtype)
-            compiling = torch.compiler.is_compiling()
-            self._turn[key] = torch.stack([cos, sin], dim=-1) if compiling else torch.complex(cos, sin)
-        return self._turn[key]
-
-    def old_turn_in_tiles(self, device: torch.device, tile: int, dtype: torch.dtype, starts: int = 1) -> TurnInTiles:
-        """[`old_turn`] as a product, see `Step`; positions are not known to follow one another."""
-        key = (device, tile, dtype, starts)
-        if key not in self._turn:
-            positions = self.table.positions[:, self.old].to(device).contiguous()
-            self._turn[key] = TurnInTiles.of(positions, self.frequencies, tile, dtype, starts)
-        return self._turn[key]
+    def _positions_by_row(self) -> torch.Tensor:
+        return self.table.positions[:, self.old]
 
 
 def _real_ones(valid: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What one forward of the model sees, what has turned the keys of it, and what moves afterwards.
+"""What one forward of the model sees, and what moves afterwards.
 
 Made once by the table of tokens (tokens.py) and used by every layer; what a layer computes that the next ones need too
 is kept in it. Holds no keys and no values.
@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import torch
 
-from .rope import RotaryFrequencies, TurnInTiles, cos_sin, widened
+from .rope import RotaryFrequencies
+from .turns import OldTurns
 
 HIDDEN = -1e4  # what is added to the score of a token that is not seen, at most; a bias is less far from 0
-TURN_CHUNK = 2**17  # cos that are computed at a time; intermediates are several times the result
 Made = TypeVar("Made")
 Index = torch.Tensor | slice  # columns to take: a slice for all rows, or (batch, n) with -1 for "nothing here"
 
@@ -43,7 +43,7 @@ class Eviction:
 
 
 @dataclass
-class Step:
+class Step(OldTurns):
     """What one forward of the model sees and does; made once, used by every layer.
 
     Attributes:
@@ -115,63 +115,16 @@ class Step:
             )
         return self._without[num_dropped]
 
-    def old_cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the latents' keys, rounded to the model's dtype, in float32 or wider; computed once for all
-        layers.
-
-        Rows that are all alike are one: (batch or 1, num_old, head_dim / 2).
-        """
-        key = ("cos_sin", device, dtype)
-        if key not in self._turn:
-            self._turn[key] = widened(cos_sin(self._positions_by_row().to(device), self.old_frequencies, dtype))
-        return self._turn[key]
-
-    def old_rope(self, device: torch.device) -> tuple[torch.Tensor, RotaryFrequencies]:
-        """What has turned the latents' keys: positions (batch or 1, num_old) int32 and frequencies, compact."""
-        key = ("rope", device)
-        if key not in self._turn:
-            inv_freq = self.old_frequencies.inv_freq.to(device).float().contiguous()
-            positions = self._positions_by_row().to(device, torch.int32).contiguous()
-            self._turn[key] = positions, self.old_frequencies._replace(inv_freq=inv_freq)
-        return self._turn[key]
-
     def _positions_by_row(self) -> torch.Tensor:
-        """Positions of the latents, (batch, num_old), or (1, num_old) if all rows are alike."""
         first = self.old_positions[:1]
         alike = self.slots is None and (len(self.old_positions) == 1 or bool((first == self.old_positions).all()))
         return first if alike else self.old_positions
 
-    def old_turn(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """[`old_cos_sin`] as complex numbers."""
-        key = (device, dtype)
-        if key not in self._turn:
-            positions = self._positions_by_row()
-            kind = torch.promote_types(dtype, torch.float32).to_complex()
-            turn = torch.empty(*positions.shape, self.old_frequencies.inv_freq.shape[-1], dtype=kind, device=device)
-            tokens = max(1, TURN_CHUNK // turn.shape[-1])
-            for first in range(0, positions.shape[1], tokens):
-                part = slice(first, first + tokens)
-                cos, sin = cos_sin(positions[:, part].to(device), self.old_frequencies.columns(part), dtype)
-                turn.real[:, part], turn.imag[:, part] = cos, sin
-            self._turn[key] = turn
-        return self._turn[key]
-
-    def old_turn_in_tiles(
-        self, device: torch.device, tile: int, dtype: torch.dtype, starts: int = 1
-    ) -> TurnInTiles | None:
-        """[`old_turn`] as a product of what turns the first tokens of each tile, as many as `starts`, and what turns a
-        tile's tokens from the first. None where tokens have frequencies of their own."""
-        if self.old_frequencies.inv_freq.ndim > 1:
-            return None
-        key = (device, tile, dtype, starts)
-        if key not in self._turn:
-            positions = self.old_positions.to(device, torch.int32)
-            steps = torch.arange(self.num_old, device=device)
-            follow = self.slots is None and bool((positions == positions[:1, :1] + steps).all())
-            positions = positions[:1] if follow else self._positions_by_row().to(device, torch.int32)
-            turn = TurnInTiles.of(positions.contiguous(), self.old_frequencies, tile, dtype, starts)
-            self._turn[key] = turn._replace(positions=None) if follow else turn
-        return self._turn[key]
+    def _in_sequence(self, device: torch.device) -> torch.Tensor | None:
+        positions = self.old_positions.to(device, torch.int32)
+        steps = torch.arange(self.num_old, device=device)
+        follow = self.slots is None and bool((positions == positions[:1, :1] + steps).all())
+        return positions[:1] if follow else None
 
 
 def once(memo: list, what: str, make: Callable[[], Made], *of: object) -> Made:
