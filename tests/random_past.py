@@ -14,14 +14,21 @@ from cskv_hf.step import Step
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # unless told otherwise
 
 
-def layer(layout, key_bits, value_bits, heads, head_dim, dtype, group=None, device=DEVICE, block_size=32):
+def layer(
+    layout, key_bits, value_bits, heads, head_dim, dtype, group=None, device=DEVICE, block_size=32, value_group=None
+):
     """Random factors of a layer; bits per channel of each key group and of the values, or how many plain channels."""
     torch.manual_seed(0)
     plain = isinstance(value_bits, int)
     key_ranks = tuple(k if plain else len(k) for k in key_bits)
     value_rank = value_bits if plain else len(value_bits)
     config = CSKVConfig(
-        key_rank=sum(key_ranks), value_rank=value_rank, key_layout=layout, key_group=group, block_size=block_size
+        key_rank=sum(key_ranks),
+        value_rank=value_rank,
+        key_layout=layout,
+        key_group=group,
+        value_group=value_group,
+        block_size=block_size,
     )
     flat = () if plain else tuple(b for bits in key_bits for b in bits)
     kv_dim, key_rank = heads * head_dim, sum(key_ranks)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 
 import pytest
 import torch
@@ -74,8 +75,9 @@ def test_a_probe_computes_only_what_follows():
     assert runs == [4 + 2 * (4 + 3 + 2 + 1)]
 
 
-def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
-    """From the layer after the last that was measured, to the same; of other bases it begins again."""
+def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch, caplog):
+    """From the layer after the last that was measured, to the same; of other bases or weights it begins again."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model, file = make_model(num_hidden_layers=4), tmp_path / "probing.json"
     bases, samples = bases_of(model), [torch.randint(2, 80, (24,), generator=torch.Generator().manual_seed(5))]
     expected = measure_sensitivity(model, bases, samples, progress=False)
@@ -91,10 +93,16 @@ def test_an_interrupted_measurement_goes_on(tmp_path, monkeypatch):
     assert len(forwards) == 1 + 2 * 2  # whole, and both sides of the other layers
     forwards.clear()
     assert measure() == expected and not forwards
-    others = [(values, keys) for keys, values in bases]
-    assert measure_sensitivity(model, others, samples, progress=False, state_file=file) != expected
-    assert len(forwards) == 1 + 2 * 4
+    anew = measure(made_of={"init": "mse"})
+    assert anew == expected and len(forwards) == 1 + 2 * 4
+    assert "is of `init` None there, 'mse' here" in caplog.text
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert measure(made_of={"init": "mse"}) != expected and "is of other weights" in caplog.text
     file.write_text(file.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"truncated, corrupt or no file .*Delete it"):
+        measure()
+    file.write_text("[]")
     with pytest.raises(ValueError, match=r"truncated, corrupt or no file .*Delete it"):
         measure()
 

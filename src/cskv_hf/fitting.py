@@ -114,7 +114,9 @@ def fit(
     bases = [layer_bases(a, statistics, i, config, num_groups) for i, a in enumerate(bar)]
     if config.allocates:
         probing = None if state_file is None else probing_file(state_file)
-        config.sensitivity = measure_sensitivity(model, bases, statistics.probes(), progress, probing)
+        made_of = {name: getattr(config, name) for name in ("init", "key_layout", "asvd_alpha", "centers")}
+        made_of["statistics"] = statistics.fingerprint()
+        config.sensitivity = measure_sensitivity(model, bases, statistics.probes(), progress, probing, made_of)
     spectra = [(keys.spectra(), values.spectrum) for keys, values in bases]
     kept = plan(config, shape, spectra)
     fitted = [(keys.cut(k.key_ranks), values.cut((k.value_rank,))) for (keys, values), k in zip(bases, kept)]

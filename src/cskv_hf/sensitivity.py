@@ -16,19 +16,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .calibration import weight_hashes
+from .calibration import same_weights, weight_hashes
 from .decompose import Factors
 from .families import decoder_of, in_eval_mode, input_device, key_source
 from .files import replace_file
+from .runs import differences
 
 logger = logging.get_logger(__name__)
 
@@ -136,19 +138,13 @@ def _check_finite(finite: bool, what: str) -> None:
         )
 
 
-def _what_is_measured(
-    decoder: nn.Module, bases: Sequence[tuple[Factors, Factors]], samples: Sequence[torch.Tensor]
-) -> str:
-    """A hash of all that [`measure_sensitivity`] depends on."""
-    numbers = [LOST_SHARE, [factors.ranks for sides in bases for factors in sides], [len(ids) for ids in samples]]
-    digest = hashlib.sha256(json.dumps([weight_hashes(decoder), *numbers], sort_keys=True).encode())
-    of_bases = [t for sides in bases for factors in sides for t in (factors.spectrum, factors.mean, factors.B[0])]
-    for tensor in (*samples, *of_bases):
-        digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _hash(of: str) -> str:
+    return hashlib.sha256(of.encode()).hexdigest()[:12]
 
 
-def _measured_before(state_file: str | os.PathLike, what: str) -> list[list[float]]:
+def _measured_before(
+    state_file: str | os.PathLike, weights: dict[str, str | None], what: dict[str, Any]
+) -> list[list[float]]:
     """What a run left that was interrupted, of the first layers; nothing if it measured something else.
 
     Raises:
@@ -158,16 +154,15 @@ def _measured_before(state_file: str | os.PathLike, what: str) -> list[list[floa
         return []
     try:
         held = json.loads(Path(state_file).read_text(encoding="utf-8"))
-        before, sensitivity = held["what"], [[float(rate) for rate in sides] for sides in held["sensitivity"]]
-    except (ValueError, TypeError, KeyError) as error:
+        others = "other weights" if not same_weights(held["weights"], weights) else differences(held["what"], what)
+        sensitivity = [[float(rate) for rate in sides] for sides in held["sensitivity"]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"'{state_file}' is truncated, corrupt or no file of what layers are worth ({error!r}). Delete it to "
             "measure that again."
         ) from error
-    if before != what:
-        logger.warning(
-            f"What layers are worth is measured again: '{state_file}' is of other weights, data or settings."
-        )
+    if others:
+        logger.warning(f"What layers are worth is measured anew: what is in '{state_file}' is of {others}.")
         return []
     return sensitivity
 
@@ -179,14 +174,16 @@ def measure_sensitivity(
     samples: Sequence[torch.Tensor],
     progress: bool = True,
     state_file: str | os.PathLike | None = None,
+    made_of: Mapping[str, Any] | None = None,
 ) -> list[list[float]]:
     """Divergence of the model's output per unit of energy lost, for the keys and values of every layer.
 
     Args:
         bases: per layer, the full-rank factors of keys and values.
         samples: (length,) input_ids to measure on; a deep model reads less of them, see [`probe_samples`].
-        state_file: JSON where what was measured is saved after every layer; if it exists, and is of the same weights,
-            bases and samples, the next layer is measured.
+        state_file: JSON where what was measured is saved after every layer; if it exists, and is of the same weights
+            (by [`weight_hashes`]), model config, samples and `made_of`, the next layer is measured.
+        made_of: what `bases` are made of, by name. They themselves differ in their last bits from run to run.
 
     Raises:
         ValueError: if there is no sample of two tokens or more, the model puts out NaN or infinite values, or
@@ -205,8 +202,10 @@ def measure_sensitivity(
     samples = probe_samples(samples, len(layers))
     batches, sensitivity = [ids[None].to(device) for ids in samples], []
     if state_file is not None:
-        what = _what_is_measured(decoder_of(model), bases, samples)
-        sensitivity = _measured_before(state_file, what)
+        weights, read = weight_hashes(model), [ids.tolist() for ids in samples]
+        of_model, of_samples = _hash(model.config.to_json_string()), _hash(str(read))
+        what = {"model config": of_model, "samples": of_samples, "lost share": LOST_SHARE, **(made_of or {})}
+        sensitivity = _measured_before(state_file, weights, what)
     done = len(sensitivity)
     if done == len(layers):
         return sensitivity
@@ -238,5 +237,6 @@ def measure_sensitivity(
                 rates.append(max(divergence / tokens, LEAST) / max(lost, LEAST))
             sensitivity.append(rates)
             if state_file is not None:
-                replace_file(Path(state_file), json.dumps({"what": what, "sensitivity": sensitivity}))
+                held = {"weights": weights, "what": what, "sensitivity": sensitivity}
+                replace_file(Path(state_file), json.dumps(held))
     return sensitivity

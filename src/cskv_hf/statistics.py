@@ -7,6 +7,7 @@ compression, layout and initialisation.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -105,6 +106,14 @@ class KVStatistics:
     def probes(self) -> list[torch.Tensor]:
         """The samples kept, (length,) each."""
         return list(self.probe_ids.split(self.probe_lengths.tolist()))
+
+    def fingerprint(self) -> str:
+        """Short hash of the first moments and of the diagonals of the second."""
+        digest = hashlib.sha256(str(self.num_tokens).encode())
+        seconds = (self.key_moment, self.value_moment, self.query_moment)
+        for tensor in (self.key_sum, self.value_sum, *(t.diagonal(dim1=-2, dim2=-1) for t in seconds)):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to a safetensors file; an existing one is replaced only once the new one is complete."""

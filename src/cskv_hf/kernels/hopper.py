@@ -36,7 +36,7 @@ MOST_OTHERS = 128  # of more, score_kernel was quicker on an H100
 MOST_PIECES = 3  # of values that a program sums; its registers suffice for no more
 LEAST_ROWS, MOST_ROWS = 8, 32  # of a program that sums values
 VALUE_REGISTERS, VALUE_PROGRAMS = 168, 384  # so that three run on each of 132 multiprocessors, all at a time
-LEAST_TILES = 20  # of such a program: with 6 to 11, value_kernel, which has less to prepare, was quicker on an H100
+LEAST_TILES = 20  # of each: with 6 to 11, value_kernel, which has less to prepare, was quicker on an H100
 
 
 class Share(NamedTuple):
@@ -238,10 +238,9 @@ def value_plan(format: PackedFormat, device: torch.device) -> ValuePlan:
     return ValuePlan(pieces.to(device), torch.tensor(shares, dtype=torch.int32, device=device), kinds)
 
 
-def programs_of_values(format: PackedFormat, batch: int, rows: int) -> tuple[int, int]:
+def programs_of_values(format: PackedFormat, batch: int, rows: int, device: torch.device) -> tuple[int, int]:
     """How many programs divide the channels of a split among them, and how many its rows."""
-    shares = value_plan(format, torch.device("cpu")).shares
-    return len(shares), batch * cdiv(rows, _rows_of_program(rows))
+    return len(value_plan(format, device).shares), batch * cdiv(rows, _rows_of_program(rows))
 
 
 def _rows_of_program(rows: int) -> int:
@@ -260,7 +259,7 @@ def launch_values(
     """
     batch, rows, num_tiles, _ = weights.shape
     planned = value_plan(format, weights.device)
-    of_channels, of_rows = programs_of_values(format, batch, rows)
+    of_channels, of_rows = programs_of_values(format, batch, rows, weights.device)
     hopper_value_kernel[of_channels, len(summed), of_rows](
         weights.view(torch.int32), maxima, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32),
         planned.pieces.table, planned.pieces.order, planned.shares, weights if num_seen is None else num_seen,

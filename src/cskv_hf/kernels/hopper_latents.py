@@ -50,9 +50,11 @@ def fetch(stored, shares, tile, PRODUCT: gl.constexpr, GROUP_CHANNELS: gl.conste
     words, ranges, num_blocks, block_words, block_ranges = stored
     _, channels, first, _, lead, tier_word, width, first_range = shares[PRODUCT[0]]
     last = gl.maximum(lead + channels - 1, 0)
-    # on the first block go numbers of 32 bits that are the same for all tiles
+    # pointers move to the tile's first block, so that offsets from it are the same for every tile
     block_0 = gl.minimum(tile * (TOKENS // 32), num_blocks - 1)
     words, ranges, left = words + block_0 * block_words, ranges + block_0 * block_ranges, num_blocks - block_0
+    if FOURS:  # or four words would be read one by one
+        words = gl.multiple_of(words, 16)
     eight = gl.arange(0, 32, gl.SliceLayout(1, WORD))
     block = gl.where(eight // 4 < left, eight // 4, 0)
     place = START + gl.arange(0, SIZE, gl.SliceLayout(0, WORD))

@@ -24,7 +24,7 @@ COLUMNS = gl.constexpr(8)  # of queries that a product takes, at least
 NOTHING = gl.constexpr(-1e30)  # the score of a token that is not there
 
 # Numbers that change while a model generates, or that layers differ in: no kernel is compiled for each.
-# A stride of turns makes 16 in any case, which the compiler may know.
+# A stride of turns is 0 or a multiple of 16, which the compiler may know.
 CHANGING = ["num_blocks", "num_tiles", "tiles_each", "seen_stride", "block_words", "block_ranges", "thousands"]
 
 
@@ -62,8 +62,6 @@ def hopper_score_kernel(
     """
     split, head, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
     words += batch * num_blocks * block_words
-    if FOURS:
-        words = gl.multiple_of(words, 16)
     shares = ()
     for tier in gl.static_range(TIERS):
         shares = shares + (share_at(groups + (head // HEADS_PER_GROUP * TIERS + tier) * 8, FOURS),)
