@@ -256,7 +256,7 @@ def test_programs_of_values(value_bits):
     plan = hopper.value_plan(format, torch.device("cpu"))
     pieces = plan.pieces.table[0].tolist()
     done = []
-    for kind, first in plan.shares.tolist():
+    for kind, first in plan.programs.tolist():
         bits, count = plan.kinds[kind]
         assert count <= hopper.MOST_PIECES
         for number in range(first, first + count):
@@ -279,7 +279,7 @@ from cskv_hf.quantize import PackedLayout
 KINDS = dict.fromkeys(("query",), "*bf16") | dict.fromkeys(("words", "ranges", "groups"), "*i32")
 KINDS |= dict.fromkeys(("key_B", "cos", "sin", "start_cos", "start_sin"), "*fp16")
 KINDS |= dict.fromkeys(("maxima", "summed", "split_maxima"), "*fp32") | {"scaling": "fp32", "order": "*i64"}
-KINDS |= dict.fromkeys(("seen", "num_seen", "pieces", "shares"), "*i32")
+KINDS |= dict.fromkeys(("seen", "num_seen", "pieces", "programs"), "*i32")
 
 
 class Recorder:

@@ -207,12 +207,12 @@ class ValuePlan(NamedTuple):
 
     Attributes:
         pieces: of `CHUNK` channels each.
-        shares: int32 (programs, 2), what each sums: a kind, and its first piece.
+        programs: int32 (programs of a split, 2), what each sums: a kind, and its first piece.
         kinds: (bits of the codes, pieces) each, all that there can be of these bits, so that layers need one kernel.
     """
 
     pieces: Pieces
-    shares: torch.Tensor
+    programs: torch.Tensor
     kinds: tuple[tuple[int, int], ...]
 
 
@@ -228,19 +228,19 @@ def value_plan(format: PackedFormat, device: torch.device) -> ValuePlan:
     for of_piece in pieces.table[0, :, 2].tolist():
         bits.append(of_piece or bits[-1])  # a constant alone is of no tier
     kinds = tuple(itertools.product(sorted(set(bits)), range(1, MOST_PIECES + 1)))
-    first, shares = 0, []
+    first, programs = 0, []
     for width, run in itertools.groupby(bits):
         left = len(list(run))
         while left:  # divided evenly
             count = cdiv(left, cdiv(left, MOST_PIECES))
-            shares.append([kinds.index((width, count)), first])
+            programs.append([kinds.index((width, count)), first])
             first, left = first + count, left - count
-    return ValuePlan(pieces.to(device), torch.tensor(shares, dtype=torch.int32, device=device), kinds)
+    return ValuePlan(pieces.to(device), torch.tensor(programs, dtype=torch.int32, device=device), kinds)
 
 
 def programs_of_values(format: PackedFormat, batch: int, rows: int, device: torch.device) -> tuple[int, int]:
     """How many programs divide the channels of a split among them, and how many its rows."""
-    return len(value_plan(format, device).shares), batch * cdiv(rows, _rows_of_program(rows))
+    return len(value_plan(format, device).programs), batch * cdiv(rows, _rows_of_program(rows))
 
 
 def _rows_of_program(rows: int) -> int:
@@ -262,7 +262,7 @@ def launch_values(
     of_channels, of_rows = programs_of_values(format, batch, rows, weights.device)
     hopper_value_kernel[of_channels, len(summed), of_rows](
         weights.view(torch.int32), maxima, codes.contiguous().view(torch.int32), ranges.contiguous().view(torch.int32),
-        planned.pieces.table, planned.pieces.order, planned.shares, weights if num_seen is None else num_seen,
+        planned.pieces.table, planned.pieces.order, planned.programs, weights if num_seen is None else num_seen,
         summed, split_maxima, rows, codes.shape[1], format.rank, format.layout.code_bytes // 4,
         format.layout.num_ranges, num_tiles, tiles_each, of_rows // batch, row_stride(num_seen),
         THOUSANDS, TOLD=num_seen is not None, ROWS=_rows_of_program(rows), PARTS=maxima.shape[3], KINDS=planned.kinds,

@@ -25,7 +25,7 @@ CHANGING += ["block_ranges", "thousands"]
 
 @gluon.jit(do_not_specialize=CHANGING)
 def hopper_value_kernel(
-    weights, maxima, words, ranges, pieces, order, shares, num_seen, summed, split_maxima,
+    weights, maxima, words, ranges, pieces, order, programs, num_seen, summed, split_maxima,
     rows, num_blocks, rank, block_words, block_ranges, num_tiles, tiles_each, row_tiles, num_seen_stride, thousands,
     TOLD: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, KINDS: gl.constexpr, GROUP_CHANNELS: gl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def hopper_value_kernel(
         maxima: (batch, rows, num_tiles, `PARTS`), of theirs.
         words, ranges: int32 (batch, num_blocks, ...), in blocks of 32 tokens.
         pieces, order: of pieces.py.
-        shares: int32 (programs, 2), a kind and its first piece.
+        programs: int32 (programs of a split, 2), what each sums: a kind, and its first piece.
         num_seen: see tiles.py; `TOLD` if there is one.
         summed: (splits, batch, rows, rank + 1) float32; split_maxima: (splits, batch, rows) float32.
         ROWS: of a program, a power of two from 8 on.
@@ -59,7 +59,7 @@ def hopper_value_kernel(
     if index == 0:
         row = row_0 + gl.arange(0, ROWS, highest.type.layout)
         gl.store(split_maxima + target + row, highest, mask=row < rows)
-    kind, first_piece = gl.load(shares + 2 * index), gl.load(shares + 2 * index + 1)
+    kind, first_piece = gl.load(programs + 2 * index), gl.load(programs + 2 * index + 1)
     for i in gl.static_range(len(KINDS)):
         if kind == i:
             _sum(
@@ -105,7 +105,7 @@ def _sum(
     highest = gl.convert_layout(highest, gl.SliceLayout(1, gl.SliceLayout(2, WEIGHT)))
     own, totals, ahead = (), (), ()
     for i in gl.static_range(CHUNKS):
-        own = own + (_share(pieces + 8 * i),)
+        own = own + (_piece(pieces + 8 * i),)
         totals = totals + (gl.zeros([CHUNK, ROWS], gl.float32, SUMS),)
         ahead = ahead + (_fetch(stored, own[i], first, BITS, GROUP_CHANNELS),)
     weights_ahead, maxima_ahead = gl.load(weights + first * (TILE // 2)), gl.load(maxima + first * PARTS)
@@ -139,12 +139,12 @@ def _sum(
 
 
 @gluon.jit
-def _fetch(stored, share, tile, BITS: gl.constexpr, GROUP_CHANNELS: gl.constexpr):
+def _fetch(stored, piece, tile, BITS: gl.constexpr, GROUP_CHANNELS: gl.constexpr):
     """Words of every bit plane of a tile and a piece (8 eights of tokens, channels), and their ranges. In place of
     what is not there something else is read."""
     WORD: gl.constexpr = _word_layout()
     words, ranges, num_blocks, block_words, block_ranges = stored
-    last, index, _, word, width, first_range = share
+    last, index, _, word, width, first_range = piece
     second = 2 * tile + 1 < num_blocks
     words, ranges = words + 2 * tile * block_words, ranges + 2 * tile * block_ranges
     eight = gl.arange(0, 8, gl.SliceLayout(1, WORD))
@@ -184,10 +184,10 @@ def _products(pairs, factor):
 
 
 @gluon.jit
-def _share(piece):
+def _piece(at):
     """Of a piece of pieces.py the place of its last channel, its index in its tier, the place of the constant (or -1),
     the word of its first channel, the channels of its tier and their first range."""
-    count, word, width = gl.load(piece + 1), gl.load(piece + 3), gl.load(piece + 4)
-    first_range, index, constant = gl.load(piece + 5), gl.load(piece + 6), gl.load(piece + 7)
+    count, word, width = gl.load(at + 1), gl.load(at + 3), gl.load(at + 4)
+    first_range, index, constant = gl.load(at + 5), gl.load(at + 6), gl.load(at + 7)
     channels = count - constant
     return gl.maximum(channels - 1, 0), index, gl.where(constant != 0, channels, -1), word, width, first_range
