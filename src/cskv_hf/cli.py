@@ -59,7 +59,10 @@ DeviceMap = Annotated[
 DType = Annotated[str, typer.Option(help="As in from_pretrained.", callback=check_dtype)]
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Shrink the KV cache of a Hugging Face language model."
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",  # joins the lines of a paragraph
+    help="Shrink the KV cache of a Hugging Face language model.",
 )
 
 
