@@ -127,7 +127,7 @@ def prepare(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> 
     """What the kernels keep of a layer, those of scores both: which one is called depends on the queries."""
     prepare_tables(factors, device, dtype)
     formats = factors.key_format, factors.value_format
-    if in_words(*formats) and _sums_on_hopper(factors.value_format, working_dtype(dtype, *formats), device):
+    if _sums_on_hopper(factors.value_format, in_words(*formats), working_dtype(dtype, *formats), device):
         hopper.value_plan(factors.value_format, device)
     if _scores_on_hopper(factors, *formats, dtype, 1, device):
         hopper.prepare(
@@ -214,9 +214,10 @@ def served_on_hopper(
     return hopper.serves(layout, key_ranks, rows, head_dim) and hopper.compiles_here()
 
 
-def _sums_on_hopper(value_format: LatentFormat, work: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel of hopper.py sums such value latents by weights in `work`, in the order of words."""
-    if hopper is None or work != torch.float16 or not is_hopper(device):
+def _sums_on_hopper(value_format: LatentFormat, words: bool, work: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel of hopper.py can sum such value latents by weights in `work`, if these are in the order of
+    words."""
+    if hopper is None or not words or work != torch.float16 or not is_hopper(device):
         return False
     return hopper.sums(value_format) and hopper.compiles_here()
 
@@ -315,16 +316,12 @@ def _sum_values(
     the sum of exponentials that it is weighted by, (heads, batch, rows) float32."""
     batch, all_rows, num_tiles, _ = scores.weights.shape
     heads, rank = query.shape[1], values.format.rank
-    pieces, value_rows = value_pieces(values.format, query.device), 16 if all_rows <= 16 else 32
-    row_tiles = cdiv(all_rows, value_rows)
-    tiles_each = _tiles_of_split(num_tiles, len(pieces.sizes) * batch * row_tiles, VALUE_PROGRAMS)
-    on_hopper = words and _sums_on_hopper(values.format, scores.weights.dtype, query.device)
-    if on_hopper:
-        beside = math.prod(hopper.programs_of_values(values.format, batch, all_rows, query.device))
-        of_hopper = _tiles_of_split(num_tiles, beside, hopper.VALUE_PROGRAMS)
-        # enough for each program, and programs enough
-        on_hopper = min(of_hopper, num_tiles * beside // hopper.VALUE_PROGRAMS) >= hopper.LEAST_TILES
-        tiles_each = of_hopper if on_hopper else tiles_each
+    tiles_each = _tiles_on_hopper(scores, values.format, words)
+    on_hopper = tiles_each > 0
+    if not on_hopper:
+        pieces, value_rows = value_pieces(values.format, query.device), 16 if all_rows <= 16 else 32
+        row_tiles = cdiv(all_rows, value_rows)
+        tiles_each = _tiles_of_split(num_tiles, len(pieces.sizes) * batch * row_tiles, VALUE_PROGRAMS)
     splits = cdiv(num_tiles, tiles_each)
     summed = scores.maxima.new_empty(splits, batch, all_rows, rank + 1)
     split_maxima = scores.maxima.new_empty(splits, batch, all_rows)
@@ -348,6 +345,19 @@ def _sum_values(
         SPLITS=power_of_2(splits), CHUNK=64, **FUSED,
     )  # fmt: skip
     return merged, old_maxima, old_sums
+
+
+def _tiles_on_hopper(scores: Scores, value_format: LatentFormat, words: bool) -> int:
+    """Tiles of a split if the kernel of hopper.py is to sum values; 0 if it is not, or has less to do than to
+    prepare."""
+    batch, rows, num_tiles, _ = scores.weights.shape
+    device = scores.weights.device
+    if not _sums_on_hopper(value_format, words, scores.weights.dtype, device):
+        return 0
+    beside = math.prod(hopper.programs_of_values(value_format, batch, rows, device))
+    tiles_each = _tiles_of_split(num_tiles, beside, hopper.VALUE_PROGRAMS)
+    enough = min(tiles_each, num_tiles * beside // hopper.VALUE_PROGRAMS) >= hopper.LEAST_TILES  # for all programs
+    return tiles_each if enough else 0
 
 
 def _tiles_of_split(num_tiles: int, beside: int, programs: int) -> int:
