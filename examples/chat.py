@@ -1,7 +1,7 @@
 """Several turns with one cache, which holds the whole conversation: python examples/chat.py
 
-Without --interactive it plays three turns by itself (the bundled model knows no chat, so what it says makes little
-sense). After every turn it prints what the cache holds and what a full one would.
+Without --interactive it plays three turns by itself. The bundled model was not trained to chat, so its answers make
+little sense. After every turn it prints what the cache holds and what a full one would hold.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What every example needs: a model id from the command line (the bundled one without), and a fitted adapter."""
+"""What every example needs: a model from the command line (by default the bundled one), and a fitted adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def load_model(model: str):
-    """The model on what the machine has, and its tokenizer."""
+    """The model, on the GPU if there is one, and its tokenizer."""
     dtype = "auto" if torch.cuda.is_available() else torch.float32
     device_map = "auto" if torch.cuda.is_available() else "cpu"
     return (

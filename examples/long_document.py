@@ -1,8 +1,9 @@
 """Read a long document once, ask about it many times: python examples/long_document.py
 
-The document is put through the model once; every question continues from a copy of its compressed cache. The bundled
-model was trained on records of lines, so it is asked for lines, and calibrated on others; for another model give
---document and --question, and calibrate on text like your document (`calibration_texts` of common.py).
+The document is read by the model once; every question continues from a copy of its compressed cache. The bundled
+model was trained on records of lines, so by default the document is such a record, the questions ask for its lines,
+and other records are used for calibration. For another model give --document and --question, and calibrate on text
+like your document (`calibration_texts` of common.py).
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""An adapter as a drop-in for a pipeline: the pipeline is told the adapter's name and nothing else.
+"""An adapter in a pipeline: the adapter's name is all that the pipeline needs.
 
 python examples/pipeline.py, or python examples/pipeline.py MODEL --adapter user/adapter
 """

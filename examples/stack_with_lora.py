@@ -1,7 +1,8 @@
 """LoRA and CSKV on one model: train a LoRA, then fit CSKV on the model with it: python examples/stack_with_lora.py
 
-Fit last: the factors then fit the keys and values that LoRA makes. LoRA stays as it is and can be switched off or
-merged; switching it off leaves CSKV with factors of another model, so fit one adapter for each.
+Fit CSKV last, so that its factors match the keys and values that the LoRA makes. The LoRA stays as it is and can be
+switched off or merged. If you switch it off, the CSKV factors no longer match the model, so fit an adapter for each
+case.
 """
 
 import torch
