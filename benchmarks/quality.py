@@ -3,10 +3,12 @@
 For the full cache, the paper's recipe and ours, at 50 to 95 % removed: bytes per old token (counted on the tensors),
 perplexity with a compressed past, and KL divergence and next-token agreement against the full cache. A second table
 shows what each step of ours gains, a third compares the key layouts, a fourth what quantisation alone costs, a fifth
-other ways to spend the same bytes, and a sixth, if named by ``--tables``, how many tokens the allocation's probe
-needs. MODEL is a directory or id, TEXT a file of documents separated by ``<|endoftext|>`` or blank lines, or JSON
-lines; ``bundled bundled`` runs the bundled model on the text of the demo, with line retrieval on top. Calibration,
-training and evaluation use different documents.
+other ways to spend the same bytes, and two more, if named by ``--tables``, ours at seven compressions (``ratios``) and
+how many tokens the allocation's probe needs (``probes``).
+
+MODEL is a directory or id, TEXT a file of documents separated by ``<|endoftext|>`` or blank lines, or JSON lines;
+``bundled bundled`` runs the bundled model on the text of the demo, with line retrieval on top. Calibration, training
+and evaluation use different documents.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from cskv_hf.evaluate.divergence import compare_with_full_cache
 from cskv_hf.evaluate.lines import line_retrieval
 from cskv_hf.evaluate.memory import cache_nbytes
 from cskv_hf.evaluate.methods import Calibration, train_in_place
-from cskv_hf.files import documents
 from cskv_hf.latents import PlainFormat
 from cskv_hf.quantize import RANGE_BYTES
+from cskv_hf.texts import documents
 from cskv_hf.tuner import sidecars
 
 PLAIN = dict(bits=16, allocation="uniform")
@@ -166,6 +168,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of training; the paper's 5e-5 is for 7B")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tables", default="methods,steps,layouts,quantisation,storage")
+    parser.add_argument(
+        "--compressions", type=float, nargs="+", default=[0.8, 0.9, 0.95], help="of steps, layouts and quantisation"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
@@ -197,8 +202,13 @@ def main() -> None:
             bench.run("methods", f"95 % paper: asvd, {quantiser}, QAT", clamped=clamped, train=True, **paper)
         bench.run("methods", "95 % ours, no training", compression=0.95)
         bench.run("methods", "95 % ours + QAT", train=True, compression=0.95)
+    if "ratios" in tables:
+        bench.header("Ours at several compressions, no training")
+        bench.measure("ratios", "full cache", bench.model, DynamicCache, None, time.perf_counter())
+        for compression in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95):
+            bench.run("ratios", f"{100 * compression:.0f} % ours", compression=compression)
     if "steps" in tables:
-        for compression in (0.8, 0.9, 0.95):
+        for compression in args.compressions:
             bench.header(f"What each step gains, {100 * compression:.0f} % removed")
             for name, settings in (
                 ("asvd, uniform, 16 bits", dict(init="asvd", **PLAIN)),
@@ -220,7 +230,7 @@ def main() -> None:
                 bench.run(f"steps {compression}", name, compression=compression, **settings)
     if "layouts" in tables:
         bench.header("Keys per head and jointly over the heads of a layer, no training")
-        for compression in (0.8, 0.9, 0.95):
+        for compression in args.compressions:
             for bits, label in ((16, "ranks by one budget, 16 bits"), (None, "each channel its bits")):
                 for layout in ("head", "joint"):
                     bench.run(
@@ -232,7 +242,7 @@ def main() -> None:
                     )
     if "quantisation" in tables:
         bench.header("What quantisation costs: the same factors, packed and not")
-        for compression in (0.8, 0.9, 0.95):
+        for compression in args.compressions:
             label = f"{100 * compression:.0f} %"
             for name, settings in (("4 bits on average", dict(bits=4)), ("each channel its bits", dict())):
                 bench.run("quantisation", f"{label} {name}", compression=compression, **settings)
