@@ -25,6 +25,7 @@ def layer(
     config = CSKVConfig(
         key_rank=sum(key_ranks),
         value_rank=value_rank,
+        bits=16 if plain else 4,  # that the channels' own replace
         key_layout=layout,
         key_group=group,
         value_group=value_group,

@@ -131,7 +131,7 @@ def test_answers_under_other_settings_are_refused(model, tokenizer, tmp_path):
     assert path.read_bytes() == content
     lines = content.decode().splitlines(keepends=True)
     path.write_text(lines[0] + '{"id": 3}\n' + "".join(lines[2:]))
-    with pytest.raises(ValueError, match=r"Line 2 of '.*answers\.jsonl' is no answer; remove the file"):
+    with pytest.raises(ValueError, match=r"Line 2 of '.*answers\.jsonl' is not an answer; remove the file"):
         answers_of(model, tokenizer, settings={"adapter": "a", "bits": [2, 3]}, **same)
 
 

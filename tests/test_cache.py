@@ -427,6 +427,24 @@ def test_rows_by_a_mask():
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize(
+    "indices, message",
+    [
+        (torch.tensor([True, False]), r"is a mask of shape \(2,\), this cache has 3 rows"),
+        (torch.tensor([0, 3]), "from -3 to 2 in a cache of 3 rows"),
+        (torch.tensor([-4]), "from -3 to 2 in a cache of 3 rows"),
+    ],
+)
+def test_rows_that_are_not_there(indices, message):
+    model, cache = lossy(make_model()), CSKVCache()
+    feed(model, prompt(3, 60), cache, [60])
+    with pytest.raises(ValueError, match=message):
+        cache.batch_select_indices(indices)
+    assert cache.layers[0].keys.shape[0] == 3
+    cache.batch_select_indices(torch.tensor([-1, 0]))
+    assert cache.layers[0].keys.shape[0] == 2
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_crop_of_the_window_leaves_the_latents_where_they_are(padded):
     """As after every verified speculation; nothing is copied that grows with the context."""
@@ -474,6 +492,10 @@ def test_files_that_hold_no_cache(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"holds no CSKVCache.*cache\.save"):
         CSKVCache.load(path)
+    for about in ("{}", '{"version": 5}', '{"version": 5, "window": 8, "sinks": 3}'):
+        save_file({"a": torch.zeros(1)}, path, metadata={"cskv_cache": about})
+        with pytest.raises(ValueError, match=r"is corrupt \(it lacks .*Save the cache again"):
+            CSKVCache.load(path)
     for version, advice in (
         (b"9", r"newer cskv-hf .*pip install -U cskv-hf"),
         (b"3", r"older cskv-hf .*save the cache"),

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from cskv_hf import CSKVConfig
 from cskv_hf.cli import app
-from cskv_hf.files import documents, replace_directory
+from cskv_hf.files import replace_directory
 from cskv_hf.fit_report import format_evaluation, format_report
+from cskv_hf.texts import documents
 from cskv_hf.train import training_rows
 
 
@@ -160,7 +161,7 @@ def test_what_else_lies_beside_an_adapter_stays(folder):
 
 def test_what_is_no_text(folder):
     for name, content, message in (
-        ("text.gz", gzip.compress(b"some text"), "is no text in UTF-8"),
+        ("text.gz", gzip.compress(b"some text"), "is not UTF-8 text"),
         ("text.bin", b"a\0b", "holds null characters"),
         ("text.NDJSON", b'{"content": "x"}', "Line 1 of"),
     ):
@@ -223,7 +224,7 @@ def test_eval_report_chat(folder):
         ((), "There is nothing to measure on: give `--benchmark`"),
         (
             ("--benchmark", "sums:3", "--data", "text.txt"),
-            "`--benchmark` 'sums:3' is none that is known; use text:FILE",
+            "`--benchmark` 'sums:3' is not known; use text:FILE",
         ),
         (
             ("--benchmark", "text:none.txt", "--data", "text.txt"),
@@ -234,7 +235,7 @@ def test_eval_report_chat(folder):
         (("--benchmark", "lines:3", "--data", "none.txt"), "`--data` 'none.txt' does not exist."),
         (("--benchmark", "text:text.txt", "--data", "text.txt"), "is the text of `--data`"),
         (("--benchmark", "longbench:none.jsonl", "--data", "text.txt"), "does not exist"),
-        (("--benchmark", "lines:3", "--tables", "sums", "--data", "text.txt"), "`--tables` 'sums' is none"),
+        (("--benchmark", "lines:3", "--tables", "sums", "--data", "text.txt"), "`--tables` 'sums' is not known"),
     ],
 )
 def test_eval_refuses(folder, monkeypatch, arguments, message):
@@ -286,10 +287,13 @@ def test_json_lines(folder):
     assert code == 0 and "fitted on 200 tokens" in text
     (folder / "data.jsonl").write_text('{"text": "w1"}\n{"txt": "w1"}\n')
     code, text, _ = cskv("fit", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "out")
-    assert code == 2 and "Line 2 of" in text and "no JSON object with a 'text' field" in text
+    assert code == 2 and "Line 2 of" in text and "not a JSON object with a 'text' field" in text
     for content, expected in (
         ('{"text": "w1"}\n\n{"text": "w2"}\n \n', ["w1", "w2"]),
-        ('{"text": "w1"}\n{"text": null}\n', "Line 2 of '.*' is no JSON object with a 'text' field that is a string"),
+        (
+            '{"text": "w1"}\n{"text": null}\n',
+            "Line 2 of '.*' is not a JSON object with a 'text' field",
+        ),
         ('{"text": 3}\n', "Line 1 of"),
         ("", "is empty"),
         ('\n{"text": " "}\n', "is empty"),
@@ -326,8 +330,8 @@ def test_bad_arguments(folder, arguments, message):
         (["--out", "a-file"], "`--out`='a-file' is a file."),
         (["--out", "."], "`--out`='.' has no name of its own"),
         (["--out", "model/.."], "has no name of its own"),
-        (["--out", "thesis"], "`--out`='thesis' holds something that is no CSKV adapter and would be lost"),
-        (["--out", "lora"], "`--out`='lora' holds something that is no CSKV adapter and would be lost"),
+        (["--out", "thesis"], "`--out`='thesis' holds something that is not a CSKV adapter and would be lost"),
+        (["--out", "lora"], "`--out`='lora' holds something that is not a CSKV adapter and would be lost"),
     ],
 )
 def test_refused_before_the_model_is_loaded(folder, monkeypatch, command, arguments, message):
@@ -355,7 +359,7 @@ def test_rows_of_no_tokens_are_refused():
     [
         (["inspect", "./nope"], "'./nope' is neither a directory nor a Hub id"),
         (["inspect", "no/pe"], "There is no directory 'no/pe' here, and it is not on the Hub, or private."),
-        (["inspect", "text.txt"], "'text.txt' is no directory"),
+        (["inspect", "text.txt"], "'text.txt' is not a directory"),
         (["train", "no/pe", "--data", "text.txt", "--out", "out"], "There is no directory 'no/pe' here"),
         (["report", "no/pe"], "There is no directory 'no/pe' here"),
         (["push", "no/pe", "ada/nope"], "There is no directory 'no/pe'."),

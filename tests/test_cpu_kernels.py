@@ -177,7 +177,7 @@ def test_latents_that_lie_elsewhere_or_are_gone(cache, monkeypatch):
         past = CSKVCache(**cache)
         parts = [model(part, past_key_values=past).logits for part in ids.split([150, 5, 5], dim=1)]
         outputs.append(torch.cat(parts[1:], dim=1))
-    assert calls and any(layer.num_dropped for layer in past.layers) == (not cache)
+    assert calls and any(layer.dropped_blocks for layer in past.layers) == (not cache)
     torch.testing.assert_close(*outputs, atol=2e-4, rtol=2e-4)
 
 
@@ -307,6 +307,18 @@ def test_what_others_may_have_put_there_is_not_loaded(compiled, monkeypatch, tmp
         path.parent.chmod(of_folder)
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert out.stdout == f"loaded {loaded}\n" and ("others may write" in out.stderr) != loaded, out.stderr
+
+
+def test_systems_without_cpuinfo(monkeypatch, tmp_path):
+    """macOS and Windows have neither the file nor the kernels: attention is torch's, and nothing fails."""
+    monkeypatch.setattr(cpu.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
+    assert cpu._cpuinfo() == ""
+    monkeypatch.setattr(cpu.platform, "system", lambda: "Darwin")
+    cpu.load.cache_clear()
+    try:
+        assert not cpu.load()
+    finally:
+        cpu.load.cache_clear()
 
 
 def test_kernels_of_another_version_are_named(monkeypatch, tmp_path):

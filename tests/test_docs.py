@@ -356,9 +356,9 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     rows = of_results("gpu-kernels")["rows"]
     step, rows_step = of_results("step-8b-gpu"), of_results("step-rows-gpu")
     alone, busy = 1000 * step["busy"]["DynamicCache"], rows_step["busy"]
-    full_ms = f"kernels alone take {alone:.1f} ms of one row's step and {1000 * busy['DynamicCache']:.1f} ms"
+    full_ms = f"kernels alone take {alone:.1f} ms of the step of one row and {1000 * busy['DynamicCache']:.1f} ms"
     ours_ms = [f"{1000 * run['busy']['95% 4 bit, recorded']:.1f}" for run in (step, rows_step)]
-    assert f"{full_ms} of the one of 8 rows, {' and '.join(ours_ms)} of ours in a graph" in page
+    assert f"{full_ms} of that of 8 rows; ours in a graph take {' and '.join(ours_ms)} ms" in page
     of_encoding = ("encode_kernel", "quantize_kernel", "pack_kernel")
     encoding = 1000 * sum(rows_step["kernels"]["95% 4 bit, recorded"][kernel] for kernel in of_encoding)
     more = 1000 * (busy["95% 4 bit, recorded"] - busy["95% 4 bit"])
@@ -370,7 +370,7 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     assert f"at 32k takes {ms['95% 4 bit, recorded']:.1f} ms on an H200" in readme
     assert f"and {ms['StaticCache, recorded']:.1f} ms with `StaticCache`" in readme
     launched = f"takes {ms['95% 4 bit']:.0f} ms with `CSKVCache` and {ms['DynamicCache, flash']:.0f} ms with"
-    assert launched in readme and f"of whose kernels alone {alone:.1f} ms" in readme
+    assert launched in readme and f"whose kernels alone take {alone:.1f} ms" in readme
     of_flash = [
         run["seconds"]["95% 4 bit, recorded"] / run["seconds"]["DynamicCache, flash"] for run in (rows_step, step)
     ]
@@ -380,7 +380,7 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     shares = {name: recorded["busy"][name] / t for name, t in recorded["seconds"].items()}
     assert all(share > 0.9 if "recorded" in name else share < 0.15 for name, share in shares.items())
     errors = [row["error"] for row in rows if "error" in row]
-    assert f"of one row, is {min(errors):.4f} to {max(errors):.4f}." in page
+    assert f"in float64, is {min(errors):.4f} to {max(errors):.4f}." in page
     by_name = {row["cache"]: row["seconds"] for row in rows if row["batch"] == 16}
     full, ours = by_name["SDPA, ready cache"], by_name["95% head 4 bit"]
     assert min(by_name.values()) == ours and f"is {full / ours:.1f} times as fast as SDPA" in page
@@ -396,7 +396,8 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     at_80 = f"at 80 % it takes {fours:.2f} of SDPA's time with `rank_multiple=4`, and {slow[0]:.2f} to {slow[1]:.2f}"
     assert f"{default:.1f} times with the default packing; {at_80} without" in readme
     choosing = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
-    of_full = f"{ours / full:.2f} of SDPA's time on an H100; with the default bits, by fours, {1 / default:.2f} ("
+    of_full = f"{ours / full:.2f} of SDPA's time on an H100; "
+    of_full += f"with the default bits and `rank_multiple=4`, {1 / default:.2f} ("
     assert of_full in choosing
     assert f"only `rank_multiple=4` is faster than SDPA, {fours:.2f}." in choosing
     pairs = [("80%", "16 bit"), ("95%", "4 bit"), ("95%", "packed")]

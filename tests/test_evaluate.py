@@ -119,6 +119,16 @@ def test_bytes_of_caches():
     assert cache_nbytes(model, DynamicCache, prompt(2, 50)) == 2 * 50 * 2 * 2 * 32 * 4
 
 
+def test_a_token_that_is_forbidden():
+    """A logit of -inf on both sides is no difference: 0 log 0 is 0."""
+    ids, forbidden = prompt(2, 90), torch.tensor([3])
+    ids[ids == 3] = 4
+    for make, least, most in ((lossless, 0.0, 1e-9), (lossy, 1e-6, 100.0)):
+        model = make_model()
+        model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, forbidden, -torch.inf))
+        assert least <= compare_with_full_cache(make(model), ids, CSKVCache).kl < most
+
+
 def test_comparison_with_the_full_cache():
     """Against itself nothing differs; lossless nothing but rounding; and perplexities are those of the other way."""
     model, ids = lossy(make_model()), prompt(5, 90)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import calibration_data, make_model, prompt
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, BatchEncoding
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig, KVStatistics, collect_statistics
+from cskv_hf.demo import MODEL_PATH
 from cskv_hf.fit_report import format_report
 from cskv_hf.statistics import TENSORS
 
@@ -139,9 +140,31 @@ def test_state_of_another_model_or_data_or_damaged(tmp_path):
         collect_statistics(make_model(seed=1), [prompt(1, 12)], state_file=state, source="book A", progress=False)
     with pytest.raises(ValueError, match=r"of other data \('book A'\); this is 'book B'"):
         collect_statistics(make_model(), [prompt(1, 12)], state_file=state, source="book B", progress=False)
+    for other in ([prompt(1, 12, 1)], [prompt(1, 11)], []):
+        with pytest.raises(ValueError, match="its 1 samples are not the first of `data`"):
+            collect_statistics(make_model(), other, state_file=state, source="book A", progress=False)
     state.write_bytes(state.read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"truncated or corrupt .*Delete it to start the statistics over"):
         collect_statistics(make_model(), [prompt(1, 12)], state_file=state, source="book A", progress=False)
+
+
+def test_strings_that_are_cut_otherwise_are_other_data(tmp_path):
+    """Pieces are counted, so a pass that goes on with pieces of another size would read text twice, or not at all."""
+    model, state = make_model(vocab_size=2048), tmp_path / "state.safetensors"
+    how = dict(tokenizer=AutoTokenizer.from_pretrained(MODEL_PATH), state_file=state, progress=False)
+    text = ["words of one text " * 20, "words of another " * 20]
+    first = collect_statistics(model, text, max_length=16, max_tokens=16, **how)
+    with pytest.raises(ValueError, match="or were tokenised or cut otherwise"):
+        collect_statistics(model, text, max_length=8, **how)
+    assert collect_statistics(model, text, max_length=16, **how).num_tokens > first.num_tokens == 16
+
+
+def test_hooks_are_gone_if_the_pass_does_not_begin(monkeypatch):
+    model = make_model()
+    monkeypatch.setattr("cskv_hf.calibration.tqdm", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        collect_statistics(model, [prompt(1, 12)], progress=False)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(

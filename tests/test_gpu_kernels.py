@@ -682,44 +682,45 @@ def test_codes_are_where_pieces_say():
 
 def test_what_is_kept_of_factors():
     """The transposed factors are made once, and again when the factors are written to."""
-    import cskv_hf.kernels.gpu_plans as plans
+    from cskv_hf.kernels import gpu
+    from cskv_hf.kernels.gpu_kept import _kept, transposed, with_mean
 
     factors = layer(*CASES["packed, head"], torch.float32)
     pieces = cut(factors.key_format, factors.key_ranks, 16, 16)
     pieces = pieces._replace(order=pieces.order.to(DEVICE))
     how = pieces.order, torch.float32
-    kept, heads = plans.with_mean(factors.key_B, factors.key_mean, *how), factors.key_mean.view(2, -1)
+    kept, heads = with_mean(factors.key_B, factors.key_mean, *how), factors.key_mean.view(2, -1)
     assert torch.equal(kept, torch.cat([factors.key_B.mT, heads])[pieces.order])
-    assert plans.with_mean(factors.key_B, factors.key_mean, *how) is kept
+    assert with_mean(factors.key_B, factors.key_mean, *how) is kept
     other = pieces.order.flip(0)
-    assert torch.equal(plans.with_mean(factors.key_B, factors.key_mean, other, torch.float32), kept.flip(0))
+    assert torch.equal(with_mean(factors.key_B, factors.key_mean, other, torch.float32), kept.flip(0))
     for tensor in (factors.key_B, factors.key_mean):  # in the same place, where a recorded graph reads it
         before = kept.clone()
         tensor.mul_(2)
-        assert plans.with_mean(factors.key_B, factors.key_mean, *how) is kept and not torch.equal(before, kept)
+        assert with_mean(factors.key_B, factors.key_mean, *how) is kept and not torch.equal(before, kept)
     assert torch.equal(kept, torch.cat([factors.key_B.mT, factors.key_mean.view(2, -1)])[pieces.order])
-    assert plans.with_mean(factors.key_B, factors.key_mean, pieces.order, torch.float16).dtype == torch.float16
+    assert with_mean(factors.key_B, factors.key_mean, pieces.order, torch.float16).dtype == torch.float16
     before = kept.clone()
     factors.key_B.data = factors.key_B.data * 2  # another tensor, of the same version
-    assert not torch.equal(plans.with_mean(factors.key_B, factors.key_mean, *how), before)
+    assert not torch.equal(with_mean(factors.key_B, factors.key_mean, *how), before)
     for _ in range(20):  # the second may come to lie where the first was
         factors.key_B.data = factors.key_B.data * 2
         factors.key_B.data = factors.key_B.data * 2
         expected = torch.cat([factors.key_B.mT, factors.key_mean.view(2, -1)])[pieces.order]
-        assert torch.equal(plans.with_mean(factors.key_B, factors.key_mean, *how), expected)
+        assert torch.equal(with_mean(factors.key_B, factors.key_mean, *how), expected)
     with torch.inference_mode():  # whose tensors count no writes
         inferred = factors.key_B.clone(), factors.key_mean.clone()
-        before = plans.with_mean(*inferred, *how)
+        before = with_mean(*inferred, *how)
         inferred[0].mul_(2)
-        assert not torch.equal(plans.with_mean(*inferred, *how), before)
-    turned = plans.transposed(factors.value_B, torch.float16)
+        assert not torch.equal(with_mean(*inferred, *how), before)
+    turned = transposed(factors.value_B, torch.float16)
     assert torch.equal(turned, factors.value_B.mT.half()) and turned.is_contiguous()
-    assert plans.transposed(factors.value_B, torch.float16) is turned
+    assert transposed(factors.value_B, torch.float16) is turned
     other = layer(*CASES["packed, joint"], torch.float32)
-    plans.prepare_tables(other, other.key_B.device, torch.float32)  # before a graph is recorded
-    ((_, kept, order, _),) = plans._kept[other.key_B].values()
-    assert plans.with_mean(other.key_B, other.key_mean, order, torch.float32) is kept and other.value_B in plans._kept
-    parts = [plans.transposed(factors.value_B[rows], torch.float16) for rows in (slice(4), slice(4, 8)) * 2]
+    gpu.prepare(other, other.key_B.device, torch.float32)  # before a graph is recorded
+    ((_, kept, order, _),) = _kept[other.key_B].values()
+    assert with_mean(other.key_B, other.key_mean, order, torch.float32) is kept and other.value_B in _kept
+    parts = [transposed(factors.value_B[rows], torch.float16) for rows in (slice(4), slice(4, 8)) * 2]
     assert parts[0] is parts[2] and parts[1] is parts[3]  # of views, as a process has them of a layer that is shared
     assert torch.equal(parts[1], factors.value_B[4:8].mT.half())
 

@@ -16,7 +16,7 @@ import cskv_hf.attention as attention
 
 pytest.importorskip("triton")
 import cskv_hf.kernels.gpu as gpu
-import cskv_hf.kernels.gpu_plans as gpu_plans
+import cskv_hf.kernels.gpu_kept as gpu_kept
 import cskv_hf.kernels.hopper as hopper
 
 ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
@@ -173,7 +173,7 @@ def test_what_is_kept_is_made_beforehand(served):
     kv, mask = past(factors, 2, 160, torch.float16), torch.ones(2, 1, 1, 160, dtype=torch.bool, device=DEVICE)
 
     def kept():
-        made = [id(t) for of_layer in gpu_plans._kept.values() for _, t, *_ in of_layer.values()]
+        made = [id(t) for of_layer in gpu_kept._kept.values() for _, t, *_ in of_layer.values()]
         return made, [function.cache_info().misses for function in cached]
 
     gpu.prepare(factors, factors.key_B.device, torch.float16)

@@ -209,7 +209,7 @@ def test_subfolder_and_smaller_rank(pushed, documented):
     config = CSKVConfig.from_pretrained("ada/cut")
     assert f"{config.bytes_per_token(model.config):,.1f} of 256" in card and "No evaluation was recorded." in card
     assert "Energy lost" not in card and "was not measured after it was cut or trained" in card
-    with pytest.raises(ValueError, match=r"'ada/many', folder 'llama' is no complete CSKV adapter"):
+    with pytest.raises(ValueError, match=r"'ada/many', folder 'llama' is not a complete CSKV adapter"):
         cskv_hf.load(make_model(), "ada/many", subfolder="llama")
 
 
@@ -323,7 +323,7 @@ def test_bad_repositories(pushed, tmp_path):
             dict(adapter_config__json=config.encode()),
             "needs adapter_config.json and adapter_model.safet",
         ),
-        "no-config": (dict(adapter_model__safetensors=weights), "is no complete CSKV adapter"),
+        "no-config": (dict(adapter_model__safetensors=weights), "is not a complete CSKV adapter"),
         "pickle": (
             dict(adapter_config__json=config.encode(), adapter_model__bin=b"\x80\x04."),
             "pickles among them, are not read",
@@ -471,7 +471,7 @@ def test_a_base_known_by_its_path_must_be_named(pushed, tmp_path):
     base = tiny_model()
     base.save_pretrained(tmp_path / "base")
     model = lossy(AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), **PACKED)
-    with pytest.raises(ValueError, match=r"no Hub id.*`base_model='user/model'`"):
+    with pytest.raises(ValueError, match=r"not a Hub id.*`base_model='user/model'`"):
         model.push_to_hub("ada/from-a-path")
     assert "ada/from-a-path" not in HUB.repos
     model.push_to_hub("ada/from-a-path", base_model=BASE)
@@ -495,7 +495,7 @@ def test_pushes_that_fail_leave_nothing_behind(pushed, tmp_path, monkeypatch):
     assert "ada/unfitted" not in HUB.repos
     monkeypatch.chdir(tmp_path)
     (tmp_path / BASE).mkdir(parents=True)
-    with pytest.raises(ValueError, match="is no Hub id"):
+    with pytest.raises(ValueError, match="is not a Hub id"):
         push_folder(pushed[1], "ada/named")  # as it was recorded, it may be that folder
     push_folder(pushed[1], "named", base_model=BASE)
     assert 'from_pretrained("ada/named"' in ModelCard.load("ada/named").text

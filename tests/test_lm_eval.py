@@ -374,7 +374,7 @@ def test_errors_come_first(tokenizer, folder, tmp_path, own_tasks_only):
     with pytest.raises(ValueError, match="has no CSKV adapter in use"):
         CSKVLM(plain, tokenizer=tokenizer)
     plain.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is no CSKV adapter. Give an adapter, or one by `peft=`"):
+    with pytest.raises(ValueError, match=r"is not a CSKV adapter. Give an adapter, or one by `peft=`"):
         CSKVLM(tmp_path)
 
 

@@ -224,8 +224,8 @@ def without(name):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([RECORD, "{"], "Line 2 of '.*' is no JSON"),
-        ([RECORD, "[1]"], r"Line 2 of '.*' is no JSON object, but '\[1\]'"),
+        ([RECORD, "{"], "Line 2 of '.*' is not JSON"),
+        ([RECORD, "[1]"], r"Line 2 of '.*' is not a JSON object but '\[1\]'"),
         ([without("answers")], "Line 1 of '.*' has no field 'answers'; it has input, context"),
         ([without("_id")], "Line 1 of '.*' has no field '_id'"),
         ([RECORD | {"answers": "Ada"}], "field 'answers' must be a list of one text or more, got 'Ada'"),
@@ -252,7 +252,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"The file '.*nowhere\.jsonl' does not exist"):
         longbench.cases(tmp_path / "nowhere.jsonl")
     (tmp_path / "x.jsonl").write_bytes(json.dumps(RECORD).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(ValueError, match="is no UTF-8 text"):
+    with pytest.raises(ValueError, match="is not UTF-8 text after line 0"):
         longbench.cases(tmp_path / "x.jsonl")
 
 

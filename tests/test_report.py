@@ -20,7 +20,8 @@ from cskv_hf.cli import evaluate_model
 from cskv_hf.report import write_report
 from cskv_hf.report.data import same_model
 from cskv_hf.report.formats import count, interval, measured
-from cskv_hf.report.page import OPTIONS, STYLE, eval_command, page
+from cskv_hf.report.page import STYLE, page
+from cskv_hf.report.provenance import OPTIONS, eval_command
 from cskv_hf.report.rows import place_of
 from cskv_hf.report.sections import KNOWN_TABLES
 

@@ -41,7 +41,7 @@ def keep_all(monkeypatch):
 
 def dropped(cache):
     """Tokens, by layer."""
-    return [layer.num_dropped * cache.tokens.block_size for layer in cache.layers]
+    return [layer.dropped_blocks * cache.tokens.block_size for layer in cache.layers]
 
 
 @pytest.mark.parametrize("mode", list(MODES))
@@ -201,7 +201,7 @@ def test_a_cache_from_a_file_knows_the_window(tmp_path):
     cache.save(tmp_path / "cache")
     again, loaded = lossy(make_model("mistral", sliding_window=16), block_size=4), CSKVCache.load(tmp_path / "cache")
     again(ids[:, 190:], past_key_values=loaded)
-    assert loaded.layers[0].num_dropped and loaded.layers[0].sliding_window == 16
+    assert loaded.layers[0].dropped_blocks and loaded.layers[0].sliding_window == 16
     with pytest.raises(ValueError, match="have dropped what lies beyond it"):
         loaded.crop(-150)
 

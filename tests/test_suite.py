@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="measured under other settings"):
         suite(tmp_path / "part", settings={"model": "other"})
     (tmp_path / "part" / "measured.json").write_text("{")
-    with pytest.raises(ValueError, match="is no file of measurements; remove it"):
+    with pytest.raises(ValueError, match="is not a file of measurements; remove it"):
         suite(tmp_path / "part")
 
 
@@ -129,6 +130,21 @@ def test_files_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
     texts[0].write_text("something else " * 200)
     with pytest.raises(ValueError, match=r"under other settings than these: `files\.text:.*/a/t\.txt` '"):
         run()
+
+
+def test_a_folder_that_cannot_hold_results(tmp_path, monkeypatch):
+    """Refused before the model is loaded; and results of other settings are not written over, whole or in part."""
+    monkeypatch.setattr("cskv_hf.evaluate.run.load_model", lambda *args: 1 / 0)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"is a file\. Name a folder"):
+        evaluate("bundled", tmp_path / "file", [])
+    with pytest.raises(ValueError, match="'/proc/results' cannot be written"):
+        evaluate("bundled", Path("/proc/results"), [])
+    suite(tmp_path / "out").run({"one": [FULL]})
+    (tmp_path / "out" / "measured.json").unlink()
+    with pytest.raises(ValueError, match=r"results\.json' was measured under other settings than these: `model`"):
+        suite(tmp_path / "out", settings={"model": "other"})
+    assert suite(tmp_path / "out").rows == []
 
 
 def test_the_bundled_model_as_it_is_asked_for():

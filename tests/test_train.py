@@ -392,7 +392,7 @@ def test_refuses(tmp_path):
         ReconstructionLoss(packed, "default", None)(prompt(2, 21), (torch.arange(21) >= 16).long().expand(2, -1))
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(json.dumps({}))
-    with pytest.raises(ValueError, match="is no checkpoint of a CSKV adapter"):
+    with pytest.raises(ValueError, match="is not a checkpoint of a CSKV adapter"):
         trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 

@@ -68,7 +68,7 @@ def check_adapter_files(folder: Path) -> None:
                 if inside
                 else "Save it again with `save_pretrained`."
             )
-            raise ValueError(f"'{folder}' is no complete CSKV adapter: {file.name} is missing. {way}")
+            raise ValueError(f"'{folder}' is not a complete CSKV adapter: {file.name} is missing. {way}")
     try:
         settings = json.loads(config_file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -77,7 +77,7 @@ def check_adapter_files(folder: Path) -> None:
         ) from error
     peft_type = settings.get("peft_type") if isinstance(settings, dict) else None
     if peft_type is None:
-        raise ValueError(f"'{config_file}' names no `peft_type`, so '{folder}' is no adapter.")
+        raise ValueError(f"'{config_file}' names no `peft_type`, so '{folder}' is not an adapter.")
     if peft_type != "CSKV":
         raise ValueError(f"'{folder}' is a {peft_type} adapter, not a CSKV one.")
     try:

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache_layer import CSKVLayer
+from .cache_report import report
 from .config import CSKVConfig
 from .factors import LayerFactors
 from .handover import MISSING_FACTORS, ForwardInputs, Staged
@@ -162,7 +163,7 @@ class CSKVCache(Cache):
                 f"This CSKVCache holds a batch of {batch_size} and got a batch of {inputs.batch_size}. Use a new "
                 "cache, `cache.reset()`, or `batch_repeat_interleave` / `batch_select_indices` to change its batch."
             )
-        if layer.num_dropped and self.has_own_mask:
+        if layer.dropped_blocks and self.has_own_mask:
             raise ValueError(
                 f"`attention_mask` is a mask of single queries and tokens, which may show layer {layer_idx} what "
                 f"lies beyond its sliding window of {inputs.sliding_window} tokens, and this CSKVCache has dropped "
@@ -231,7 +232,7 @@ class CSKVCache(Cache):
         is verified.
 
         Raises:
-            ValueError: if there are not so many tokens, or a layer has dropped what it would need then.
+            ValueError: if there are fewer tokens, or a layer has dropped what it would need then.
             RuntimeError: if an earlier forward stopped between two layers.
         """
         self._settle()
@@ -244,8 +245,8 @@ class CSKVCache(Cache):
         sliding = [layer for layer in self.layers if layer.is_initialized and layer.sliding_window is not None]
         if kept < length:
             for layer in sliding:
-                if layer.num_dropped:
-                    self.tokens.check_crop(kept, layer.num_dropped, layer.sliding_window)
+                if layer.dropped_blocks:
+                    self.tokens.check_crop(kept, layer.dropped_blocks, layer.sliding_window)
             self._moving = True
             columns = self.tokens.crop(length - kept)
             for layer in self.layers:
@@ -269,10 +270,15 @@ class CSKVCache(Cache):
         """Keep the rows at `indices`, or those where a mask is True."""
         self._settle()
         indices = torch.as_tensor(indices)
+        rows = self.layers[0].keys.shape[0] if self.layers and self.layers[0].is_initialized else None
         if indices.dtype == torch.bool:
+            if rows is not None and indices.shape != (rows,):
+                raise ValueError(f"`indices` is a mask of shape {tuple(indices.shape)}, this cache has {rows} rows.")
             indices = indices.nonzero().squeeze(1)
-        elif self.tokens is not None and self.tokens.positions is not None:
-            indices = torch.where(indices < 0, indices + len(self.tokens.positions), indices)  # from the end
+        elif rows is not None:
+            indices = torch.where(indices < 0, indices + rows, indices)  # from the end
+            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
+                raise ValueError(f"`indices` must be from {-rows} to {rows - 1} in a cache of {rows} rows.")
         if self.tokens is not None:
             self.tokens.select_rows(indices)
         self._moving = True
@@ -332,43 +338,7 @@ class CSKVCache(Cache):
     def report(self) -> str:
         """What is held and what it costs, as a readable table."""
         self._settle()
-        if self.tokens is None or self.tokens.num_slots == 0:
-            return "CSKVCache: empty"
-        first, tokens = self.layers[0], self.tokens
-        parts = [
-            ("sinks, exact", tokens.num_sinks, ("sink_keys", "sink_values")),
-            ("old, latents", tokens.num_old, ("key_latents", "value_latents")),
-            ("recent, exact", tokens.num_recent, ("keys", "values")),
-        ]
-        lines = [
-            f"CSKVCache: {tokens.num_slots} tokens x {first.keys.shape[0]} rows, {len(self.layers)} layers, "
-            f"{first.dtype}"
-        ]
-        for name, columns, names in parts:
-            size = sum(t.numel() * t.itemsize for layer in self.layers for n in names for t in layer.tensors()[n])
-            lines.append(f"  {name:<14}{columns:>8} tokens {size:>14,} bytes")
-        sliding = [layer for layer in self.layers if layer.num_dropped]
-        if sliding:
-            dropped = sliding[0].num_dropped * tokens.block_size
-            lines.append(f"  {'sliding layers':<14}{tokens.num_old - dropped:>8} of these in {len(sliding)} layers")
-        lines.append(f"  {'positions':<14}{tokens.num_slots:>8} tokens {tokens.nbytes:>14,} bytes")
-        exact = (
-            first.keys.shape[1]
-            * first.keys.shape[3]
-            * 2
-            * first.keys.itemsize
-            * len(self.layers)
-            * first.keys.shape[0]
-        )
-        full = exact * tokens.num_slots
-        lines.append(
-            f"  {'total':<22}        {self.nbytes:>14,} bytes, {100 * self.nbytes / full:.1f} % of a full cache"
-        )
-        if self.offloading:
-            on_device, devices = self.nbytes - self.offloaded_nbytes, sorted({str(x.device) for x in self.layers})
-            lines.append(f"  {'offloaded, on the CPU':<22}        {self.offloaded_nbytes:>14,} bytes")
-            lines.append(f"  {'on ' + ', '.join(devices):<22}        {on_device:>14,} bytes")
-        return "\n".join(lines)
+        return report(self.tokens, self.layers, self.offloading)
 
 
 def _heads(heads: tuple[int, int, int]) -> str:

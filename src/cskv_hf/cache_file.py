@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from .cache import CSKVCache
 from .cache_layer import CSKVLayer
 from .factors import Fingerprint
+from .files import replacing
 from .latents import LatentFormat, Latents, PackedFormat, PlainFormat
 from .quantize import PackedLayout
 from .rope import RotaryFrequencies
@@ -53,18 +54,17 @@ def save_cache(cache: CSKVCache, path: str | os.PathLike) -> None:
         "sinks": tokens.sinks,
         "block_size": tokens.block_size,
         "slack": tokens.slack,
+        "materialize": cache.materialize,
         "counts": {name: getattr(tokens, name) for name in COUNTS},
         "attention_scaling": tokens.frequencies.attention_scaling,
         "frequencies_change": tokens.frequencies.change,
         "dtype": str(cache.layers[0].dtype).removeprefix("torch."),
         "sliding_windows": [layer.sliding_window for layer in cache.layers],
-        "num_dropped": [layer.num_dropped for layer in cache.layers],
+        "num_dropped": [layer.dropped_blocks for layer in cache.layers],
         "formats": [[_describe(getattr(layer, name).format) for name in layer.LATENTS] for layer in cache.layers],
     }
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(_apart(tensors), temporary, metadata={KEY: json.dumps(about)})
-    os.replace(temporary, path)
+    with replacing(Path(path)) as new:
+        save_file(_apart(tensors), new, metadata={KEY: json.dumps(about)})
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,6 +104,8 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offl
             if metadata is None:
                 raise ValueError(f"'{path}' holds no CSKVCache. Write one with `cache.save(path)`.")
             about = json.loads(metadata)
+            if "version" not in about:
+                raise ValueError(f"'{path}' is corrupt (it lacks 'version'). Save the cache again.")
             if not OLDEST <= about["version"] <= FILE_VERSION:
                 newer = about["version"] > FILE_VERSION
                 raise ValueError(
@@ -116,7 +118,15 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offl
         raise ValueError(f"'{path}' is truncated or corrupt ({error}). Save the cache again.") from error
     if offloading:
         tensors = {name: t if "_latents." in name else t.to(device) for name, t in tensors.items()}
-    cache = CSKVCache(about["window"], about["sinks"], offloading=offloading)
+    try:
+        return _cache_of(about, tensors, offloading)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{path}' is corrupt (it lacks {error}). Save the cache again.") from error
+
+
+def _cache_of(about: dict[str, Any], tensors: dict[str, torch.Tensor], offloading: bool) -> CSKVCache:
+    materialize = about.get("materialize", False)  # older files do not say
+    cache = CSKVCache(about["window"], about["sinks"], offloading=offloading, materialize=materialize)
     cache.slack = about["slack"]
     cache.tokens = TokenTable(about["window"], about["sinks"], about["block_size"], about["slack"])
     for name, count in about["counts"].items():
@@ -132,7 +142,7 @@ def load_cache(path: str | os.PathLike, device: str | torch.device = "cpu", offl
         layer = CSKVLayer(offloading)
         _fill(layer, f"layers.{index}.", formats, tensors)
         layer.dtype, layer.num_slots = dtype, about["counts"]["num_slots"]
-        layer.num_dropped, layer.sliding_window = about["num_dropped"][index], about["sliding_windows"][index]
+        layer.dropped_blocks, layer.sliding_window = about["num_dropped"][index], about["sliding_windows"][index]
         cache.layers.append(layer)
     cache.has_all_layers = True
     return cache

@@ -29,7 +29,8 @@ class CSKVLayer(CacheLayerMixin):
         keys, values: (batch, num_key_value_heads, num_recent, head_dim), the window; named as in other cache layers.
         fingerprint: [`Fingerprint`] of the factors that fill the layer.
         sliding_window: of the model's layer, in tokens; None if it attends to all.
-        num_dropped: first blocks of latents that are no longer held, since no query can see them through that window.
+        dropped_blocks: first blocks of latents that are no longer held, since no query can see them through that
+            window.
         copies: of offloaded latents on the compute device, while it is the layer's turn or that comes next.
         heads: which KV heads these are; see [`LayerFactors.heads`].
 
@@ -59,7 +60,7 @@ class CSKVLayer(CacheLayerMixin):
         for name in (*self.EXACT, *self.LATENTS, "fingerprint", "heads", "copies"):
             setattr(self, name, None)
         self.is_initialized = False
-        self.num_slots = self.num_dropped = 0
+        self.num_slots = self.dropped_blocks = 0
         self.sliding_window: int | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -109,7 +110,7 @@ class CSKVLayer(CacheLayerMixin):
         if step.num_sinks:
             exact_keys = torch.cat([self.sink_keys, keys], dim=2)
             exact_values = torch.cat([self.sink_values, values], dim=2)
-        held = step.without(self.num_dropped * self.key_latents.format.block_size)
+        held = step.without(self.dropped_blocks * self.key_latents.format.block_size)
         seen = CompressedKV(exact_keys, exact_values, *old, staged.factors, held)
         if step.eviction is None:
             self.keys, self.values = keys, values
@@ -125,7 +126,7 @@ class CSKVLayer(CacheLayerMixin):
         new = encode(*evicted, eviction.positions, eviction.frequencies, staged)
         old = [held.append(latents.to(held.device)) for held, latents in zip(self._latents(), new)]
         if eviction.old_blocks is not None:
-            old = [latents.take(self._held(eviction.old_blocks)) for latents in old]
+            old = [latents.take(self._where(eviction.old_blocks)) for latents in old]
         self.hold(*old)
         self.drop(staged.unseen_blocks)
         if (
@@ -155,22 +156,22 @@ class CSKVLayer(CacheLayerMixin):
             self.sink_keys, self.sink_values = (take(t, kept["sinks"], 2) for t in (self.sink_keys, self.sink_values))
             old = kept["old"]
             blocks, held = old.stop if isinstance(old, slice) else old.shape[1], self.key_latents.num_blocks
-            if blocks < self.num_dropped + held:
-                self.num_dropped = min(self.num_dropped, blocks)  # all, or 0
-                self.hold(*(latents.take(self._held(old)) for latents in self._latents()))
+            if blocks < self.dropped_blocks + held:
+                self.dropped_blocks = min(self.dropped_blocks, blocks)  # all, or 0
+                self.hold(*(latents.take(self._where(old)) for latents in self._latents()))
             self.keys, self.values = (take(t, kept["recent"], 2) for t in (self.keys, self.values))
 
-    def _held(self, blocks: Index) -> Index:
-        """Of blocks to keep, counted over all, the first of which are those dropped: where the others are held."""
+    def _where(self, blocks: Index) -> Index:
+        """Indices among the blocks that are held, of blocks counted with those that were dropped, which come first."""
         if isinstance(blocks, slice):
-            return slice(0, blocks.stop - self.num_dropped)
-        return blocks[:, self.num_dropped :] - self.num_dropped
+            return slice(0, blocks.stop - self.dropped_blocks)
+        return blocks[:, self.dropped_blocks :] - self.dropped_blocks
 
     def drop(self, blocks: int) -> None:
         """Let go of latents, until so many of the first blocks are gone."""
-        if blocks > self.num_dropped:
-            self.hold(*(latents.drop(blocks - self.num_dropped) for latents in self._latents()))
-            self.num_dropped = blocks
+        if blocks > self.dropped_blocks:
+            self.hold(*(latents.drop(blocks - self.dropped_blocks) for latents in self._latents()))
+            self.dropped_blocks = blocks
 
     def select_rows(self, rows: torch.Tensor) -> None:
         if self.is_initialized:

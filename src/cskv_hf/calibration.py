@@ -50,11 +50,11 @@ def collect_statistics(
         data: an iterable of `input_ids` tensors (length) or (batch, length), of dicts with `input_ids` and perhaps
             `attention_mask`, of strings or dicts with `text` (with `tokenizer`), or a `datasets.Dataset` of these.
         tokenizer: for strings.
-        max_length: strings are cut into pieces of so many tokens.
-        max_tokens: take no further sample once there are so many tokens.
+        max_length: strings are cut into pieces of at most this many tokens.
+        max_tokens: stop once this many tokens were read, after a whole sample.
         state_file: where to save the statistics on the way and at the end; if it exists, the pass continues from
-            it, skipping the samples it has seen.
-        source: names the data, so that `state_file` is not continued with other data.
+            it, skipping the samples it has seen, which must be the same ones.
+        source: names the data, for the message where `state_file` is of other data.
         progress: show a progress bar.
 
     Raises:
@@ -69,15 +69,20 @@ def collect_statistics(
     statistics.weights = weight_hashes(decoder)
     if state_file is not None and Path(state_file).exists():
         statistics = _resumed(state_file, statistics)
+    num_seen, skipped, digest = statistics.num_samples, 0, ""
     collector = _Collector(model, statistics)
     device, next_save = input_device(model), time.monotonic() + SAVE_EVERY_SECONDS
     of_tokens = dict(total=max_tokens, initial=statistics.num_tokens, unit="tok", unit_scale=True, desc="Calibrating")
     with in_eval_mode(model), collector, tqdm(**of_tokens, disable=not progress) as bar:
         for index, (input_ids, mask) in enumerate(batches):
-            if index < statistics.num_samples:
+            if index < num_seen:
+                digest, skipped = _digest(digest, input_ids, mask), skipped + 1
+                if skipped == num_seen:
+                    _check_same_samples(state_file, statistics, digest)
                 continue
             if max_tokens is not None and statistics.num_tokens >= max_tokens:
                 break
+            statistics.samples_digest = _digest(statistics.samples_digest, input_ids, mask)
             if input_ids.numel() == 0:
                 statistics.num_samples += 1
                 continue
@@ -99,6 +104,8 @@ def collect_statistics(
                 statistics.save(state_file)
                 took = time.monotonic() - started
                 next_save = started + took + max(SAVE_EVERY_SECONDS, took / MOST_TIME_SAVING)
+    if skipped < num_seen:
+        _check_same_samples(state_file, statistics, None)
     if statistics.num_tokens == 0:
         raise ValueError(
             "`data` is empty: no calibration token was seen. An iterator can be used only once; pass a list to use "
@@ -115,7 +122,7 @@ def collect_statistics(
 
 
 def _resumed(state_file: str | os.PathLike, new: KVStatistics) -> KVStatistics:
-    """Statistics of a file, to go on with in place of `new` ones.
+    """Statistics of a file, to continue in place of `new` ones.
 
     Raises:
         ValueError: if they are of another model or of other data.
@@ -145,15 +152,38 @@ def _resumed(state_file: str | os.PathLike, new: KVStatistics) -> KVStatistics:
     return held
 
 
+def _digest(before: str, input_ids: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """Of all samples up to this one, from that of all before it."""
+    digest = hashlib.sha256(before.encode())
+    for part in (input_ids, mask):
+        if part is not None:
+            digest.update(str(tuple(part.shape)).encode() + part.cpu().long().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_same_samples(state_file: str | os.PathLike | None, held: KVStatistics, digest: str | None) -> None:
+    """`digest`: of as many samples of the data as `held` has seen; None if there are not so many."""
+    if digest is None or held.samples_digest not in ("", digest):  # "": of a version that did not say
+        raise ValueError(
+            f"'{state_file}' holds statistics of other data than this: its {held.num_samples} samples are not the "
+            "first of `data`, or were tokenised or cut otherwise. Go on with the same data, tokenizer and "
+            "`max_length`, delete the file to start over, or choose another."
+        )
+
+
 class _Collector:
     """Forward hooks on one model that add to a `KVStatistics`, until it is left; padding is left out."""
 
     def __init__(self, model: nn.Module, statistics: KVStatistics) -> None:
         self.statistics = statistics
         self.keep: torch.Tensor | None = None  # (batch * length,) bool
-        self.handles = []
-        for layer_idx, attention in enumerate(attention_layers(model)):
-            heads = ModelShape(**statistics.model_shape).num_key_value_heads
+        self.attentions = attention_layers(model)
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Collector:
+        statistics = self.statistics
+        heads = ModelShape(**statistics.model_shape).num_key_value_heads
+        for layer_idx, attention in enumerate(self.attentions):
             query_source = getattr(attention, "q_norm", attention.q_proj)
             keys = statistics.key_moment[layer_idx], statistics.key_sum[layer_idx]
             values = statistics.value_moment[layer_idx], statistics.value_sum[layer_idx]
@@ -161,6 +191,11 @@ class _Collector:
             self._hook(attention.v_proj, self._add_moments(*values))
             self._hook(query_source, self._add_queries(statistics.query_moment[layer_idx], heads))
             self._hook(attention.k_proj, self._add_inputs(statistics.input_scale[layer_idx]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
 
     def _hook(self, module: nn.Module, function: Any) -> None:
         self.handles.append(module.register_forward_hook(function))
@@ -197,13 +232,6 @@ class _Collector:
             total.add_(self._rows(args[0], total.shape[-1]).abs().sum(0).to(total.device))
 
         return hook
-
-    def __enter__(self) -> _Collector:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 def samples(

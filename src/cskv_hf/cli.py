@@ -19,13 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from .adapter_files import ADAPTER, check_adapter_files
 from .cache import CSKVCache
 from .config import CSKVConfig
-from .files import (
-    calibration_samples,
-    check_out,
-    documents,
-    full_rows,
-    replace_directory,
-)
+from .files import check_out, replace_directory
 from .fit_report import format_evaluation, format_report
 from .fitting import fit as fit_model
 from .fitting import probing_file
@@ -33,6 +27,7 @@ from .generation import has_active_adapter
 from .hub import load, local_adapter, push_folder
 from .kernels import HAS_TRITON, cpu
 from .runs import check_same_run, file_fingerprint, forget_run, remember_run
+from .texts import calibration_samples, documents, full_rows
 
 EVALUATION_LENGTH, EVALUATION_ROWS = 512, 64  # of `cskv fit --evaluate`
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -197,8 +192,9 @@ def train(
         rows = training_rows(documents(data), tokenizer, length, max_tokens)
         checkpoints = out.with_name(out.name + ".checkpoints")
         settings = {
-            "adapter": file_fingerprint(folder / ADAPTER[1]), "data": file_fingerprint(data), "length": length,
-            "max_tokens": max_tokens, "objective": objective, "epochs": epochs, "learning_rate": learning_rate,
+            "adapter": file_fingerprint(folder / ADAPTER[1]), "model": name, "dtype": dtype,
+            "data": file_fingerprint(data), "length": length, "max_tokens": max_tokens,
+            "objective": objective, "epochs": epochs, "learning_rate": learning_rate,
             "batch_size": batch_size,
         }  # fmt: skip
         check_same_run(checkpoints, settings)
@@ -234,7 +230,7 @@ def inspect(
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache, for --device.")] = 8192,
     query_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, where the base model's config is not to be had.")
+        int | None, typer.Option(min=1, help="Attention heads, where the base model's config cannot be read.")
     ] = None,
 ) -> None:
     """Show what an adapter keeps, layer by layer; with --device, what a decode step is predicted to take."""
@@ -294,7 +290,8 @@ def evaluate_model(
         ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Text to fit the tables' adapters on.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Cases of a group, or rows of text, at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Cases of a group, at most.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of a text, at most. Default: --limit, or 64.")] = None,
     length: Annotated[int, typer.Option(min=128, help="Tokens of a row of text, and of the longest haystack.")] = 2048,
     cut: Annotated[
         int | None,
@@ -329,6 +326,7 @@ def evaluate_model(
             tables=tables.split(",") if tables else None,
             data=data,
             limit=limit,
+            rows=rows,
             length=length,
             cut=cut,
             batch_size=batch_size,

@@ -139,7 +139,7 @@ class CSKVConfig(PeftConfig):
             )
         for name in ("key_rank_per_layer", "value_rank_per_layer"):
             if getattr(self, name) is not None:  # JSON turns the layer indices into strings
-                setattr(self, name, {int(layer): int(rank) for layer, rank in getattr(self, name).items()})
+                setattr(self, name, {_layer_index(name, layer): r for layer, r in getattr(self, name).items()})
         self._check_budget()
         if not re.fullmatch(r"head|joint|group:0*[1-9]\d*", str(self.key_layout)):
             raise ValueError(
@@ -184,6 +184,12 @@ class CSKVConfig(PeftConfig):
                 f"`rank_multiple`={self.rank_multiple} needs `allocation`='auto'; without, ranks are what you ask for."
             )
         if self.storage_bits == 16:
+            for name in ("key_group", "value_group"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}`={getattr(self, name)} is of packed latents, and these are stored in 16 bits; drop "
+                        "it, or give `bits`."
+                    )
             return
         if self.block_size % 8:
             raise ValueError(f"`block_size` must be a multiple of 8 for packed latents, got {self.block_size}.")
@@ -246,7 +252,7 @@ class CSKVConfig(PeftConfig):
             r for ranks in (self.key_rank_per_layer, self.value_rank_per_layer) for r in (ranks or {}).values()
         ]
         for rank in [r for r in ranks if r is not None] + per_layer:
-            if not isinstance(rank, int) or rank < 1:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"Ranks must be integers of at least 1, got {rank!r}.")
 
     @property
@@ -261,7 +267,8 @@ class CSKVConfig(PeftConfig):
 
     def group_of(self, side: str) -> list[int]:
         """`key_group` or `value_group` with its default decided."""
-        return (self.key_group if side == "key" else self.value_group) or [self.block_size, 4]
+        group = self.key_group if side == "key" else self.value_group
+        return [self.block_size, 4] if group is None else group
 
     def format_of(self, side: str, bits: Sequence[int], rank: int) -> LatentFormat:
         """How the latents of the ``"key"`` or ``"value"`` side of a layer are stored; no `bits` is plain storage."""
@@ -431,6 +438,13 @@ class CSKVConfig(PeftConfig):
             return 0
         unseen = self.num_old_tokens(num_tokens) + self.window + 1 - ROLLBACK_TOKENS - sliding_window
         return min(max(0, unseen) // self.block_size * self.block_size, self.num_old_tokens(num_tokens))
+
+
+def _layer_index(name: str, layer: Any) -> int:
+    try:
+        return int(layer)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must have indices of layers as keys, got {layer!r}.") from None
 
 
 ensure_peft_type()

@@ -144,7 +144,7 @@ def predict(config: CSKVConfig, device: str, context: int = 8192, num_attention_
 
     Raises:
         ValueError: for a device that is not there, an adapter without sizes, or one whose base model's config, which
-            says how many query heads there are, is not to be had.
+            says how many query heads there are, cannot be read.
     """
     if config.model_shape is None:
         raise ValueError("This adapter does not say what model it was fitted to; fit it again with `cskv fit`.")
@@ -155,7 +155,7 @@ def predict(config: CSKVConfig, device: str, context: int = 8192, num_attention_
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"The config of the base model '{config.base_model_name_or_path}', which says how many query heads "
-                "there are, is not to be had; give their number with `--query-heads`."
+                "there are, cannot be read; give their number with `--query-heads`."
             ) from error
         config.check_model(ModelShape.from_model_config(base))
         num_attention_heads = base.get_text_config().num_attention_heads

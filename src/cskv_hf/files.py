@@ -1,82 +1,16 @@
-"""Files in and out for the command line: calibration text, and files and directories replaced only when complete."""
+"""Files and directories that are written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
-
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-
-
-def documents(path: Path) -> Iterator[str]:
-    """The documents of a text file (one) or of a JSON-lines file (one per line that is not blank, field ``text``),
-    which ends in .jsonl, .ndjson or .json.
-
-    Raises:
-        ValueError: if the file is missing, empty or no text in UTF-8, or a line is no JSON object with a ``text`` that
-            is a string.
-    """
-    if not path.is_file():
-        raise ValueError(f"The text file '{path}' does not exist.")
-    if path.suffix.lower() not in JSON_LINES:
-        text = _text_of(path)
-        if not text.strip():
-            raise ValueError(f"The text file '{path}' is empty.")
-        yield text
-        return
-    empty = True
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise ValueError(f"Line {number} of '{path}' is no JSON object with a 'text' field that is a string.")
-        empty = empty and not text.strip()
-        yield text
-    if empty:
-        raise ValueError(f"The text file '{path}' is empty.")
-
-
-def _text_of(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is no text in UTF-8 ({error}). Unpack or convert it first.") from error
-    if "\0" in text:
-        raise ValueError(f"'{path}' is no text: it holds null characters. Unpack or convert it first.")
-    return text
-
-
-def calibration_samples(path: Path, tokenizer: Any, length: int) -> list[torch.Tensor]:
-    """The file as samples of `length` tokens, documents one after the other; the last, shorter one included.
-
-    Raises:
-        ValueError: see [`documents`].
-    """
-    ids = [i for document in documents(path) for i in tokenizer(document)["input_ids"]]
-    return [torch.tensor(ids[start : start + length]) for start in range(0, len(ids), length)]
-
-
-def full_rows(path: Path, tokenizer: Any, length: int) -> list[torch.Tensor]:
-    """The samples of [`calibration_samples`] that have all of their `length` tokens.
-
-    Raises:
-        ValueError: if there is none, or see [`documents`].
-    """
-    rows = [row for row in calibration_samples(path, tokenizer, length) if len(row) == length]
-    if not rows:
-        raise ValueError(f"'{path}' holds less than {length} tokens, too few to measure on.")
-    return rows
 
 
 def check_out(out: Path) -> None:
@@ -92,10 +26,24 @@ def check_out(out: Path) -> None:
         raise ValueError(f"`out`='{out}' is a file. Name a new directory, or that of a CSKV adapter to replace.")
     if out.is_dir() and any(out.iterdir()) and not _is_adapter(out):
         raise ValueError(
-            f"`out`='{out}' holds something that is no CSKV adapter and would be lost. Name a new or an empty "
+            f"`out`='{out}' holds something that is not a CSKV adapter and would be lost. Name a new or an empty "
             "directory, or that of a CSKV adapter to replace."
         )
-    there = next(folder for folder in out.absolute().parents if folder.is_dir())
+    _check_writable(out, next(folder for folder in out.absolute().parents if folder.is_dir()))
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder for files that is a file, or where nothing can be written, before any work is done.
+
+    Raises:
+        ValueError: as described.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`out`='{out}' is a file. Name a folder.")
+    _check_writable(out, next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir()))
+
+
+def _check_writable(out: Path, there: Path) -> None:
     try:
         os.rmdir(tempfile.mkdtemp(dir=there))
     except OSError as error:
@@ -153,8 +101,20 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file to, which is put in the place of `path` once it is complete; a failure
+    leaves nothing."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield new
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def replace_file(path: Path, text: str) -> None:
-    """Write a text file beside `path`, then put it in the place of `path`, which is kept until then."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    """Write a text file, see [`replacing`]."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Adapters from and to directories and the Hub. Uploads, and downloads of adapters and data sets.
+"""Adapters from directories and the Hub, and to the Hub.
 
 A repository is a plain PEFT adapter repository, so that whatever loads adapters loads it. PEFT's own ``push_to_hub``
 uploads the same files but replaces the card by an empty one.
@@ -61,14 +61,16 @@ def load(
         model: the base model the adapter was fitted to; a `PeftModel` of CSKV adapters gets one more.
         adapter: directory or Hub id.
         adapter_name: the name it gets; it becomes the active one.
-        compression: cut the adapter to this compression, which must be above the one it was fitted at; see [`shrink`].
+        compression: cut the adapter to this compression, which must not be below the one it was fitted at; see
+            [`shrink`].
         revision, subfolder, token: as everywhere on the Hub.
         kwargs: for `PeftModel.from_pretrained`; `cache_dir`, `local_files_only` and `force_download` go to the
             download.
 
     Raises:
-        ValueError: if a file is missing, truncated or corrupt, is no CSKV adapter, or belongs to another model; if the
-            name is taken, or `model` is a `PeftModel` of another method.
+        ValueError: if a file is missing, truncated or corrupt, is not a CSKV adapter, or belongs to another model; if
+            the name is taken, or `model` is a `PeftModel` of another method.
+        TypeError: if `model` is not a module.
         huggingface_hub.errors.HfHubHTTPError: if the repository or revision is not there, or not for this token.
     """
     download = {
@@ -134,7 +136,9 @@ def local_adapter(adapter: str | os.PathLike, *, subfolder: str | None = None, *
         return folder
     place = f"'{adapter}'" + (f", folder '{subfolder}'" if subfolder else "")
     if Path(adapter).exists():
-        raise ValueError(f"{place} is no directory. Give the directory of an adapter, or a Hub id like 'user/name'.")
+        raise ValueError(
+            f"{place} is not a directory. Give the directory of an adapter, or a Hub id like 'user/name'."
+        )
     if not REPO_ID.fullmatch(str(adapter)):
         raise ValueError(f"'{adapter}' is neither a directory nor a Hub id like 'user/name'.")
     try:
@@ -148,26 +152,10 @@ def local_adapter(adapter: str | os.PathLike, *, subfolder: str | None = None, *
         raise LocalEntryNotFoundError(f"There is no directory '{adapter}' here. {error}") from error
     except EntryNotFoundError as error:
         raise ValueError(
-            f"{place} is no complete CSKV adapter: it needs {' and '.join(ADAPTER)}. Files of other formats, pickles "
-            f"among them, are not read. ({str(error).strip().splitlines()[-1]})"
+            f"{place} is not a complete CSKV adapter: it needs {' and '.join(ADAPTER)}. Files of other formats, "
+            f"pickles among them, are not read. ({str(error).strip().splitlines()[-1]})"
         ) from error
     return Path(files[0]).parent
-
-
-def dataset_file(repo_id: str, filename: str) -> Path:
-    """A file of a Hub dataset, downloaded unless it is already on this machine.
-
-    Raises:
-        ValueError: if it cannot be had, with the reason and the way around.
-    """
-    try:
-        return Path(hf_hub_download(repo_id, filename, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"'{filename}' of the Hub dataset '{repo_id}' cannot be downloaded "
-            f"({str(error).strip().splitlines()[0]}). Download it where there is a network, unpack it, and give the "
-            "path of its .jsonl file."
-        ) from error
 
 
 def push_to_hub(
@@ -262,7 +250,7 @@ def push_folder(
     known = base_model or config.base_model_name_or_path
     if known is None or not REPO_ID.fullmatch(known) or (base_model is None and os.path.exists(known)):
         raise ValueError(
-            f"The adapter's base model is known as {known!r}, which is no Hub id, so nobody else could load the "
+            f"The adapter's base model is known as {known!r}, which is not a Hub id, so nobody else could load the "
             "adapter. Name it with `base_model='user/model'`."
         )
     api = HfApi(token=token)
@@ -298,7 +286,7 @@ def push_folder(
 
 @contextlib.contextmanager
 def _connection(api: HfApi) -> Iterator[None]:
-    """Say that the Hub is not to be had, where its client has an error for every way that a connection fails.
+    """Say that the Hub cannot be reached, where its client has an error for every way that a connection fails.
 
     Raises:
         ConnectionError: as described.

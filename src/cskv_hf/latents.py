@@ -187,6 +187,6 @@ class Latents:
             start = end
         return Latents(self.format, whole)
 
-    def page_locked(self) -> Latents:
+    def pinned(self) -> Latents:
         """In memory that a GPU reads on its own; for latents on the CPU."""
         return self._map(lambda t: t if t.is_pinned() or not t.numel() else t.pin_memory())

@@ -71,4 +71,4 @@ def to_cpu(latents: Latents, device: torch.device) -> Latents:
     Waits for the copy, since operations on the CPU may follow at once.
     """
     latents = latents.to("cpu")
-    return latents.page_locked() if device.type == "cuda" else latents
+    return latents.pinned() if device.type == "cuda" else latents

@@ -79,7 +79,7 @@ def measure_device(
     many = 4096 if place.type == "cuda" else 1024  # rows: enough to fill a GPU
     probe = torch.randn(many, many, device=place, dtype=dtype)
     left = probe.to(compute_dtype(probe))[:, : many // 4].contiguous()
-    product = left @ left.mT  # into memory that is there; and oftener, for it is short
+    product = left @ left.mT  # into memory that is there; and more often, since it is short
     matmul = 2 * many * many * left.shape[1] / median(lambda: torch.mm(left, left.mT, out=product), 5 * rounds)
     if place.type == "cuda":  # elements are worked on in registers there: a multiply-add of the cores without tensors
         wide = left.float()

@@ -1,4 +1,4 @@
-"""Whether an interrupted run may be gone on with: what it was started with, and what differs now."""
+"""Whether an interrupted run may be resumed: what it was started with, and what differs now."""
 
 from __future__ import annotations
 

@@ -123,10 +123,10 @@ def _starting_at(layers: nn.ModuleList, index: int, hidden_states: torch.Tensor)
                 layer.forward = forward
 
 
-def _divergence(full: torch.Tensor, cut: torch.Tensor) -> float:
-    """KL(full || cut) of log-probabilities (tokens, vocab), summed over tokens; 0 log 0 is 0."""
+def kl_divergence(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(full || other) of log-probabilities (..., vocab), for each token; 0 log 0 is 0, as of a forbidden token."""
     probability = full.exp()
-    return float(torch.where(probability > 0, probability * (full - cut), 0.0).sum())
+    return torch.where(probability > 0, probability * (full - other), 0.0).sum(-1)
 
 
 def _check_finite(finite: bool, what: str) -> None:
@@ -230,7 +230,7 @@ def measure_sensitivity(
                     divergence = 0.0
                     for full, ids, hidden_states in zip(reference, batches, inputs[index]):
                         with _starting_at(layers, index, hidden_states):
-                            divergence += _divergence(full, log_probabilities(ids))
+                            divergence += float(kl_divergence(full, log_probabilities(ids)).sum())
                 finally:
                     handle.remove()
                 _check_finite(math.isfinite(divergence), f"with cut {name} of layer {index}")

@@ -57,7 +57,7 @@ class CSKVStaticLayer(CacheLayerMixin):
         )
         self.fingerprint = Fingerprint.of(factors)
         self.is_initialized = True
-        kernels.prepare(factors, key_states.device, key_states.dtype)
+        kernels.prepare(factors, key_states)
         keep_in_place(self.tensors)
 
     def _room_for(self, format: LatentFormat, like: torch.Tensor) -> Latents:
@@ -83,8 +83,13 @@ class CSKVStaticLayer(CacheLayerMixin):
 
     def _update(self, key_states: torch.Tensor, value_states: torch.Tensor):
         staged = self.staged
-        if staged is None or staged.step.num_new != key_states.shape[-2]:
+        if staged is None:
             raise RuntimeError(MISSING_FACTORS)
+        if staged.step.num_new != key_states.shape[-2]:
+            raise RuntimeError(
+                f"This layer of a CSKVStaticCache was told of {staged.step.num_new} new tokens and got the keys of "
+                f"{key_states.shape[-2]}. Call `cache.reset()` or use a new cache."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.keys.dtype)  # under autocast

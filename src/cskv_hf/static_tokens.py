@@ -169,10 +169,10 @@ class StaticStep(OldTurns):
         table.slots.scatter_(1, at, (self.start + order).int())
 
         num_old = table.num_old(held)
-        self._see(valid, each, num_old)
-        self._move(order, num_old)
+        self._plan_reads(valid, each, num_old)
+        self._plan_writes(order, num_old)
 
-    def _see(self, valid: torch.Tensor | None, each: torch.Tensor, num_old: torch.Tensor) -> None:
+    def _plan_reads(self, valid: torch.Tensor | None, each: torch.Tensor, num_old: torch.Tensor) -> None:
         """The columns of the attention of this forward."""
         table, held = self.table, self.table.counts
         num_blocks = table.num_blocks
@@ -195,7 +195,7 @@ class StaticStep(OldTurns):
         self.memo: list = []
         self._turn: dict = {}
 
-    def _move(self, order: torch.Tensor, num_old: torch.Tensor) -> None:
+    def _plan_writes(self, order: torch.Tensor, num_old: torch.Tensor) -> None:
         """What is written where afterwards."""
         table, held, block_size = self.table, self.table.counts, self.table.block_size
         most = (self.num_new + block_size - 1) // block_size  # blocks that may become due

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from .files import replacing
 from .model_shape import ModelShape
 
 logger = logging.get_logger(__name__)
@@ -53,6 +54,7 @@ class KVStatistics:
         model_shape: the sizes of the model.
         source: what the data was, in the caller's words; a continued pass must name the same.
         weights: of the model, see [`weight_hashes`]; a continued pass must have the same.
+        samples_digest: hash of the samples consumed; a continued pass must begin with the same.
     """
 
     key_moment: torch.Tensor
@@ -68,6 +70,7 @@ class KVStatistics:
     model_shape: dict[str, Any]
     source: str = ""
     weights: dict[str, str | None] | None = None
+    samples_digest: str = ""
 
     @classmethod
     def empty(cls, shape: ModelShape, hidden_size: int, source: str = "") -> KVStatistics:
@@ -119,15 +122,11 @@ class KVStatistics:
         """Write to a safetensors file; an existing one is replaced only once the new one is complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        names = ("num_tokens", "num_samples", "model_shape", "source", "weights")
+        names = ("num_tokens", "num_samples", "model_shape", "source", "weights", "samples_digest")
         numbers = {name: getattr(self, name) for name in names}
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(
-            {name: getattr(self, name) for name in TENSORS},
-            temporary,
-            metadata={"cskv_statistics": json.dumps(numbers)},
-        )
-        os.replace(temporary, path)
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        with replacing(path) as new:
+            save_file(tensors, new, metadata={"cskv_statistics": json.dumps(numbers)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> KVStatistics:
@@ -141,7 +140,7 @@ class KVStatistics:
                 metadata = (file.metadata() or {}).get("cskv_statistics")
                 if metadata is None:
                     raise ValueError(
-                        f"'{path}' is no file of CSKV statistics. Delete it to start the statistics over."
+                        f"'{path}' is not a file of CSKV statistics. Delete it to start the statistics over."
                     )
                 return cls(**{name: file.get_tensor(name) for name in TENSORS}, **json.loads(metadata))
         except SafetensorError as error:

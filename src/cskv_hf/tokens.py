@@ -275,7 +275,7 @@ def check_tokens(**arguments: tuple[int | None, int]) -> None:
     """Check arguments that are a number of tokens or None, each given with the least that is allowed.
 
     Raises:
-        TypeError: for what is no whole number.
+        TypeError: for what is not a whole number.
         ValueError: for less.
     """
     for name, (value, least) in arguments.items():

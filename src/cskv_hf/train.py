@@ -289,7 +289,7 @@ def _check_same_adapter(checkpoint: Path, config: CSKVConfig, objective: str) ->
     """
     file = checkpoint / "adapter_config.json"
     if not file.is_file():
-        raise ValueError(f"'{checkpoint}' is no checkpoint of a CSKV adapter: it has no adapter_config.json.")
+        raise ValueError(f"'{checkpoint}' is not a checkpoint of a CSKV adapter: it has no adapter_config.json.")
     saved = json.loads(file.read_text())
     mine = json.loads(json.dumps({name: getattr(config, name) for name in SAME_TO_RESUME}))  # tuples become lists
     different = [name for name in SAME_TO_RESUME if saved.get(name) != mine[name]]

@@ -7,7 +7,6 @@ interrupted, so that it ends with the same answers.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
+from ..files import replace_file
 from ..generation import CACHE_ARGUMENT
 from ..runs import differences
 from .cases import Answer, Case
@@ -53,7 +53,7 @@ def answer_cases(
             on.
 
     Raises:
-        ValueError: if `path` holds answers under other settings or is no such file, or if two cases share an id.
+        ValueError: if `path` holds answers under other settings or is not such a file, or if two cases share an id.
     """
     keys = [(case.group, case.id) for case in cases]
     if len(set(keys)) < len(keys):
@@ -162,9 +162,7 @@ def _read_answers(path: Path, header: dict[str, Any]) -> dict[tuple[str, str], A
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if not lines[-1].endswith("\n"):
         lines.pop()
-        new = path.with_name(path.name + ".new")
-        new.write_text("".join(lines), encoding="utf-8")
-        os.replace(new, path)
+        replace_file(path, "".join(lines))
     if not lines:
         return {}
     answers = {}
@@ -174,7 +172,7 @@ def _read_answers(path: Path, header: dict[str, Any]) -> dict[tuple[str, str], A
             if number > 1:
                 answers[entry["group"], entry["id"]] = Answer(**entry)
         except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"Line {number} of '{path}' is no answer; remove the file to start over.") from error
+            raise ValueError(f"Line {number} of '{path}' is not an answer; remove the file to start over.") from error
         if number == 1 and entry != (wanted := json.loads(json.dumps(header))):
             raise ValueError(
                 f"'{path}' holds answers under other settings than these: {differences(entry, wanted)}. Give another "

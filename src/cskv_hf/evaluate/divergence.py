@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..cache import CSKVCache
 from ..generation import CACHE_ARGUMENT
+from ..sensitivity import kl_divergence
 from .intervals import mean_interval
 from .perplexity import Perplexity
 
@@ -96,7 +97,7 @@ def compare_with_full_cache(
             targets = batch[:, start + 1 : start + 1 + piece.shape[1]][:, scored, None]
             for side, likelihood in enumerate((full, other)):
                 losses[side, here] -= likelihood.gather(-1, targets)[..., 0].sum(1).double().cpu()
-            divergence[here] += (full.exp() * (full - other)).sum((1, 2)).double().cpu()
+            divergence[here] += kl_divergence(full, other).sum(1).double().cpu()
             same[here] += (full.argmax(-1) == other.argmax(-1)).sum(1).double().cpu()
     count = length - max(skip, 1)  # the first token is predicted by nothing
     full, compressed = (Perplexity(loss / count, rows * count) for loss in losses)

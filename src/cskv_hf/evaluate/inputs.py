@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..calibration import collect_statistics
 from ..demo import BUNDLED, MODEL_PATH
-from ..files import full_rows
+from ..texts import full_rows
 from . import longbench, longeval, lveval
 from .answers import context_length, encode_prompt
 from .benchmarks import Benchmark, CaseBenchmark, TextBenchmark, long_generations
@@ -19,7 +19,7 @@ from .cases import Case, sample
 from .methods import Calibration
 from .needle import needle_cases
 
-MOST_ROWS = 64  # of a text, unless `limit` says otherwise
+MOST_ROWS = 64  # of a text, unless `rows` or `limit` says otherwise
 GENERATION_PROMPT = 64  # tokens
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 KINDS = ("text", "generations", "lines", "topics", "needle", "longbench", "lveval")
@@ -65,7 +65,7 @@ def check_benchmark(spec: str) -> None:
     """
     kind, _, source = spec.partition(":")
     if kind not in KINDS or not source:
-        raise ValueError(f"`--benchmark` '{spec}' is none that is known; use {', '.join(FORMS)}.")
+        raise ValueError(f"`--benchmark` '{spec}' is not known; use {', '.join(FORMS)}.")
     named = kind == "lines" and source.isdecimal()
     named = named or (kind in PUBLISHED and not source.endswith((".jsonl", ".json")) and "/" not in source)
     if not named and not Path(source).is_file():
@@ -78,6 +78,7 @@ def parse_benchmark(
     tokenizer: Any,
     *,
     limit: int | None,
+    rows: int | None,
     length: int,
     cut: int | None,
     batch_size: int,
@@ -86,7 +87,8 @@ def parse_benchmark(
     """A benchmark from its short form, one of [`FORMS`].
 
     Args:
-        limit: cases of a group, or rows of text, at most.
+        limit: cases of a group, at most.
+        rows: rows of a text, at most; `limit` by default, or 64.
         length: tokens of a row of text, and of the longest haystack.
         cut: tokens beyond which LongBench and LV-Eval prompts lose their middle; None cuts nothing.
         batch_size: prompts at a time.
@@ -98,9 +100,9 @@ def parse_benchmark(
     check_benchmark(spec)
     kind, _, source = spec.partition(":")
     if kind == "text":
-        return TextBenchmark(spec, _rows(source, tokenizer, length, limit or MOST_ROWS))
+        return TextBenchmark(spec, _rows(source, tokenizer, length, rows or limit or MOST_ROWS))
     if kind == "generations":
-        prompts = _rows(source, tokenizer, GENERATION_PROMPT, limit or 16)
+        prompts = _rows(source, tokenizer, GENERATION_PROMPT, rows or limit or 16)
         rows = long_generations(model, prompts, length - GENERATION_PROMPT)
         return TextBenchmark(spec, rows, skip=GENERATION_PROMPT)
     if kind == "lines":

@@ -63,7 +63,7 @@ class CSKVLM(HFLM):
         kwargs: for `HFLM`: ``dtype``, ``max_length``, ``add_bos_token``, ``parallelize``, ``trust_remote_code``, ...
 
     Raises:
-        ValueError: if an argument is not possible, or there is no CSKV adapter for ``cache="cskv"``.
+        ValueError: if an argument is not possible, or there is not a CSKV adapter for ``cache="cskv"``.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class CSKVLM(HFLM):
                     tokenizer = tokenizer or own_tokenizer(peft, **source)
             elif cache == "cskv":
                 raise ValueError(
-                    f"'{pretrained}' is no CSKV adapter. Give an adapter, or one by `peft=`; to measure the model as "
-                    "it is, set `cache` to 'full'."
+                    f"'{pretrained}' is not a CSKV adapter. Give an adapter, or one by `peft=`; to measure the model "
+                    "as it is, set `cache` to 'full'."
                 )
         super().__init__(
             pretrained,

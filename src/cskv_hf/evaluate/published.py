@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..hub import dataset_file
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 Fields = Mapping[str, tuple[str, Callable[[Any], bool]]]  # name -> what it must be, in words and as a test
 
@@ -36,7 +37,7 @@ def read_records(path: str | os.PathLike, fields: Fields = FIELDS) -> Iterator[t
     """Line number and record of every line of a file; empty lines are passed over.
 
     Raises:
-        ValueError: if the file is missing, no text or without a record, or a line is no JSON object with `fields`.
+        ValueError: if the file is missing, not text or without a record, or a line is not a JSON object with `fields`.
     """
     if not Path(path).is_file():
         raise ValueError(f"The file '{path}' does not exist.")
@@ -57,7 +58,7 @@ def read_published(
         if (place / file_name).is_file():
             yield from read_records(place / file_name, fields)
             return
-    downloaded = dataset_file(repo_id, archive)
+    downloaded = _dataset_file(repo_id, archive)
     with zipfile.ZipFile(downloaded) as files:
         member = next((m for m in files.namelist() if PurePosixPath(m).name == file_name), None)
         if member is None:
@@ -102,7 +103,7 @@ def _records(lines: Iterable[str], source: str, fields: Fields) -> Iterator[tupl
                 yield number, _checked(line, f"Line {number} of '{source}'", fields)
                 records += 1
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{source}' is no UTF-8 text behind line {number} ({error}).") from error
+        raise ValueError(f"'{source}' is not UTF-8 text after line {number} ({error}).") from error
     if not records:
         raise ValueError(f"'{source}' holds no record.")
 
@@ -111,12 +112,28 @@ def _checked(line: str, place: str, fields: Fields) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON ({error}).") from error
+        raise ValueError(f"{place} is not JSON ({error}).") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{place} is no JSON object, but {str(record)[:60]!r}.")
+        raise ValueError(f"{place} is not a JSON object but {str(record)[:60]!r}.")
     for name, (wanted, holds) in fields.items():
         if name not in record:
             raise ValueError(f"{place} has no field '{name}'; it has {', '.join(record) or 'none'}.")
         if not holds(record[name]):
             raise ValueError(f"{place}: field '{name}' must be {wanted}, got {str(record[name])[:60]!r}.")
     return record
+
+
+def _dataset_file(repo_id: str, filename: str) -> Path:
+    """A file of a Hub dataset, downloaded unless it is already on this machine.
+
+    Raises:
+        ValueError: if it cannot be downloaded, with the reason and the way around.
+    """
+    try:
+        return Path(hf_hub_download(repo_id, filename, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"'{filename}' of the Hub dataset '{repo_id}' cannot be downloaded "
+            f"({str(error).strip().splitlines()[0]}). Download it where there is a network, unpack it, and give the "
+            "path of its .jsonl file."
+        ) from error

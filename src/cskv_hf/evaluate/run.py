@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapter_files import ADAPTER
 from ..demo import BUNDLED
-from ..files import replace_file
+from ..files import check_folder, replace_file
 from ..generation import has_active_adapter
 from ..hub import local_adapter
 from ..model_shape import ModelShape
@@ -34,6 +34,7 @@ def evaluate(
     tables: Sequence[str] | None = None,
     data: Path | None = None,
     limit: int | None = None,
+    rows: int | None = None,
     length: int = 2048,
     cut: int | None = None,
     batch_size: int = 8,
@@ -57,11 +58,12 @@ def evaluate(
     """
     unknown = sorted(set(tables or ()) - set(TABLES))
     if unknown:
-        raise ValueError(f"`--tables` '{unknown[0]}' is none that is known; use {', '.join(TABLES)}.")
+        raise ValueError(f"`--tables` '{unknown[0]}' is not known; use {', '.join(TABLES)}.")
     if name != BUNDLED and not specs and not lm_eval_tasks:
         raise ValueError(f"There is nothing to measure on: give `--benchmark`, one of {', '.join(FORMS)}.")
     if data is not None and not data.is_file():
         raise ValueError(f"`--data` '{data}' does not exist.")
+    check_folder(out)
     specs = list(dict.fromkeys(specs))
     for spec in specs:
         check_benchmark(spec)
@@ -84,17 +86,19 @@ def evaluate(
     files |= {} if data is None else {"data": data}
     files |= {"adapter": local_adapter(name) / ADAPTER[1]} if fitted else {}
     settings = {
-        "model": name, "fingerprint": fingerprint(model, 0), "benchmarks": specs, "limit": limit, "length": length,
-        "cut": cut, "batch_size": batch_size, "context": context, "data": None if data is None else data.name,
+        "model": name, "fingerprint": fingerprint(model, 0), "benchmarks": specs, "limit": limit, "rows": rows,
+        "length": length, "cut": cut, "batch_size": batch_size, "context": context,
+        "data": None if data is None else data.name,
         "files": {spec: file_fingerprint(path) for spec, path in files.items()},
-        "max_tokens": max_tokens, "epochs": epochs, "learning_rate": learning_rate,
-        "chat_template": bool(getattr(tokenizer, "chat_template", None)),
+        "max_tokens": max_tokens, "epochs": epochs, "learning_rate": learning_rate, "device_map": device_map,
+        "dtype": dtype, "chat_template": bool(getattr(tokenizer, "chat_template", None)),
     }  # fmt: skip
     suite = Suite(model, tokenizer, [], out, settings)  # refuses a folder of another run before anything is done
     if name == BUNDLED and not specs:
         suite.benchmarks, only = bundled.benchmarks(model, tokenizer, limit or bundled.RECORDS), bundled.ONLY
     else:
-        options = {"limit": limit, "length": length, "cut": cut, "batch_size": batch_size, "context": context}
+        options = {"limit": limit, "rows": rows, "length": length, "cut": cut}
+        options |= {"batch_size": batch_size, "context": context}
         suite.benchmarks, only = [parse_benchmark(spec, model, tokenizer, **options) for spec in specs], {}
 
     def calibration() -> Calibration:
@@ -109,10 +113,10 @@ def evaluate(
     else:
         chosen = tables or (list(TABLES) if name == BUNDLED else ["methods"])
         wanted = {table: TABLES[table](shape) for table in chosen}
-    rows = []
+    measured = []
     if suite.benchmarks:
-        rows = suite.run(wanted, only, say)
-        say("\n" + text_tables(rows))
+        measured = suite.run(wanted, only, say)
+        say("\n" + text_tables(measured))
         say(f"\nSaved {out / 'results.json'}.")
     if lm_eval_tasks:
         options = {"tokenizer": tokenizer, "limit": limit, "batch_size": batch_size, "use_cache": out / "lm-eval"}
@@ -121,4 +125,4 @@ def evaluate(
         runs = [run_lm_eval(model, lm_eval_tasks, cache=cache, **options) for cache in caches]
         replace_file(out / "lm-eval.json", json.dumps(runs, indent=1))
         say("\n" + format_results(*runs))
-    return rows
+    return measured

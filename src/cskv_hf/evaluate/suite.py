@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..config import POSITION_BYTES, CSKVConfig
 from ..demo import BUNDLED
-from ..files import replace_file
+from ..files import check_folder, replace_file
 from ..model_shape import ModelShape
 from ..runs import differences
 from .benchmarks import Benchmark, Measurement
@@ -39,7 +39,8 @@ class Suite:
         calibration: makes what adapters are fitted with; called once, when first needed.
 
     Raises:
-        ValueError: if `out` holds results under other settings or of other versions, or a file that is none.
+        ValueError: if `out` holds results under other settings or of other versions, or a file that is none, or
+            cannot be written.
     """
 
     def __init__(
@@ -169,20 +170,21 @@ class Suite:
         return any(row["key"] == key and row["benchmark"] == benchmark.name for row in self.rows)
 
     def _earlier_rows(self) -> list[dict[str, Any]]:
-        working = self.out / "measured.json"
-        if not working.exists():
+        check_folder(self.out)
+        files = [path for path in (self.out / "measured.json", self.path) if path.exists()]
+        if not files:
             return []
         try:
-            held = json.loads(working.read_text(encoding="utf-8"))
+            held = json.loads(files[0].read_text(encoding="utf-8"))
             settings, rows = held["settings"], held["rows"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"'{working}' is no file of measurements; remove it to start over.") from error
+            raise ValueError(f"'{files[0]}' is not a file of measurements; remove it to start over.") from error
         if settings != self.settings:
             raise ValueError(
-                f"'{working}' was measured under other settings than these: {differences(settings, self.settings)}. "
+                f"'{files[0]}' was measured under other settings than these: {differences(settings, self.settings)}. "
                 "Give another folder, or remove this one to start over."
             )
-        return rows
+        return [] if files[0] == self.path else rows  # results.json alone does not hold what it was measured by
 
     def _write(
         self, tables: dict[str, list[Method]] | None = None, only: dict[str, Sequence[str]] | None = None

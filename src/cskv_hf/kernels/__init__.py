@@ -1,8 +1,8 @@
 """Attention over a compressed past, and encoding and packing it, by kernels: on a GPU in Triton, on a CPU in C++ once
 the user has compiled it. The torch code in attention.py, cache_layer.py and quantize.py is their oracle and fallback.
 
-This file chooses. On a GPU ``gpu.py`` launches attention, with what ``gpu_plans.py`` keeps and decides for a layer and
-arguments as ``gpu_arguments.py`` makes them: kernels in ``triton_kernels.py``, which read latents by
+This file chooses. On a GPU ``gpu.py`` launches attention, with what ``gpu_plans.py`` decides and ``gpu_kept.py`` keeps
+of a layer, and arguments as ``gpu_arguments.py`` makes them: kernels in ``triton_kernels.py``, which read latents by
 ``triton_latents.py`` in pieces of channels (``pieces.py``), told by ``tiles.py`` what is seen; on Hopper GPUs scores
 and sums of values are those of ``hopper.py``. ``triton_center.py`` (of a prompt), ``triton_encode.py`` (of a step) and
 ``triton_quantize.py`` make latents. On a CPU ``cpu.py`` compiles and calls ``cpp/``.
@@ -33,7 +33,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def choose(query: torch.Tensor, *others: torch.Tensor) -> Literal["gpu", "cpu"] | None:
-    """The kernels that take this query, or None: if there are none, if somebody asks for gradients of it or of the
+    """The kernels that take this query, or None: if there are none, if gradients are required of it or of the
     `others` that go into attention, or, on a CPU, if a compiler traces it. Where a GPU has to do without them, one
     warning says why."""
     compiling = torch.compiler.is_compiling()
@@ -53,7 +53,7 @@ def choose(query: torch.Tensor, *others: torch.Tensor) -> Literal["gpu", "cpu"] 
 
 
 def quantizer(latents: torch.Tensor, layout: PackedLayout) -> Callable | None:
-    """The kernels' own `quantize` for these latents, or None: if there are no kernels, if somebody asks for gradients,
+    """The kernels' own `quantize` for these latents, or None: if there are no kernels, if gradients are required,
     or, on a CPU, if a compiler traces it, which makes short work of torch's operations itself."""
     if latents.dtype != torch.float32 or (torch.is_grad_enabled() and latents.requires_grad):
         return None
@@ -66,7 +66,7 @@ def quantizer(latents: torch.Tensor, layout: PackedLayout) -> Callable | None:
 
 def encoder(key_states: torch.Tensor, value_states: torch.Tensor, factors: LayerFactors) -> Callable | None:
     """What encodes the block that is due of a decoding step of fixed shape on a GPU, see triton_encode.py; or None: if
-    there are no kernels for such keys or latents, or if somebody asks for gradients."""
+    there are no kernels for such keys or latents, or if gradients are required."""
     if not _can_encode(key_states, value_states, factors):
         return None
     from .triton_encode import encode_due, serves_factors
@@ -77,7 +77,7 @@ def encoder(key_states: torch.Tensor, value_states: torch.Tensor, factors: Layer
 def centering(key_states: torch.Tensor, value_states: torch.Tensor, factors: LayerFactors) -> Callable | None:
     """What prepares many tokens on a GPU for the products that encode them, see triton_center.py; or None: if there
     are no kernels for such states, if a compiler traces it, which makes short work of torch's operations itself, or if
-    somebody asks for gradients."""
+    gradients are required."""
     if torch.compiler.is_compiling() or not _can_encode(key_states, value_states, factors):
         return None
     from .triton_center import center
@@ -137,10 +137,11 @@ def why_not(query: torch.Tensor) -> str | None:
     return None
 
 
-def prepare(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
+def prepare(factors: LayerFactors, key_states: torch.Tensor) -> None:
     """Make what the kernels of a GPU keep of a layer, before a CUDA graph is recorded, which would take it for its
-    own."""
-    if device.type == "cuda" and HAS_TRITON:
+    own; nothing where they do not serve `key_states`."""
+    device, dtype = key_states.device, key_states.dtype
+    if device.type == "cuda" and why_not(key_states) is None:
         from . import gpu, triton_encode
 
         gpu.prepare(factors, device, dtype)

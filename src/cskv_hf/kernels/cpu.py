@@ -35,14 +35,20 @@ FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 def library_path() -> Path:
     """Where the compiled kernels of this source, torch and processor lie."""
-    cpuinfo = Path("/proc/cpuinfo")
-    features = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
+    features = [line for line in _cpuinfo().splitlines() if line.startswith(("flags", "Features"))][:1]
     sources = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob("*.*"))]
     key = "\n".join([*sources, torch.__version__, platform.machine(), *FLAGS, *features])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions")
     return Path(folder) / "cskv_hf" / f"{name}.so"
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux, or a sandbox without it
+        return ""
 
 
 def build() -> Path:
@@ -98,8 +104,10 @@ def build() -> Path:
 def load() -> bool:
     """Whether the kernels are compiled for this machine; then they are loaded. A warning says if they cannot be, or
     were compiled for another torch, processor or version of this package only."""
+    if platform.system() != "Linux":
+        return False
     path = library_path()
-    if platform.system() != "Linux" or not path.exists():
+    if not path.exists():
         if any(path.parent.glob("*.so")):
             logger.warning_once(
                 f"CSKV's kernels for CPUs in '{path.parent}' were compiled for another torch, processor or version, "

@@ -30,24 +30,22 @@ from .gpu_arguments import (
     description,
     format_of,
     in_words,
+    mask_argument,
     mask_kind,
-    mask_start,
+    mask_rows,
     mask_strides,
-    num_queries,
     storage,
     stored,
 )
+from .gpu_kept import transposed, with_mean
 from .gpu_plans import (
     VALUE_CHUNK,
     WARPS,
     few_registers,
     is_hopper,
     key_pieces,
-    prepare_tables,
     tiles_of_program,
-    transposed,
     value_pieces,
-    with_mean,
     working_dtype,
 )
 from .sizes import cdiv, power_of_2, row_stride
@@ -125,9 +123,13 @@ class Scores(NamedTuple):
 
 def prepare(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
     """What the kernels keep of a layer, those of scores both: which one is called depends on the queries."""
-    prepare_tables(factors, device, dtype)
     formats = factors.key_format, factors.value_format
-    if _sums_on_hopper(factors.value_format, in_words(*formats), working_dtype(dtype, *formats), device):
+    work, words = working_dtype(dtype, *formats), in_words(*formats)
+    pieces, *_ = key_pieces(factors.key_format, factors.key_ranks, factors.head_dim * work.itemsize, words, device)
+    value_pieces(factors.value_format, device)
+    with_mean(factors.key_B, factors.key_mean, pieces.order, work)
+    transposed(factors.value_B, dtype)
+    if _sums_on_hopper(factors.value_format, words, work, device):
         hopper.value_plan(factors.value_format, device)
     if _scores_on_hopper(factors, *formats, dtype, 1, device):
         hopper.prepare(
@@ -299,9 +301,9 @@ def _launch_scores(
     tiles_each = tiles_of_program(num_tiles, heads * batch, KEY_PROGRAMS)
     score_kernel[cdiv(num_tiles, tiles_each), heads, batch](
         query, codes_of(keys.data, words), as_pairs(keys.ranges), pieces.table,
-        with_mean(keys.B, keys.mean, pieces.order, work), *tables, *mask_start(mask, query),
+        with_mean(keys.B, keys.mean, pieces.order, work), *tables, mask_argument(mask, query),
         *(seen or (query, query)), *scores, base_2, attention_scaling,
-        rows, num_queries(mask), keys.data.shape[1], keys.format.rank, *block_sizes(keys.format), num_tiles,
+        rows, mask_rows(mask), keys.data.shape[1], keys.format.rank, *block_sizes(keys.format), num_tiles,
         tiles_each, row_stride(by_row), *mask_strides(mask), 0 if seen is None else row_stride(seen.counts), THOUSANDS,
         TURNS=kind, RUN=run, MASK=mask_kind(mask), HEADS_PER_GROUP=heads // len(key_ranks), HEAD_DIM=head_dim,
         ROWS=8 if rows <= 8 else 16, ALL_ROWS=rows <= 8, SIZES=pieces.sizes, LEAST=pieces.least, HELD=held,
@@ -374,9 +376,9 @@ def _finish(
     tile = 64 if wide <= 256 else 2**14 // wide
     merged, old_maxima, old_sums = summed
     finish_kernel[cdiv(rows, row_tile), heads, batch](
-        query, exact_keys.contiguous(), exact_values.contiguous(), *mask_start(exact_mask, query), merged,
+        query, exact_keys.contiguous(), exact_values.contiguous(), mask_argument(exact_mask, query), merged,
         transposed(values.B, query.dtype), values.mean, old_maxima, old_sums, out, base_2, rows,
-        num_queries(exact_mask), batch, exact_keys.shape[2], values.format.rank, *mask_strides(exact_mask),
+        mask_rows(exact_mask), batch, exact_keys.shape[2], values.format.rank, *mask_strides(exact_mask),
         MASK=mask_kind(exact_mask), HEAD_DIM=head_dim, ROWS=row_tile, TILE=tile, CHUNK=tile, num_warps=2 * WARPS,
         num_stages=3 if is_hopper(query.device) else 1,  # on an H100 0.008 ms instead of 0.010, for 16 rows
         **FUSED,

@@ -77,17 +77,17 @@ def as_pairs(ranges: torch.Tensor) -> torch.Tensor:
     return ranges.contiguous().view(torch.int32) if ranges.dtype == torch.float16 and ranges.shape[-1] == 2 else ranges
 
 
-def mask_start(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor]:
+def mask_argument(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     if mask is None:
-        return (like,)  # never read
-    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask,)
+        return like  # never read
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
 def mask_kind(mask: torch.Tensor | None) -> int:
     return 0 if mask is None else 1 if mask.dtype == torch.bool else 2
 
 
-def num_queries(mask: torch.Tensor | None) -> int:
+def mask_rows(mask: torch.Tensor | None) -> int:
     return 1 if mask is None else mask.shape[2]
 
 

@@ -1,17 +1,13 @@
-"""What the kernels of a GPU keep of a layer, and how they divide their work; decided once for its sizes and device."""
+"""How the kernels of a GPU divide their work, decided once for the sizes of a layer and its device."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..factors import LayerFactors
 from ..latents import LatentFormat, PackedFormat
-from .gpu_arguments import in_words, storage
+from .gpu_arguments import storage
 from .pieces import Pieces, cut
 from .sizes import cdiv
 from .tiles import TILE
@@ -21,16 +17,6 @@ KEY_CHUNK = VALUE_CHUNK = 64  # channels at a time, at most
 MOST_HELD, MOST_AHEAD = 8, 32  # pieces that are held; registers of a thread for what is read ahead
 FEW_TILES = 8  # of a program, which then has more to prepare than to do
 WARPS = 4
-
-
-def prepare_tables(factors: LayerFactors, device: torch.device, dtype: torch.dtype) -> None:
-    """What the kernels keep of a layer."""
-    work = working_dtype(dtype, factors.key_format, factors.value_format)
-    words = in_words(factors.key_format, factors.value_format)
-    pieces, *_ = key_pieces(factors.key_format, factors.key_ranks, factors.head_dim * work.itemsize, words, device)
-    value_pieces(factors.value_format, device)
-    with_mean(factors.key_B, factors.key_mean, pieces.order, work)
-    transposed(factors.value_B, dtype)
 
 
 @functools.cache
@@ -103,53 +89,3 @@ def shared_memory(device: torch.device) -> int:
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-
-
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def with_mean(key_B: torch.Tensor, key_mean: torch.Tensor, order: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``key_B`` transposed, (channels, group_dim) in `dtype`, as the pieces take its channels, the means of the groups
-    among them. Kept, see [`_keep`]."""
-
-    def make() -> torch.Tensor:
-        means = key_mean.detach().view(-1, key_B.shape[0])
-        return torch.cat([key_B.detach().mT, means]).to(dtype).index_select(0, order)
-
-    return _keep(make, order, dtype, key_B, key_mean)
-
-
-def transposed(value_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``value_B`` transposed, (rank, kv_dim) in `dtype`, so that neighbours in memory are read together. Kept."""
-    return _keep(lambda: value_B.detach().mT.to(dtype, copy=True).contiguous(), None, dtype, value_B)
-
-
-def _keep(
-    make: Callable[[], torch.Tensor], order: torch.Tensor | None, dtype: torch.dtype, *factors: torch.Tensor
-) -> torch.Tensor:
-    """What is made of factors, for as long as the first of them lives, or what it is a view of.
-
-    Made anew when somebody has written to them or put others in their place, but for writes to their `.data`, which
-    nobody can see, and in the same place, where a CUDA graph that was recorded before reads it. Made every time of
-    factors that count no writes.
-    """
-    first = factors[0]
-    if any(t.is_inference() for t in factors):
-        return make()
-    kept = _kept.setdefault(first if first._base is None else first._base, {})
-    key = dtype, id(order), first.device, first.shape, first.stride(), first.storage_offset()
-    state = tuple(number for t in factors for number in (t.data_ptr(), t._version))
-    found = kept.get(key)
-    if found is not None and found[0] == state and not any(memory.expired() for memory in found[3]):
-        return found[1]
-    with torch.inference_mode(False), torch.no_grad():
-        made = make()
-        if first.is_cuda and torch.cuda.is_current_stream_capturing():
-            return made  # by every replay
-        if found is not None:
-            made = found[1].copy_(made)
-    for other in [k for k in kept if k[2] != first.device]:  # the factors have moved
-        del kept[other]
-    memory = [StorageWeakRef(t.untyped_storage()) for t in factors]  # others may come to lie at the same address
-    kept[key] = state, made, order, memory  # the order must live, for its id to be its own
-    return made

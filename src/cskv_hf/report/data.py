@@ -217,7 +217,7 @@ def read_results(path: Path, shape: ModelShape, base_model: str = "") -> dict[st
         )
     for name in ("environment", "model", "settings"):
         if not isinstance(data.get(name, {}), dict):
-            raise ValueError(f"`{name}` of the results file '{path}' is no object; expected {expected}.")
+            raise ValueError(f"`{name}` of the results file '{path}' is not an object; expected {expected}.")
     model = data.get("model", {})
     mine = {
         "model_type": shape.model_type,
@@ -291,7 +291,7 @@ def _of_adapter(file: dict[str, Any], adapter: dict[str, Any], weights: str) -> 
 def _row(path: Path, number: int, row: Any) -> dict[str, Any]:
     """A row checked, with all fields."""
     if not isinstance(row, dict):
-        raise ValueError(f"Row {number} of the results file '{path}' is no object.")
+        raise ValueError(f"Row {number} of the results file '{path}' is not an object.")
     for name in TEXTS:
         if not isinstance(row.get(name), str):
             raise ValueError(
