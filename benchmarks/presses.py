@@ -399,7 +399,8 @@ def read_cases(path: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"The file of cases '{path}' cannot be read: {error}. Write it with `cases`.") from error
     if cases.get("version") != 1 or not cases.get("records"):
-        raise ValueError(f"'{path}' is no file of cases; write it with `python benchmarks/presses.py cases {path}`.")
+        way = f"write it with `python benchmarks/presses.py cases {path}`"
+        raise ValueError(f"'{path}' is not a file of cases; {way}.")
     return cases
 
 
