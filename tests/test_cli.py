@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HUB, make_model
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -155,6 +156,9 @@ def test_what_else_lies_beside_an_adapter_stays(folder):
     before = (out / "adapter_model.safetensors").read_bytes()
     assert cskv(*arguments, "--compression", 0.9)[0] == 0
     assert (out / "adapter_model.safetensors").read_bytes() != before
+    card = ModelCard.load(out / "README.md")
+    assert f'from_pretrained("{out}"' in card.text and f"adapter for `{folder / 'model'}`" in card.text
+    assert "bytes of an old token" in card.text and card.data.base_model is None  # a directory of this machine
     assert (out / "link" / "deep" / "mine.md").read_text() == "mine" and (out / "link").is_symlink()
     shutil.rmtree(out)
 

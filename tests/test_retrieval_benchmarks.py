@@ -194,6 +194,7 @@ def test_other_errors(tmp_path, tokenizer, text):
         (lambda: line_haystack([901]), ValueError, "between 1 and 900, got 901"),
         (needles(text, [512], [1.5]), ValueError, r"`depths` must be between 0 and 1, got \[1.5\]"),
         (needles(text, [512], needles_per_cell=0), ValueError, "`needles_per_cell` must be at least 1, got 0"),
+        (needles(__file__, [2048]), ValueError, "is a string, so a text, and names a file; give it as a"),
         (needles(text[:2000], [2048]), ValueError, "tokens, too few for the length 2048 in `lengths`"),
         (needles(text, [150]), ValueError, "`lengths` holds 150, but .* an answer of 128 tokens already take"),
         (needles(tmp_path / "no.txt", [512]), FileNotFoundError, "no.txt"),

@@ -1,4 +1,5 @@
-"""The files of a CSKV adapter in a directory: saved whatever else a model holds, and checked before they are used."""
+"""The files of a CSKV adapter in a directory: saved whatever else a model holds, with a card, and checked before they
+are used."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -13,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from .card import REPO_ID, model_card
 from .config import CSKVConfig
 from .model_shape import ModelShape
 from .sidecar import factor_shapes
@@ -48,6 +51,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         PreTrainedModel.save_pretrained(model, folder)
     finally:
         model.set_adapter(active)
+
+
+def write_adapter(folder: Path, model: PeftModel, tokenizer: Any, name: str) -> None:
+    """Fill a new directory with the one adapter of a model, a model card, and the tokenizer.
+
+    Args:
+        name: by which the card says to load it.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (config,) = model.peft_config.values()
+    base = str(config.base_model_name_or_path)
+    on_hub = REPO_ID.fullmatch(base) is not None and not os.path.exists(base)
+    model_card(config, base, name, base_on_hub=on_hub).save(folder / "README.md")
 
 
 def check_adapter_files(folder: Path) -> None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .model_shape import PLAIN_BITS
 from .quantize import RANGE_BYTES
 
-PLAIN_BITS = 16
 PACKED_LEVELS = (2, 3, 4, 6, 8)  # one bit between minimum and maximum loses more than it keeps; 5 and 7 gain nothing
 
 

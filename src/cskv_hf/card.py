@@ -1,13 +1,19 @@
-"""The text of an adapter's model card: how to use it, what it keeps, what was measured. Nothing that was not. Pure
-functions of a config."""
+"""An adapter's model card: how to use it, what it keeps, what was measured. Nothing that was not. Pure functions of a
+config."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from .config import CSKVConfig
 from .fit_report import layer_errors, ratio_text
 from .latents import PlainFormat
 from .model_shape import ModelShape
 
+REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 USE = """```python
 import cskv_hf  # registers the adapter type; without it PEFT does not know "CSKV"
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,15 +35,43 @@ CITATION = """```bibtex
 ```"""
 
 
-def card_text(config: CSKVConfig, base_model: str, repo_id: str) -> str:
+def model_card(
+    config: CSKVConfig,
+    base_model: str,
+    name: str,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    base_on_hub: bool = True,
+) -> ModelCard:
+    """The card of a fitted adapter.
+
+    Args:
+        base_model: Hub id, or a directory.
+        name: Hub id or directory of the adapter, to load it by.
+        license, tags: of the metadata.
+        base_on_hub: whether `base_model` is an id; the metadata leave a directory out.
+    """
+    tags = ["cskv", "kv-cache-compression", *tags]
+    known = {}
+    if base_on_hub:
+        tags.append(f"base_model:adapter:{base_model}")
+        known = {"base_model": base_model, "base_model_relation": "adapter"}
+    data = ModelCardData(
+        library_name="peft", pipeline_tag="text-generation", license=license, tags=sorted(set(tags)), **known
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(config, base_model, name, base_on_hub)}")
+
+
+def card_text(config: CSKVConfig, base_model: str, repo_id: str, base_on_hub: bool = True) -> str:
     """The card below its metadata."""
     shape = ModelShape(**config.model_shape)
     kept = config.bytes_per_token(shape)
     full = shape.full_bytes_per_token
     name = repo_id.rpartition("/")[2]
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_on_hub else f"`{base_model}`"
     sections = [
         f"# {name}",
-        f"A [CSKV](https://arxiv.org/abs/2409.10593) adapter for [{base_model}](https://huggingface.co/{base_model}): "
+        f"A [CSKV](https://arxiv.org/abs/2409.10593) adapter for {base}: "
         f"`generate()` keeps **{100 * kept / full:.1f} %** of the KV cache bytes of every token outside the last "
         f"{config.window} and the first {config.sinks}.",
         "## Use",

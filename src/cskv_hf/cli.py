@@ -16,7 +16,7 @@ import typer
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from .adapter_files import ADAPTER, check_adapter_files
+from .adapter_files import ADAPTER, check_adapter_files, write_adapter
 from .cache import CSKVCache
 from .config import CSKVConfig
 from .files import check_out, replace_directory
@@ -148,7 +148,7 @@ def fit(
         typer.echo(format_report(config))
         if evaluate is not None:
             typer.echo(format_evaluation(config.fit_report["evaluation"]))
-        replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+        replace_directory(out, lambda folder: write_adapter(folder, fitted, tokenizer, str(out)))
     except (ValueError, OSError, SafetensorError) as error:
         raise refused(ctx, error) from error
     os.remove(state_file)
@@ -209,7 +209,7 @@ def train(
         trainer = CSKVTrainer(fitted, arguments, rows, objective=objective)
         remember_run(checkpoints, settings)
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-        replace_directory(out, lambda folder: (fitted.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+        replace_directory(out, lambda folder: write_adapter(folder, fitted, tokenizer, str(out)))
     except (ValueError, OSError, SafetensorError) as error:
         raise refused(ctx, error) from error
     for checkpoint in checkpoints.glob("checkpoint-*"):

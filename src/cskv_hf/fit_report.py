@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import CSKVConfig
-from .latents import LatentFormat, PlainFormat
+from .latents import LatentFormat
 from .model_shape import ModelShape
 
 ERRORS = ("key_error", "value_error", "key_attention_error", "value_attention_error")
@@ -125,4 +125,4 @@ def ratio_text(evaluation: dict[str, Any]) -> str:
 
 def mean_bits(format: LatentFormat) -> float:
     """Bits of a code, averaged over the channels kept; 16 if plain."""
-    return 16.0 if isinstance(format, PlainFormat) else sum(format.layout.bits) / format.rank
+    return sum(format.channel_bits) / format.rank

@@ -10,14 +10,13 @@ import contextlib
 import functools
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -33,7 +32,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .adapter_files import ADAPTER, check_adapter_files, save_adapter
-from .card import card_text
+from .card import REPO_ID, model_card
 from .config import CSKVConfig
 from .cutting import shrink
 from .tuner import adapter_config, check_can_add, sidecars
@@ -41,7 +40,6 @@ from .tuner import adapter_config, check_can_add, sidecars
 logger = logging.get_logger(__name__)
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load(
@@ -257,21 +255,13 @@ def push_folder(
     with _connection(api), tempfile.TemporaryDirectory() as staging:
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
-        text = card_text(config, known, repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        data = ModelCardData(
-            library_name="peft",
-            base_model=known,
-            base_model_relation="adapter",
-            pipeline_tag="text-generation",
-            license=license or _license_of(known, api.token),
-            tags=sorted({"cskv", "kv-cache-compression", f"base_model:adapter:{known}", *(tags or [])}),
-        )
+        card = model_card(config, known, repo_id, license or _license_of(known, api.token), tags or ())
         for name in (*ADAPTER, *TOKENIZER):
             if (folder / name).is_file():
                 shutil.copy(folder / name, staging)
         _write_config(Path(staging) / CONFIG_NAME, known)
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(staging) / "README.md")
+        card.save(Path(staging) / "README.md")
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import kernels
+from .model_shape import PLAIN_BITS
 from .quantize import PackedLayout, dequantize, quantize
 from .step import Index, take
 
@@ -37,6 +38,11 @@ class PlainFormat:
     def bytes_per_token(self, dtype: torch.dtype) -> float:
         return self.rank * dtype.itemsize
 
+    @property
+    def channel_bits(self) -> tuple[int, ...]:
+        """Of every channel, in a 16-bit model."""
+        return (PLAIN_BITS,) * self.rank
+
 
 @dataclass(frozen=True)
 class PackedFormat:
@@ -51,6 +57,11 @@ class PackedFormat:
     @property
     def block_size(self) -> int:
         return self.layout.block_size
+
+    @property
+    def channel_bits(self) -> tuple[int, ...]:
+        """Of every channel."""
+        return self.layout.bits
 
     def store(self, latents: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """(batch, tokens, rank) -> codes and ranges, see [`quantize`]; computed in float32 or wider."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-PLAIN_BYTES = 2  # of an uncompressed value
+PLAIN_BITS, PLAIN_BYTES = 16, 2  # of an uncompressed value
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 CHANGING_ROPE_TYPES = ("dynamic", "longrope")  # other frequencies beyond a length
 

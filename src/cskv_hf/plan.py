@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .allocate import PACKED_LEVELS, PLAIN_BITS, Side, allocate, allocate_average
+from .allocate import PACKED_LEVELS, Side, allocate, allocate_average
 from .config import CSKVConfig
 from .decompose import even_ranks, pooled_ranks
-from .model_shape import ModelShape
+from .model_shape import PLAIN_BITS, ModelShape
 from .quantize import bit_runs
 
 Spectra = tuple[Sequence[torch.Tensor], torch.Tensor]  # of a layer: the keys' per group, the values'

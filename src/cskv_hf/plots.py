@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 from .config import CSKVConfig
-from .latents import PlainFormat
 
 BITS_COLOURS = {
     2: "#d9e8d2",
@@ -41,7 +40,7 @@ def plot_allocation(path: Path, config: CSKVConfig) -> None:
     for side, (axis, name) in enumerate(zip(axes, ("Keys", "Values"))):
         for layer_idx in range(layers):
             format, left = config.formats(layer_idx)[side], 0
-            counts = {16: format.rank} if isinstance(format, PlainFormat) else Counter(format.layout.bits)
+            counts = Counter(format.channel_bits)
             for bits in sorted(counts, reverse=True):
                 axis.barh(layer_idx, counts[bits], left=left, color=BITS_COLOURS[bits], height=0.8)
                 left += counts[bits]

@@ -109,12 +109,14 @@ def needle_cases(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if a depth is not between 0 and 1, `needles_per_cell` is not positive, the text is shorter than a
-            haystack, or a length has no room for question and answer.
+            haystack, a length has no room for question and answer, or the text is the path of a file.
     """
     if any(not 0 <= depth <= 1 for depth in depths):
         raise ValueError(f"`depths` must be between 0 and 1, got {list(depths)}.")
     _at_least_one("needles_per_cell", needles_per_cell)
-    text = Path(haystack).read_text(encoding="utf-8") if isinstance(haystack, Path) else haystack
+    if isinstance(haystack, str) and len(haystack) < 1000 and Path(haystack).is_file():
+        raise ValueError(f"`haystack`='{haystack}' is a string, so a text, and names a file; give it as a `Path`.")
+    text = haystack.read_text(encoding="utf-8") if isinstance(haystack, Path) else haystack
     text = text.strip() + "\n"
     sentences = _split(text, template.cut)
     sizes = [len(ids) for ids in tokenizer(sentences, add_special_tokens=False)["input_ids"]]

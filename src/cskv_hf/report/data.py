@@ -19,11 +19,11 @@ from safetensors import safe_open
 
 from .. import __version__
 from ..adapter_files import ADAPTER, check_adapter_files
+from ..card import REPO_ID
 from ..config import POSITION_BYTES, CSKVConfig
 from ..demo import BUNDLED, MODEL_PATH
 from ..fit_report import ERRORS, layer_errors, mean_bits
-from ..hub import REPO_ID
-from ..latents import LatentFormat, PlainFormat
+from ..latents import LatentFormat
 from ..model_shape import ModelShape
 from ..runs import file_fingerprint
 from .rows import ANOTHER, THIS, has_size_of
@@ -170,7 +170,7 @@ def layer_data(config: CSKVConfig, layer_idx: int) -> dict[str, Any]:
 
 def channels_by_bits(format: LatentFormat) -> list[list[int]]:
     """[bits, channels], most bits first."""
-    counts = {16: format.rank} if isinstance(format, PlainFormat) else Counter(format.layout.bits)
+    counts = Counter(format.channel_bits)
     return [[bits, counts[bits]] for bits in sorted(counts, reverse=True)]
 
 
