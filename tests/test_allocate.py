@@ -183,3 +183,16 @@ def test_predicted_loss_is_what_normal_values_lose(bits, group):
     layout = PackedLayout((bits,) * 32, 32, *group)
     measured = (dequantize(*quantize(latents, layout), layout, torch.float64) - latents).square().mean()
     assert float(measured) == pytest.approx(quantisation_loss(bits, group[0] * group[1]), rel=0.12)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_plan_names_the_layer_whose_worth_is_no_number(wrong):
+    """As from a config that was edited by hand, or an adapter whose factors are broken."""
+    shape, config = ModelShape("llama", 2, 2, 32), CSKVConfig(compression=0.7)
+    spectra = [([torch.ones(32), torch.ones(32)], torch.ones(64)) for _ in range(2)]
+    config.sensitivity = [[1.0, 3.0], [2.0, wrong]]
+    with pytest.raises(ValueError, match="or the `sensitivity` of layer 1 are NaN or infinite"):
+        plan(config, shape, spectra)
+    config.sensitivity, spectra[0][0][1][3] = [[1.0, 3.0]] * 2, wrong
+    with pytest.raises(ValueError, match="of layer 0 are NaN or infinite"):
+        plan(config, shape, spectra)

@@ -85,7 +85,13 @@ def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) 
 def _allocated(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
     check_budget(config, shape)
     sides = []
-    for (keys, values), (key_price, value_price) in zip(spectra, config.sensitivity):
+    for layer_idx, ((keys, values), (key_price, value_price)) in enumerate(zip(spectra, config.sensitivity)):
+        known = torch.cat([*keys, values, values.new_tensor([key_price, value_price])])
+        if not known.isfinite().all():
+            raise ValueError(
+                f"The spectra or the `sensitivity` of layer {layer_idx} are NaN or infinite. Fit the adapter again, "
+                "or with `allocation`='uniform'."
+            )
         levelled = [_in_steps(e.double(), config.rank_multiple) for e in (*keys, values)]
         sides.append(Side(tuple(e * key_price for e in levelled[:-1]), *config.group_of("key")))
         sides.append(Side((levelled[-1] * value_price,), *config.group_of("value")))
