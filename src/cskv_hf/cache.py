@@ -84,7 +84,7 @@ class CSKVCache(Cache):
         self.padding_mask = attention_mask if is_padding_mask else None
 
     def finish_forward(self) -> None:
-        """Called by the hook behind the decoder: what belonged to this forward alone is let go."""
+        """Called by the hook after the decoder: what belonged to this forward alone is let go."""
         self._step = self._before = self.padding_mask = None
         self.has_all_layers = self.tokens is not None
 
@@ -228,8 +228,8 @@ class CSKVCache(Cache):
         length to keep.
 
         What was compressed stays compressed. Layers with a sliding window hold what it can show to the next token, and
-        `ROLLBACK_TOKENS` tokens more, so that so many can be removed at any time; all that is held while a speculation
-        is verified.
+        `ROLLBACK_TOKENS` tokens more, so that this many can be removed at any time; while a speculation is verified,
+        they hold everything.
 
         Raises:
             ValueError: if there are fewer tokens, or a layer has dropped what it would need then.

@@ -168,7 +168,7 @@ class CSKVLayer(CacheLayerMixin):
         return blocks[:, self.dropped_blocks :] - self.dropped_blocks
 
     def drop(self, blocks: int) -> None:
-        """Let go of latents, until so many of the first blocks are gone."""
+        """Let go of latents, until this many of the first blocks are gone."""
         if blocks > self.dropped_blocks:
             self.hold(*(latents.drop(blocks - self.dropped_blocks) for latents in self._latents()))
             self.dropped_blocks = blocks

@@ -162,7 +162,7 @@ def _digest(before: str, input_ids: torch.Tensor, mask: torch.Tensor | None) -> 
 
 
 def _check_same_samples(state_file: str | os.PathLike | None, held: KVStatistics, digest: str | None) -> None:
-    """`digest`: of as many samples of the data as `held` has seen; None if there are not so many."""
+    """`digest`: of as many samples of the data as `held` has seen; None if there are fewer."""
     if digest is None or held.samples_digest not in ("", digest):  # "": of a version that did not say
         raise ValueError(
             f"'{state_file}' holds statistics of other data than this: its {held.num_samples} samples are not the "

@@ -299,7 +299,7 @@ class CSKVConfig(PeftConfig):
         return sum(self.format_of(side, packed, rank).bytes_per_token(torch.bfloat16) for side in ("key", "value"))
 
     def check_room(self, shape: ModelShape, bits: int) -> None:
-        """Refuse a `compression` that leaves less than a channel of so many bits to the keys and values of a layer.
+        """Refuse a `compression` that leaves less than a channel of `bits` bits to the keys and values of a layer.
 
         Raises:
             ValueError: naming the largest that fits.

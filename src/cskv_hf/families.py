@@ -75,7 +75,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def key_source(attention: nn.Module) -> nn.Module:
-    """The module whose output is the keys before RoPE: k_proj, or the key norm behind it."""
+    """The module whose output is the keys before RoPE: k_proj, or the key norm after it."""
     return getattr(attention, "k_norm", attention.k_proj)
 
 

@@ -134,7 +134,7 @@ class Latents:
         return self.num_blocks * self.format.block_size
 
     def spans(self, blocks: int) -> Iterator[tuple[int, int]]:
-        """First and last block (exclusive) of pieces of at most so many blocks, none across two segments."""
+        """First and last block (exclusive) of pieces of at most `blocks`, none across two segments."""
         start = 0
         for segment in self.segments:
             end = start + segment[0].shape[1]
@@ -165,7 +165,7 @@ class Latents:
         return Latents(self.format, *before, tuple(torch.cat(pair, dim=1) for pair in zip(last, new)))
 
     def drop(self, blocks: int) -> Latents:
-        """Without the first so many blocks; segments behind them stay as they are."""
+        """Without the first `blocks`; segments after them stay as they are."""
         segments = list(self.segments)
         while len(segments) > 1 and segments[0][0].shape[1] <= blocks:
             blocks -= segments.pop(0)[0].shape[1]

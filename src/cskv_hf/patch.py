@@ -57,7 +57,7 @@ class BeginForward(DecoderHook):
 
 
 class FinishForward(DecoderHook):
-    """Hook behind the decoder: tells the cache that every layer has the new tokens."""
+    """Hook after the decoder: tells the cache that every layer has the new tokens."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         cache = cache_given(self.arguments(args, kwargs))

@@ -29,8 +29,8 @@ class ReconstructionLoss:
     Called with `input_ids` and `attention_mask` (batch, length); returns the loss, summed over layers and averaged
     over tokens, and the share of energy lost (layers, 2), keys and values.
 
-    With packed latents, blocks are counted from the first column of the batch, and tokens behind the last whole one
-    are left out. A cache counts a row's real tokens, from behind the sinks. So a padded row is an approximation: its
+    With packed latents, blocks are counted from the first column of the batch, and tokens after the last whole one
+    are left out. A cache counts a row's real tokens, from the sinks on. So a padded row is an approximation: its
     blocks are shifted if the padding is on the left, and where padding and tokens meet in one, its ranges cover
     both. [`training_rows`] makes rows without padding.
 
@@ -128,7 +128,7 @@ def straight_through(latents: torch.Tensor, format: LatentFormat) -> torch.Tenso
     """Latents (batch, tokens, rank) as they come back from storage, with the gradient of the identity (Bengio et al.
     2013): training quantises as inference does.
 
-    Plain latents are returned as they are, packed ones without the tokens behind the last whole block.
+    Plain latents are returned as they are, packed ones without the tokens after the last whole block.
 
     Raises:
         ValueError: if there is no whole block.

@@ -294,7 +294,7 @@ class CSKVStaticCache(Cache):
         return self.layers[layer_idx].update(key_states, value_states)
 
     def finish_forward(self) -> None:
-        """Called by the hook behind the decoder: all layers hold the new tokens, so they count."""
+        """Called by the hook after the decoder: all layers hold the new tokens, so they count."""
         step, self._step, self.attention_mask = self._step, None, None
         if step is not None:
             step.finish()

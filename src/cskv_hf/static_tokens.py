@@ -62,7 +62,7 @@ class StaticTable:
         return self.length, self.counts, self.positions, self.slots
 
     def num_old(self, counts: torch.Tensor) -> torch.Tensor:
-        """How many of so many tokens are latents."""
+        """How many of the first `counts` tokens of each row are latents."""
         surplus = counts - self.sinks - self.window
         return torch.div(surplus, self.block_size, rounding_mode="floor").clamp_min(0) * self.block_size
 
@@ -81,7 +81,7 @@ class StaticTable:
         """Refuse tokens beyond the end, before anything is written.
 
         Raises:
-            ValueError: if so many more tokens do not fit.
+            ValueError: if `num_new` more tokens do not fit.
             RuntimeError: the same, from within a compiled graph, where it can only be found while that runs.
         """
         if not may_read():
@@ -143,8 +143,10 @@ class StaticStep(OldTurns):
         attention_mask: see [`StaticTable.new_valid`].
 
     Attributes:
-        num_new: slots added.
+        num_new, added: slots added, and how many real tokens those are in each row, (batch, 1).
+        was_empty: whether the cache held nothing before.
         start: () slots before.
+        old, num_blocks: of the slots of the table, those of old tokens that attention reads; and in how many blocks.
         slots: (batch, exact columns) and (batch, old columns), the slots of what attention sees, -1 for nothing.
         place: (batch, 1), where a single new token is kept.
         kept: (batch, places), for several new tokens, the columns of the exact states and the new ones that stay.

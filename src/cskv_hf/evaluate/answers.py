@@ -108,7 +108,7 @@ def generate_answers(
     cases: Sequence[Case],
     make_cache: Callable[[], Cache],
 ) -> list[str]:
-    """One batch: token ids of the prompts in, the texts generated out, cut behind each case's stop.
+    """One batch: token ids of the prompts in, the texts generated out, cut after each case's stop.
 
     Caches that know no padding (`pads` is False) get prompts of different length one by one.
     """

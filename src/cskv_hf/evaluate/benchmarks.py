@@ -31,7 +31,7 @@ class Measurement:
         group: a column of the benchmark: "100 lines", "4-8k".
         metric: what the number is.
         value, low, high: the number and its 95 % interval; None where nothing could be measured.
-        total, skipped: questions or tokens behind it, and questions too long for the model.
+        total, skipped: questions or tokens that it is of, and questions too long for the model.
         details: what all questions of the group have in common, as JSON values; of questions that `--cut` may cut,
             ``cases_cut``, how many of `total` it did.
     """

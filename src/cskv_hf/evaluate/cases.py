@@ -22,7 +22,7 @@ class Case:
         metric: ``metric(answer, case)``, a score between 0 and 1.
         max_new_tokens: that an answer may have.
         chat: whether `prompt` is put into the tokenizer's chat template, if it has one; few-shot prompts are not.
-        answer_prefix: how the answer begins; the model goes on from there, behind the template.
+        answer_prefix: how the answer begins; the model continues from there, after the template.
         stop: text after which the answer is over, or None.
         details: what else the metric or the reader wants to know (keywords, depth, length); JSON values.
     """

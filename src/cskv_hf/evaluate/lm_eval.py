@@ -189,7 +189,7 @@ def plain_results(raw: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def cases_of_length(raw: dict[str, Any], task: str, metric: str, filter_name: str) -> int:
-    """Cases behind one length of RULER, of a task or of all tasks of a group; 0 where it is none or not known."""
+    """Cases of one length of RULER, of a task or of all tasks of a group; 0 where it is none or not known."""
     tasks, samples = raw.get("group_subtasks", {}).get(task) or [task], raw.get("samples", {})
     return sum(
         metric.isdecimal() and case["filter"] == filter_name and case.get(metric, NO_SUCH_LENGTH) != NO_SUCH_LENGTH

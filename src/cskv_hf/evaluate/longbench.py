@@ -29,7 +29,7 @@ REFUSED = ("multifieldqa_zh", "dureader", "vcsum")
 EVEN = ("qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "gov_report", "multi_news", "trec", "triviaqa", "samsum")
 EVEN += ("passage_count", "passage_retrieval_en", "lcc", "repobench-p")  # what LongBench-E has
 WITH_ID = {**FIELDS, "_id": ("a text", is_text)}
-BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))  # below so many words; "8k+" from there
+BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))  # below this many words; "8k+" from there
 
 
 class Task(NamedTuple):

@@ -146,7 +146,7 @@ def cache_maker(method: Method, model: nn.Module, length: int | None) -> Callabl
 
     Args:
         length: tokens of the context that is measured: a window alone gets the bytes that an adapter of the same
-            `compression` needs for so many. None: those of the prompt, whatever its length.
+            `compression` needs for that many. None: those of the prompt, whatever its length.
     """
     if method.kind == "full":
         return lambda: DynamicCache(config=model.config)  # which knows of sliding windows

@@ -37,7 +37,7 @@ def classification(answer: str, case: Case) -> float:
     """1 / n if the right class is among the n of ``case.details["all_classes"]`` that occur in the answer, else 0.
 
     A class that is a part of the right one's name ("person" in "Title of a person") does not count, except, as
-    published, straight behind another such class.
+    published, straight after another such class.
     """
     named = [name for name in case.details["all_classes"] if name in answer]
     return _best(lambda reference: _share_of_class(named, reference), case)

@@ -1,4 +1,4 @@
-"""A needle in a haystack: one sentence hidden at a depth of a text of a length, and asked for behind it.
+"""A needle in a haystack: one sentence hidden at a depth of a text of a length, and asked for after it.
 
 `needle_cases` hides it in prose, with RULER's words (Hsieh et al. 2024) or yours; `line_haystack` hides a line among
 lines of its own kind (evaluate/lines.py).
@@ -39,10 +39,10 @@ class NeedleTemplate:
     """The words of a needle test; ``{key}`` and ``{value}`` are filled in.
 
     Attributes:
-        needle: what is hidden, with the space or line break behind it.
-        question: asked behind the haystack.
+        needle: what is hidden, with the space or line break after it.
+        question: asked after the haystack.
         intro: read before it.
-        answer_prefix: how the answer begins, behind the chat template, for the model to continue. The first token of
+        answer_prefix: how the answer begins, after the chat template, for the model to continue. The first token of
             an answer comes out of the prefill, with exact keys and values: where that is part of the value, a
             compressed cache is spared it.
         draw: makes a key and a value.
@@ -95,7 +95,7 @@ def needle_cases(
 ) -> list[Case]:
     """Cases for every length and depth, each with a haystack, key and value of its own.
 
-    A haystack is as many whole sentences of the text as fit, from a random one on; behind the last sentence of the
+    A haystack is as many whole sentences of the text as fit, from a random one on; after the last sentence of the
     text follows the first. Every case of a length and depth has the group "1,024 tokens, depth 50 %", and its details
     hold the asked ``length`` and ``depth``.
 

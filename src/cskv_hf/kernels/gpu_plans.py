@@ -57,7 +57,7 @@ def working_dtype(dtype: torch.dtype, *formats: LatentFormat) -> torch.dtype:
 
 
 def tiles_of_program(num_tiles: int, beside: int, programs: int) -> int:
-    """Tiles that each program takes, where `beside` programs work on the same tiles: so many that there are `programs`
+    """Tiles that each program takes, where `beside` programs work on the same tiles: as many as make `programs`
     in all, or a quarter of them if that would be few."""
     for wanted in (programs, programs // 4):
         splits = min(num_tiles, max(1, cdiv(wanted, beside)))

@@ -101,7 +101,7 @@ def compiles_here() -> bool:
 
 
 def serves(layout: PackedLayout, ranks: tuple[int, ...], rows: int, head_dim: int) -> bool:
-    """Whether the kernel takes these latents, and so many rows of queries of a KV head."""
+    """Whether the kernel takes these latents, and this many rows of queries of a KV head."""
     if layout.block_size != 32 or layout.group_tokens != 32 or rows > COLUMNS.value or head_dim not in HEAD_DIMS:
         return False
     planned = plan(layout, ranks, torch.device("cpu"))

@@ -110,7 +110,7 @@ def _piece(part: list[tuple[int, int | None]], tier: Tier, start: int, unit: int
 
 
 def _sizes(count: int, smallest: int, largest: int) -> Iterator[int]:
-    """Powers of two that hold so many channels, and not many more."""
+    """Powers of two that hold this many channels, and not many more."""
     while count > 0:
         size = smallest
         while size < min(count, largest):

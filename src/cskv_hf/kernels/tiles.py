@@ -1,6 +1,6 @@
 """How many old tokens of every tile of 64 are seen: what the score kernels of a GPU read in place of a mask.
 
-They turn keys by their places in a tile and queries by where the tile begins, and hide what lies behind the tokens
+They turn keys by their places in a tile and queries by where the tile begins, and hide what lies after the tokens
 that are seen. Tiles that are not like that, as of positions with gaps or of a mask with holes, are left to a second
 run of `score_kernel` that computes every turn and reads the mask. Which ones are is known on the device only, so that
 no host waits for it and a CUDA graph holds for whatever comes.

@@ -330,7 +330,7 @@ def merge_kernel(
     SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The sums of all splits as one, of one row, by KV head: their mean (heads, batch, rows of a head, rank), which 16
-    bits hold however many tokens there are, and the sums of the weights, which lie behind the channels."""
+    bits hold however many tokens there are, and the sums of the weights, which lie after the channels."""
     row, batch = tl.program_id(1), tl.program_id(2)
     split, column = tl.arange(0, SPLITS), tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     target = (split * num_batch + batch).to(tl.int64) * rows + row
