@@ -31,6 +31,7 @@ from cskv_hf.evaluate.divergence import compare_with_full_cache
 from cskv_hf.evaluate.lines import line_retrieval
 from cskv_hf.evaluate.memory import cache_nbytes
 from cskv_hf.evaluate.methods import Calibration, train_in_place
+from cskv_hf.files import replace_file
 from cskv_hf.latents import PlainFormat
 from cskv_hf.quantize import RANGE_BYTES
 from cskv_hf.texts import documents
@@ -142,12 +143,26 @@ class Bench:
             accuracy = line_retrieval(model, self.tokenizer, self.records, make_cache)
             row |= {"accuracy": accuracy.value, "margin": accuracy.margin}
         self.results.append(row)
+        self.save()
+        margin = "       " if low is None else f"±{(high - low) / 2:.4f}"  # of few rows none is known
         retrieval = f"  {row['accuracy']:.3f} ±{row['margin']:.3f}" if self.records else ""
         print(
-            f"{name:<38}{per_token:>8.1f}{100 * row['share']:>7.2f} %{row['ratio']:>9.4f} ±{(high - low) / 2:.4f}"
+            f"{name:<38}{per_token:>8.1f}{100 * row['share']:>7.2f} %{row['ratio']:>9.4f} {margin}"
             f"{row['kl']:>9.5f}{100 * row['agreement']:>8.2f} %{retrieval}",
             flush=True,
         )
+
+    def save(self) -> None:
+        """All rows so far, so that a run that was stopped leaves them."""
+        args = self.args
+        if args.out is None:
+            return
+        machine = {"cpu": platform.machine(), "threads": args.threads, "torch": torch.__version__}
+        machine |= {"transformers": transformers.__version__, "python": platform.python_version()}
+        settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "model", "text")}
+        settings |= {"model": Path(args.model).name, "text": Path(args.text).name}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(args.out, json.dumps({"machine": machine, "settings": settings, "rows": self.results}, indent=1))
 
     def header(self, title: str) -> None:
         retrieval = "   retrieval" if self.records else ""
@@ -281,13 +296,6 @@ def main() -> None:
                     bench.probe_on(tokens, length, first)
                     name = f"{100 * compression:.0f} % {tokens} tokens, pieces of {length}, {first}"
                     bench.run("probes", name, compression=compression)
-    if args.out:
-        machine = {"cpu": platform.machine(), "threads": args.threads, "torch": torch.__version__}
-        machine |= {"transformers": transformers.__version__, "python": platform.python_version()}
-        settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "model", "text")}
-        settings |= {"model": Path(args.model).name, "text": Path(args.text).name}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine, "settings": settings, "rows": bench.results}, indent=1))
 
 
 if __name__ == "__main__":

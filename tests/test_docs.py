@@ -486,6 +486,35 @@ def test_the_results_page_holds_the_tables_of_the_results():
     assert page.count("\n| full cache |") == len(script["TABLES"]) and "| - | - |" not in page
 
 
+def test_numbers_of_smollm2_are_the_results():
+    """What README and page say in sentences."""
+    rows, found, ratio, kl, share = of_results("smollm2-135m")["rows"], {}, {}, {}, {}
+    for row in rows:
+        if row["metric"] == "accuracy" and row["group"] == "all":
+            found[row["label"]] = round(row["value"] * row["total"])
+        elif row["metric"] == "perplexity_ratio":
+            ratio[row["label"]], share[row["label"]] = row["value"], 100 * row["cache_share"]
+        elif row["metric"] == "kl":
+            kl[row["label"]] = row["value"]
+    ours, full, other, window = "80 % ours", "full cache", "quantised, 4 bits (quanto)", "{} % window + sinks"
+    readme, page = (ROOT / name for name in ("README.md", "docs/results.md"))
+    readme, page = readme.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
+    assert f"finds {found[ours]} of 60 needles hidden in novels, where the full cache finds {found[full]}" in readme
+    assert f"at {ratio[ours]:.3f} times its perplexity" in readme and f"at {ratio[ours]:.3f} times its perp" in page
+    bytes_of = f"in {share[other]:.1f} % of the bytes instead of {share[ours]:.1f} %"
+    assert f"4-bit cache finds {found[other]} at {ratio[other]:.3f}, {bytes_of}" in readme
+    assert abs(found["95 % ours"] - found[full] / 2) < 2 and "loses half of the needles" in readme
+    assert f"ours finds {found[ours]} of 60 needles, the full cache {found[full]}" in page
+    assert f"with a KL of {kl[other]:.3f} against {kl[ours]:.3f}, in {share[other]:.1f} % of the bytes" in page
+    few = [f"{found[name]} at {ratio[name]:.3f}" for name in ("90 % ours", "95 % ours")]
+    assert f"At 90 % ours finds {few[0]} times the perplexity, at 95 % {few[1]}" in page
+    assert f"finds {found[window.format(90)]} and {found[window.format(95)]} and" in page
+    assert f"({ratio[window.format(95)]:.3f})" in page
+    assert f"of 80 %, {ratio[window.format(80)]:.3f} and {found[window.format(80)]} needles" in page
+    trained = "80 % asvd + training"
+    assert f"trained, finds {found[trained]} at 80 %, at {ratio[trained]:.3f} times the perplexity" in page
+
+
 def test_the_layout_in_design_is_the_order_of_imports():
     """Every file of the package is in the list, and imports those above it; the exceptions are those named there."""
     source, page = ROOT / "src" / "cskv_hf", (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
