@@ -133,7 +133,7 @@ def test_what_is_not_a_file_of_cases_or_of_these_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         presses.read_cases(path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="no file of cases"):
+    with pytest.raises(ValueError, match="is not a file of cases"):
         presses.read_cases(path)
     path.write_text('{"settings": {"records": 2}, "rows": []}')
     assert presses.earlier_rows(path, {"records": 2}) == [] == presses.earlier_rows(tmp_path / "new", {})
