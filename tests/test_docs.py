@@ -495,6 +495,9 @@ def test_numbers_of_smollm2_are_the_results(documented):
         documented("smollm2-ratios", name, "perplexity", f"{row['ratio']:.4f}")
         documented("smollm2-ratios", name, "KL", f"{row['kl']:.4f}")
         documented("smollm2-ratios", name, "same token", f"{row['agreement']:.3f}")
+    uniform = {row["name"]: f"{row['ratio']:.4f}" for row in of_results("quality-smollm2-135m")["rows"]}
+    limits = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    assert f"{uniform['about the mean']} times the perplexity against {uniform['attention']} at 80 %" in limits
     rows, found, ratio, kl, share = of_results("smollm2-135m")["rows"], {}, {}, {}, {}
     for row in rows:
         if row["metric"] == "accuracy" and row["group"] == "all":
