@@ -481,6 +481,12 @@ def test_files_that_hold_no_cache(tmp_path):
     feed(model, prompt(2, 60), cache, [60])
     cache.save(path)
     held = path.read_bytes()
+    cache.materialize = True
+    cache.save(path)
+    assert CSKVCache.load(path).materialize
+    cache.materialize = False
+    path.write_bytes(held)
+    assert not CSKVCache.load(path).materialize
     assert CSKVCache.load(path).nbytes == cache.nbytes and [p.name for p in tmp_path.iterdir()] == [path.name]
     with pytest.raises(ValueError, match=r"`device` must be one that torch knows, .*got 'gpu'"):
         CSKVCache.load(path, "gpu")

@@ -134,9 +134,12 @@ def test_training_goes_on_with_the_same_only(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cskv_hf.train.CSKVTrainer.train", lambda *_, **__: checkpoint.mkdir() or exit(9))
         assert cskv(*arguments)[0] == 9
+    shutil.copytree(folder / "model", folder / "other")
     changes = {
         "`--learning-rate` 5e-05 there, 0.001 here": ["--learning-rate", 1e-3],
         "`--length` 64 there, 32 here; `--epochs` 1.0 there, 2.0 here": ["--epochs", 2, "--length", 32],
+        "`--dtype` 'auto' there, 'float64' here": ["--dtype", "float64"],
+        "settings than these: `--model` '": ["--model", folder / "other"],
     }
     for names, more in changes.items():
         code, output, _ = cskv(*arguments, *more)

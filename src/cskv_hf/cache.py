@@ -277,7 +277,8 @@ class CSKVCache(Cache):
             indices = indices.nonzero().squeeze(1)
         elif rows is not None:
             indices = torch.where(indices < 0, indices + rows, indices)  # from the end
-            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
+            known = indices.device.type == "cpu"  # those of beam search on a GPU would be waited for at every step
+            if known and len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
                 raise ValueError(f"`indices` must be from {-rows} to {rows - 1} in a cache of {rows} rows.")
         if self.tokens is not None:
             self.tokens.select_rows(indices)
