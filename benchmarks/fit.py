@@ -40,7 +40,9 @@ def statistics_of_one_layer(shape: ModelShape, hidden_size: int) -> KVStatistics
     statistics = KVStatistics.empty(shape, hidden_size)
     statistics.num_tokens = TOKENS
     statistics.key_moment[0], statistics.value_moment[0] = moment(shape.kv_dim), moment(shape.kv_dim)
-    statistics.query_moment[0] = torch.stack([moment(shape.head_dim) for _ in range(shape.num_key_value_heads)])
+    statistics.read_key_moment[0], statistics.read_value_moment[0] = (moment(shape.kv_dim + 1) for _ in range(2))
+    for of_queries in (statistics.query_moment, statistics.read_query_moment):
+        of_queries[0] = torch.stack([moment(shape.head_dim) for _ in range(shape.num_key_value_heads)])
     return statistics
 
 
@@ -99,7 +101,7 @@ def probe_model(num_layers: int) -> dict[str, float]:
     attention = model.model.layers[0].self_attn
     bases = [layer_bases(attention, statistics, i, CSKVConfig(), 8) for i in range(num_layers)]
     started = time.perf_counter()
-    measure_sensitivity(model, bases, samples, progress=False)
+    measure_sensitivity(model, bases, kept if num_layers >= 16 else samples, progress=False)  # few layers read all
     probing = time.perf_counter() - started
     started = time.perf_counter()
     with torch.no_grad():

@@ -43,7 +43,7 @@ from cskv_hf.evaluate.divergence import compare_with_full_cache
 from cskv_hf.evaluate.intervals import wilson_interval
 from cskv_hf.evaluate.lines import LineRecord, line_retrieval
 from cskv_hf.families import decoder_of
-from cskv_hf.rope import RotaryFrequencies, cos_sin, rotate, rotate_back
+from cskv_hf.rope import RotaryFrequencies, cos_sin, rotate
 
 # As many channels of keys as of the hidden state. With a theta of 10,000 a quarter of the frequencies is still within
 # 320 tokens, the share that is within 8,192 in Llama-3.1-8B. Random weights are smaller than the bundled model's, for
@@ -130,7 +130,7 @@ class KeyMap:
             return states.unflatten(2, (keys.shape[1], -1)).transpose(1, 2)
 
         before, after, mean = (t.to(keys) for t in (self.before, self.after, self.mean))
-        plain = rotate_back(keys, cos, sin).transpose(1, 2).flatten(2) - mean
+        plain = rotate(keys, cos, -sin).transpose(1, 2).flatten(2) - mean
         still = rotate(by_head(plain), cos, sin).transpose(1, 2).flatten(2) @ after.mT
         return rotate(by_head(plain @ before.mT + mean), cos, sin) + by_head(still)
 

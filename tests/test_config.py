@@ -116,7 +116,8 @@ def test_a_packed_token_costs_what_was_promised(compression, bits, allocation):
         sizes.append(cache.nbytes)
     per_token, full = (sizes[1] - sizes[0]) / 256, 4 * 2 * 4 * 32 * 2
     assert per_token <= (1 - compression) * full
-    everything_kept = min(model.peft_config["default"].value_ranks) == 4 * 32  # then few bits cannot use it up
+    directions = model.config.hidden_size  # that values have; with all of them kept, few bits cannot use it up
+    everything_kept = min(model.peft_config["default"].value_ranks) >= directions
     assert everything_kept or per_token > (1 - compression) * full * 0.9
     assert per_token == model.peft_config["default"].bytes_per_token(model.config)
 

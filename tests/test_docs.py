@@ -192,7 +192,8 @@ def test_numbers_in_sentences_are_the_results():
     assert f"{trained:.4f} and {plain:.4f} on the bundled model" in limits
     asvd = rows["80 % paper: asvd"]["ratio"], rows["80 % paper: asvd + training"]["ratio"]
     assert f"from {asvd[0]:.3f} to {asvd[1]:.3f} at 80 %" in limits
-    assert f"{stories['95 % ours, no training']['ratio']:.3f} times the perplexity at 95 %" in limits
+    few = stories["95 % ours, no training"]
+    assert f"{few['ratio']:.3f} times the perplexity at 95 %, and a KL of {few['kl']:.3f}" in limits
     ours = [rows[f"{removed} ours, no training"]["accuracy"] for removed in ("90 %", "95 %")]
     assert f"{ours[0]:.3f} come back at 90 %, {ours[1]:.3f} at 95 %" in limits
     more = json.loads((RESULTS / "quality-babyllama-512-rows.json").read_text(encoding="utf-8"))["rows"]
@@ -213,10 +214,10 @@ def test_numbers_in_sentences_are_the_results():
     clamped = "(KL {:.3f} against {:.3f}) and the worse with it ({:.3f} against {:.3f};".format(*kl)
     assert clamped in limits
     half = more["50 % ours, no training"]["kl"], more["50 % ours + training"]["kl"]
-    assert f"the KL from {half[0]:.6f} to {half[1]:.3f}" in limits
+    assert f"the KL from {half[0]:.6f} to {half[1]:.3f}:" in limits
     steps = rows_of("steps 0.9")["bundled"]
     uniform = [steps[name]["accuracy"] for name in ("asvd, uniform, 16 bits", "mse", "attention", "about the mean")]
-    assert {f"{accuracy:.3f}" for accuracy in uniform} == {"0.042"} and "window alone does: 0.042" in limits
+    assert f"window alone does: {min(uniform):.3f} to {max(uniform):.3f} (" in limits
     for line in re.findall(r"(0\.\d\d) times `DynamicCache`|at 80 % (1\.\d\d) times|at 95 % (0\.\d\d) times", faq):
         assert f"| {''.join(line)} (" in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import calibration_data, make_model, prompt
 from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 import cskv_hf
@@ -143,8 +145,15 @@ def test_state_of_another_model_or_data_or_damaged(tmp_path):
     for other in ([prompt(1, 12, 1)], [prompt(1, 11)], []):
         with pytest.raises(ValueError, match="its 1 samples are not the first of `data`"):
             collect_statistics(make_model(), other, state_file=state, source="book A", progress=False)
-    state.write_bytes(state.read_bytes()[:-50])
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-50])
     with pytest.raises(ValueError, match=r"truncated or corrupt .*Delete it to start the statistics over"):
+        collect_statistics(make_model(), [prompt(1, 12)], state_file=state, source="book A", progress=False)
+    state.write_bytes(whole)
+    with safe_open(state, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in TENSORS if not name.startswith("read_")}
+        save_file(tensors, state, metadata=file.metadata())
+    with pytest.raises(ValueError, match=r"has no read_key_moment, read_query_moment, .*an older version wrote it"):
         collect_statistics(make_model(), [prompt(1, 12)], state_file=state, source="book A", progress=False)
 
 
@@ -370,8 +379,8 @@ def test_optimum_beats_the_baselines_on_the_calibration_data():
     assert min(errors, key=errors.get) == "mse", errors
 
 
-def test_centred_by_default_where_the_moments_decide():
-    """The adapter holds the data's means, and loses less by them; the paper's initialisations stay linear."""
+def test_centred_by_default():
+    """The adapter holds the means of what old tokens are read as, and loses less by them."""
     data, errors = calibration_data(make_model()), {}
     for center in (None, False):
         config = CSKVConfig(compression=0.8, bits=16, allocation="uniform", center=center)
@@ -381,11 +390,13 @@ def test_centred_by_default_where_the_moments_decide():
         factors = model.base_model.model.model.layers[1].self_attn.cskv()
         if center is None:
             statistics = collect_statistics(make_model(), data, progress=False)
-            for mean, total in ((factors.key_mean, statistics.key_sum), (factors.value_mean, statistics.value_sum)):
-                torch.testing.assert_close(mean[0], total[1] / statistics.num_tokens)
+            torch.testing.assert_close(factors.key_mean[0], statistics.read_key_moments(1).first)
+            torch.testing.assert_close(factors.value_mean[0], statistics.read_value_moments(1).first)
         else:
             assert not factors.key_mean.any() and not factors.value_mean.any()
     assert errors[None] < errors[False]
+    for init in ("mse", "asvd", "svd", "random"):
+        assert not CSKVConfig(init=init).centers
     for side, total, second in (
         ("key", statistics.key_sum, statistics.key_moment),
         ("value", statistics.value_sum, statistics.value_moment),

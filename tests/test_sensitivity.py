@@ -10,10 +10,12 @@ from conftest import FAMILIES, calibration_data, make_model
 
 from cskv_hf.calibration import collect_statistics
 from cskv_hf.config import CSKVConfig
-from cskv_hf.families import attention_layers, key_source
+from cskv_hf.families import attention_layers
 from cskv_hf.fitting import layer_bases
+from cskv_hf.reads import states_read
 from cskv_hf.sensitivity import measure_sensitivity, probe_cut, probe_samples
 
+SINKS, RECENT = 2, 5
 FORBIDDEN = torch.tensor([0, 7])  # tokens
 
 
@@ -26,26 +28,40 @@ def bases_of(model):
 
 @torch.no_grad()
 def by_whole_forwards(model, bases, samples):
-    """The definition: cut one side of one layer, run the model, divergence per token over energy lost."""
+    """The definition: cut the old tokens of one side of one layer, run the model, divergence per token over energy
+    lost."""
     rates = []
     for attention, sides in zip(attention_layers(model), bases):
-        for module, factors in zip((key_source(attention), attention.v_proj), sides):
+        for side, factors in enumerate(sides):
             projection, lost = probe_cut(factors)
-
-            def cut(module, args, output, projection=projection, mean=factors.mean):
-                flat = (output.flatten(2) - mean).unflatten(2, projection.shape[:2])
-                kept = (projection @ flat[..., None])[..., 0].flatten(2) + mean
-                return kept.view_as(output)
-
             total = 0.0
             for ids in samples:
                 full = model(ids[None]).logits[0].float().log_softmax(-1)
-                handle = module.register_forward_hook(cut)
-                other = model(ids[None]).logits[0].float().log_softmax(-1)
-                handle.remove()
+                with states_read(attention, functools.partial(attention_cut, side, projection, factors.mean)):
+                    other = model(ids[None]).logits[0].float().log_softmax(-1)
                 total += float((full.exp() * (full - other)).sum())
             rates.append(total / sum(map(len, samples)) / lost)
     return rates
+
+
+def attention_cut(side, projection, mean, states, output):
+    """The whole attention of a row, each query and KV head for itself, with old keys (side 0) or values projected."""
+    exact = [states.key_states, states.value_states]
+    flat = (exact[side].transpose(0, 1).flatten(1) - mean).unflatten(1, projection.shape[:2])
+    cut = (projection @ flat[..., None])[..., 0].flatten(1) + mean
+    cut = cut.unflatten(1, exact[side].shape[::2]).transpose(0, 1)
+    sides = [[cut, exact[1]], [exact[0], cut]][side]
+    attended = torch.zeros_like(states.by_kv_head(states.query_states))
+    for q in range(states.length):
+        old = torch.arange(states.length) <= q - RECENT
+        old[:SINKS] = False
+        for head, heads in enumerate(attended):
+            keys, values = (torch.where(old[:, None], c[head], e[head]) for c, e in zip(sides, exact))
+            mixed = states.key_states.clone()
+            mixed[head] = keys
+            weights = states.scores(torch.tensor([q]), mixed)[head, :, 0].softmax(-1)
+            heads[:, q] = weights @ values
+    return attended.flatten(0, 1).transpose(0, 1).flatten(1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +73,7 @@ def test_equal_to_whole_forwards(family):
     generator = torch.Generator().manual_seed(5)
     samples = [torch.randint(2, 80, (40,), generator=generator) for _ in range(2)]  # dynamic RoPE remembers lengths
     before = model(samples[0][None]).logits
-    measured = measure_sensitivity(model, bases, samples, progress=False)
+    measured = measure_sensitivity(model, bases, samples, SINKS, RECENT, progress=False)
     expected = by_whole_forwards(model, bases, samples)
     assert [rate for sides in measured for rate in sides] == pytest.approx(expected, rel=1e-4)
     assert torch.equal(model(samples[0][None]).logits, before)
@@ -120,15 +136,15 @@ def interrupted_after(calls, function):
 
 
 def test_deep_models_are_probed_on_fewer_tokens():
-    """The work grows with the square of the layers, so 32 read a quarter: a part of each long sample, whole short
-    ones until there are enough; never less than a quarter."""
+    """The work grows with the square of the layers, so 16 read a half: a part of each long sample, whole short ones
+    until there are enough; never less than a half."""
     long, short = [torch.arange(512)] * 2, [torch.arange(20)] * 52
-    for layers, tokens in ((1, 1024), (8, 1024), (16, 512), (32, 256), (80, 256)):
+    for layers, tokens in ((1, 1024), (8, 1024), (12, 682), (16, 512), (80, 512)):
         assert [len(ids) for ids in probe_samples(long, layers)] == [tokens // 2] * 2
     read = probe_samples(short, 32)
-    assert [len(ids) for ids in read] == [20] * 13 and sum(map(len, read)) == 0.25 * sum(map(len, short))
+    assert [len(ids) for ids in read] == [20] * 26 and sum(map(len, read)) == 0.5 * sum(map(len, short))
     assert [len(ids) for ids in probe_samples([torch.arange(3)], 32)] == [2]
-    assert torch.equal(probe_samples([torch.arange(512)], 32)[0], torch.arange(128))
+    assert torch.equal(probe_samples([torch.arange(512)], 32)[0], torch.arange(256))
 
 
 def test_a_forbidden_token_counts_for_nothing():

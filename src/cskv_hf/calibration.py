@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from .families import (
     in_eval_mode,
     input_device,
     key_source,
+    query_source,
     refuse_tensor_parallelism,
     shape_of,
 )
 from .model_shape import ModelShape
+from .reads import RowStates, read_moments, sampled_queries, states_read
 from .statistics import KVStatistics
 
 logger = logging.get_logger(__name__)
@@ -86,7 +89,7 @@ def collect_statistics(
             if input_ids.numel() == 0:
                 statistics.num_samples += 1
                 continue
-            collector.keep = None if mask is None else mask.flatten().bool()
+            collector.begin(input_ids, mask)
             decoder(
                 input_ids=input_ids.to(device),
                 attention_mask=None if mask is None else mask.to(device),
@@ -176,33 +179,44 @@ class _Collector:
 
     def __init__(self, model: nn.Module, statistics: KVStatistics) -> None:
         self.statistics = statistics
-        self.keep: torch.Tensor | None = None  # (batch * length,) bool
+        self.keep: torch.Tensor | None = None  # (batch, length) bool
+        self.tokens_before: list[int] = []  # each row of the batch
         self.attentions = attention_layers(model)
-        self.handles: list[Any] = []
+        self.hooks = ExitStack()
+
+    def begin(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Before a forward."""
+        self.keep = None if mask is None else mask.bool()
+        lengths = (torch.ones_like(input_ids) if mask is None else self.keep).sum(1)
+        self.tokens_before = (self.statistics.num_tokens + lengths.cumsum(0) - lengths).tolist()
 
     def __enter__(self) -> _Collector:
+        with self.hooks:  # are removed if one of them cannot be added
+            self._add_hooks()
+            self.hooks = self.hooks.pop_all()
+        return self
+
+    def _add_hooks(self) -> None:
         statistics = self.statistics
         heads = ModelShape(**statistics.model_shape).num_key_value_heads
         for layer_idx, attention in enumerate(self.attentions):
-            query_source = getattr(attention, "q_norm", attention.q_proj)
             keys = statistics.key_moment[layer_idx], statistics.key_sum[layer_idx]
             values = statistics.value_moment[layer_idx], statistics.value_sum[layer_idx]
             self._hook(key_source(attention), self._add_moments(*keys))
             self._hook(attention.v_proj, self._add_moments(*values))
-            self._hook(query_source, self._add_queries(statistics.query_moment[layer_idx], heads))
+            self._hook(query_source(attention), self._add_queries(statistics.query_moment[layer_idx], heads))
             self._hook(attention.k_proj, self._add_inputs(statistics.input_scale[layer_idx]))
-        return self
+            self.hooks.enter_context(states_read(attention, self._add_reads(layer_idx), lambda: self.keep))
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
 
     def _hook(self, module: nn.Module, function: Any) -> None:
-        self.handles.append(module.register_forward_hook(function))
+        self.hooks.callback(module.register_forward_hook(function).remove)
 
     def _rows(self, states: torch.Tensor, width: int) -> torch.Tensor:
         rows = states.detach().reshape(-1, width)
-        rows = rows if self.keep is None else rows[self.keep.to(rows.device)]
+        rows = rows if self.keep is None else rows[self.keep.flatten().to(rows.device)]
         if rows.device.type == "mps":  # has no float64
             rows = rows.cpu()
         return rows.double()
@@ -226,6 +240,21 @@ class _Collector:
             total.add_((by_head.mT @ by_head).to(total.device))
 
         return hook
+
+    def _add_reads(self, layer_idx: int):
+        names = ("read_key_moment", "read_value_moment", "read_query_moment")
+        totals = [getattr(self.statistics, name)[layer_idx] for name in names]
+
+        def use(states: RowStates, output: torch.Tensor) -> None:
+            # the same draws however rows are batched, and whether or not a pass is resumed
+            generator = torch.Generator().manual_seed(self.tokens_before[states.row])
+            queries = sampled_queries(states.length, generator)
+            if len(queries) == 0:  # a row of padding, or of one token
+                return
+            for total, moment in zip(totals, read_moments(states, queries, generator)):
+                total.add_(moment.to(total.device))
+
+        return use
 
     def _add_inputs(self, total: torch.Tensor):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:

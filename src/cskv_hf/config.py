@@ -66,12 +66,11 @@ class CSKVConfig(PeftConfig):
         window: Number of most recent tokens kept exactly, at least this many at any time (the paper's 32).
         sinks: Number of first tokens kept exactly. The paper keeps none.
         block_size: Tokens leave the window in blocks of this many.
-        init: How the factors are found by [`fit`]: ``"attention"`` (default; optimal for attention scores and
-            outputs), ``"mse"`` (optimum of the paper's loss), ``"asvd"``, ``"svd"`` (the paper's initialisations),
+        init: How the factors are found by [`fit`]: ``"attention"`` (default; optimal for what queries read of old
+            tokens), ``"mse"`` (optimum of the paper's loss), ``"asvd"``, ``"svd"`` (the paper's initialisations),
             ``"random"``.
         center: Whether the mean of keys and values is left to a constant, so that latents hold deviations from it
-            only; costs nothing per token. By default where the factors come from the data's moments: `init`
-            "attention" and "mse".
+            only; costs nothing per token. Possible with `init` "attention", where it is the default, and "mse".
         asvd_alpha: Exponent of ASVD's activation scale (the paper's 0.5).
         bits: Storage of the latents. 8, 4, 3 or 2 packs them in that many bits, the average over the channels kept;
             16 leaves them in the model's dtype, as the paper does without quantisation. By default, if `compression`
@@ -230,7 +229,12 @@ class CSKVConfig(PeftConfig):
     @property
     def centers(self) -> bool:
         """`center` with its default decided."""
-        return self.uses_moments if self.center is None else self.center
+        return self.init == "attention" if self.center is None else self.center
+
+    @property
+    def mean_window(self) -> int:
+        """Tokens in the window, which holds `window` after a block has left it and fills up to the next."""
+        return self.window + self.block_size // 2
 
     def _check_budget(self) -> None:
         ranks = (self.key_rank, self.value_rank)

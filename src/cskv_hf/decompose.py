@@ -11,6 +11,8 @@ I). The paper's SVD and ASVD initialisations have the same form with ``C`` repla
 Centred factors leave the mean ``μ = E[x]`` to a constant: ``c = A (x - μ)`` and ``x̂ = B c + μ``, the same with the
 covariance ``C - μ μᵀ`` in the place of C. Keys before RoPE lie so far from zero that this takes much of their energy
 out of the latents, and it costs no byte per token.
+
+Expectations may be over all tokens alike or weigh some more; factors can then meet data of another mean than theirs.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Factors:
         ranks: channels per group; they sum to ``rank``. Channels are sorted by group, then by falling importance.
         spectrum: (rank,) share of the objective that each channel carries; comparable across the groups of a layer.
         mean: (kv_dim,) what is taken off before encoding and put back after decoding; zeros for plain linear factors,
-            else the data's mean.
+            else the mean of the data that the factors are optimal for.
     """
 
     A: torch.Tensor
@@ -154,9 +156,16 @@ def optimal_factors(
     return assemble(A, B, spectra, pooled_ranks(spectra, rank), mean)
 
 
-def centred(second_moment: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """``E[(x - μ)(x - μ)ᵀ] = C - μ μᵀ``, for μ the data's mean (or zero)."""
-    return second_moment.double() - torch.outer(mean, mean)
+def centred(second_moment: torch.Tensor, center: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+    """``E[(x - μ)(x - μ)ᵀ] = C - E[x] μᵀ - μ E[x]ᵀ + μ μᵀ``.
+
+    Args:
+        center: μ.
+        mean: E[x]; by default equal to `center`.
+    """
+    away = center - 2 * (center if mean is None else mean.double())
+    crossed = torch.outer(away, center)
+    return second_moment.double() + (crossed + crossed.mT) / 2
 
 
 def random_factors(kv_dim: int, rank: int, num_groups: int = 1, seed: int = 0) -> Factors:
@@ -176,7 +185,7 @@ def even_ranks(rank: int, num_groups: int) -> tuple[int, ...]:
     return tuple(rank // num_groups + (g < rank % num_groups) for g in range(num_groups))
 
 
-def normalized(factors: Factors, second_moment: torch.Tensor) -> Factors:
+def normalized(factors: Factors, second_moment: torch.Tensor, mean: torch.Tensor | None = None) -> Factors:
     """The same map with every latent channel of unit mean square: ``(A / s, B s)``.
 
     A weighted basis scales latents by the square root of the summed query energy, which overflows 16-bit floats; and
@@ -185,8 +194,11 @@ def normalized(factors: Factors, second_moment: torch.Tensor) -> Factors:
     Channels that the data do not reach get the ``s`` of the weakest that they do. By their own they would be 1e5 times
     as large as others on data that do reach them, which overflows float16 and ruins the range they share; a larger
     one would bring the rounding of that range into the keys.
+
+    Args:
+        mean: of the data, if it is not that of the factors.
     """
-    energy, centre = latent_energy(factors, second_moment), factors.mean
+    energy, centre = latent_energy(factors, second_moment, mean), factors.mean
     mean_square = latent_energy(dataclasses.replace(factors, mean=torch.zeros_like(centre)), second_moment)
     reached = (energy >= UNREACHED * energy.max()) & (energy > ROUNDING * mean_square)
     least = energy[reached].min() if reached.any() else factors.A.double().square().sum(1)  # then rows of unit length
@@ -194,9 +206,12 @@ def normalized(factors: Factors, second_moment: torch.Tensor) -> Factors:
     return Factors(factors.A / scale[:, None], factors.B * scale, factors.ranks, factors.spectrum, centre)
 
 
-def unreached_channels(factors: Factors, second_moment: torch.Tensor) -> torch.Tensor:
-    """Which channels of [`normalized`] factors are of directions that the data do not reach, (rank,) bool."""
-    return latent_energy(factors, second_moment) < 0.5  # of 1
+def unreached_channels(
+    factors: Factors, second_moment: torch.Tensor, mean: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which channels of [`normalized`] factors are of directions that the data do not reach, (rank,) bool; `mean` as
+    there."""
+    return latent_energy(factors, second_moment, mean) < 0.5  # of 1
 
 
 def driven_channels(factors: Factors, weight_moment: torch.Tensor) -> torch.Tensor:
@@ -206,20 +221,26 @@ def driven_channels(factors: Factors, weight_moment: torch.Tensor) -> torch.Tens
     return energy > DRIVEN * torch.linalg.eigvalsh(weight_moment)[-1]
 
 
-def latent_energy(factors: Factors, second_moment: torch.Tensor) -> torch.Tensor:
-    """E[c_i²] of every channel, (rank,)."""
+def latent_energy(factors: Factors, second_moment: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+    """E[c_i²] of every channel, (rank,); `mean`: of the data, if it is not that of the factors."""
     energies = []
-    for A, _, moment in _groups(factors, centred(second_moment, factors.mean)):
+    for A, _, moment in _groups(factors, centred(second_moment, factors.mean, mean)):
         energies.append(torch.einsum("ri,ij,rj->r", A, moment, A))
     return torch.cat(energies)
 
 
-def relative_error(factors: Factors, second_moment: torch.Tensor, weight: torch.Tensor | None = None) -> float:
-    """``E[(x - x̂)ᵀ M (x - x̂)] / E[xᵀ M x]`` on the data that `second_moment` was taken from."""
+def relative_error(
+    factors: Factors,
+    second_moment: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+) -> float:
+    """``E[(x - x̂)ᵀ M (x - x̂)] / E[xᵀ M x]`` on the data that `second_moment` was taken from; `mean`: of them, if it is
+    not that of the factors."""
     second_moment, lost = second_moment.double(), 0.0
     total = float(second_moment.trace() if weight is None else (weight.double() * second_moment).sum())
     M = None if weight is None else diagonal_blocks(weight.double(), len(factors.ranks))
-    for g, (A, B, moment) in enumerate(_groups(factors, centred(second_moment, factors.mean))):
+    for g, (A, B, moment) in enumerate(_groups(factors, centred(second_moment, factors.mean, mean))):
         residual = torch.eye(moment.shape[0], dtype=torch.float64) - B @ A
         weighted = residual if M is None else M[g] @ residual
         lost += float((weighted * (residual @ moment)).sum())  # the trace of residualᵀ M residual C
@@ -247,8 +268,7 @@ def weight_moment(weight: torch.Tensor, input_scale: torch.Tensor | None = None)
 
 
 def key_weight(query_moment: torch.Tensor) -> torch.Tensor:
-    """M of the keys for the ``attention`` objective: the energy of the queries that meet them, per KV head and RoPE
-    pair.
+    """M of the keys if every query meets every key alike: the energy of the queries, per KV head and RoPE pair.
 
     The error of a score is ``qᵀ R(Δ) (k - k̂)``. Averaged over the distance Δ, rotation mixes the two channels of a
     frequency and cancels what is between frequencies, so that M is diagonal, and equal on the pair (f, f + head_dim

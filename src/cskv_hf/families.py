@@ -13,7 +13,7 @@ from .model_shape import CHANGING_ROPE_TYPES, ROPE_TYPES, ModelShape
 from .rope import RotaryFrequencies
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-REQUIRED = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx", "head_dim")
+REQUIRED = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx", "head_dim", "scaling")
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -77,6 +77,11 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 def key_source(attention: nn.Module) -> nn.Module:
     """The module whose output is the keys before RoPE: k_proj, or the key norm after it."""
     return getattr(attention, "k_norm", attention.k_proj)
+
+
+def query_source(attention: nn.Module) -> nn.Module:
+    """The module whose output is the queries before RoPE."""
+    return getattr(attention, "q_norm", attention.q_proj)
 
 
 def shape_of(model: Any) -> ModelShape:

@@ -24,7 +24,8 @@ class LayerReport:
         key_ranks, value_rank: channels kept, per key group and in total.
         key_bits, value_bits: of a latent, on average.
         key_error, value_error: share of the mean square of keys (before RoPE) and values lost on the calibration data.
-        key_attention_error, value_attention_error: the same, weighted by what attention scores and outputs make of it.
+        key_attention_error, value_attention_error: share of what queries read of old tokens, weighted by what scores
+            and outputs make of it.
         key_mean_share, value_mean_share: share of the mean square of keys (before RoPE) and values that is their mean.
         bytes_per_token: of the layer's latents, ranges included; plain ones at 16 bits.
     """

@@ -34,8 +34,9 @@ from .fit_report import LayerReport, mean_bits
 from .hub import give_push
 from .model_shape import ModelShape
 from .plan import check_budget, plan, store_plan
+from .reads import SINKS
 from .sensitivity import measure_sensitivity
-from .statistics import KVStatistics
+from .statistics import UNREAD_SHARE, KVStatistics
 from .tuner import adapter_config, add_adapter, check_can_add, placement, sidecars, use_adapter
 
 logger = logging.get_logger(__name__)
@@ -116,12 +117,14 @@ def fit(
         probing = None if state_file is None else probing_file(state_file)
         made_of = {name: getattr(config, name) for name in ("init", "key_layout", "asvd_alpha", "centers")}
         made_of["statistics"] = statistics.fingerprint()
-        config.sensitivity = measure_sensitivity(model, bases, statistics.probes(), progress, probing, made_of)
+        exact = config.sinks, config.mean_window
+        config.sensitivity = measure_sensitivity(model, bases, statistics.probes(), *exact, progress, probing, made_of)
     spectra = [(keys.spectra(), values.spectrum) for keys, values in bases]
     kept = plan(config, shape, spectra)
     fitted = [(keys.cut(k.key_ranks), values.cut((k.value_rank,))) for (keys, values), k in zip(bases, kept)]
 
     _warn_of_unreached(layers, statistics, fitted)
+    config.center = config.centers  # whatever a later version's default
     store_plan(config, kept)
     config.model_shape = vars(shape).copy()
     config.task_type = config.task_type or "CAUSAL_LM"
@@ -150,9 +153,10 @@ def _warn_of_unreached(
     layers: list[nn.Module], statistics: KVStatistics, fitted: list[tuple[Factors, Factors]]
 ) -> None:
     """Of channels that the data say nothing about, but for those that the model's weights leave unused themselves."""
-    found, kept, sides = 0, 0, (statistics.key_moment, statistics.value_moment)
+    found, kept = 0, 0
     for layer_idx, (attention, factors) in enumerate(zip(layers, fitted)):
-        unreached = [unreached_channels(f, m[layer_idx] / statistics.num_tokens) for f, m in zip(factors, sides)]
+        sides = statistics.key_moments(layer_idx), statistics.value_moments(layer_idx)
+        unreached = [unreached_channels(f, *moments) for f, moments in zip(factors, sides)]
         if any(u.any() for u in unreached):
             weights = weight_moments(attention, statistics.input_scale.shape[1])
             found += sum(int((u & driven_channels(f, w)).sum()) for u, f, w in zip(unreached, factors, weights))
@@ -186,28 +190,31 @@ def layer_bases(
     attention: nn.Module, statistics: KVStatistics, layer_idx: int, config: CSKVConfig, num_groups: int
 ) -> tuple[Factors, Factors]:
     """The full-rank factors of one layer's keys and values, of which a fit keeps the first channels."""
-    shape, tokens = ModelShape(**statistics.model_shape), statistics.num_tokens
-    key_moment, value_moment = statistics.key_moment[layer_idx] / tokens, statistics.value_moment[layer_idx] / tokens
+    shape = ModelShape(**statistics.model_shape)
+    of_keys, of_values = statistics.key_moments(layer_idx), statistics.value_moments(layer_idx)
     if config.init == "random":
         keys = random_factors(shape.kv_dim, shape.kv_dim, num_groups, seed=2 * layer_idx)
         values = random_factors(shape.kv_dim, shape.kv_dim, seed=2 * layer_idx + 1)
     elif config.init in ("svd", "asvd"):
         scale = None
         if config.init == "asvd":
-            scale = (statistics.input_scale[layer_idx] / tokens).clamp_min(1e-6) ** config.asvd_alpha
+            scale = (statistics.input_scale[layer_idx] / statistics.num_tokens).clamp_min(1e-6) ** config.asvd_alpha
         moments = weight_moments(attention, statistics.input_scale.shape[1], scale)
         keys = optimal_factors(moments[0], shape.kv_dim, num_groups)
         values = optimal_factors(moments[1], shape.kv_dim)
     else:
-        key_M, value_M = (
-            error_weights(attention, statistics, layer_idx) if config.init == "attention" else (None, None)
-        )
-        key_mean = value_mean = None
-        if config.centers:
-            key_mean, value_mean = statistics.key_sum[layer_idx] / tokens, statistics.value_sum[layer_idx] / tokens
+        key_M = value_M = None
+        minimised = of_keys, of_values
+        if config.init == "attention":
+            key_M, value_M = error_weights(attention, statistics, layer_idx)
+            if config.sinks >= SINKS:  # reads leave those out
+                minimised = statistics.read_key_moments(layer_idx), statistics.read_value_moments(layer_idx)
+        (key_moment, key_mean), (value_moment, value_mean) = minimised
+        if not config.centers:
+            key_mean = value_mean = None
         keys = optimal_factors(key_moment, shape.kv_dim, num_groups, key_M, key_mean)
         values = optimal_factors(value_moment, shape.kv_dim, 1, value_M, value_mean)
-    return normalized(keys, key_moment), normalized(values, value_moment)
+    return normalized(keys, *of_keys), normalized(values, *of_values)
 
 
 def weight_moments(
@@ -228,10 +235,12 @@ def error_weights(attention: nn.Module, statistics: KVStatistics, layer_idx: int
     shape = ModelShape(**statistics.model_shape)
     num_heads = attention.num_key_value_groups * shape.num_key_value_heads
     output_weight = dense_weight(attention.o_proj, num_heads * shape.head_dim, *_probing_place(attention))
-    return (
-        key_weight(statistics.query_moment[layer_idx] / statistics.num_tokens),
-        value_weight(output_weight, shape.num_key_value_heads, shape.head_dim),
-    )
+    of_keys = key_weight(statistics.query_moment[layer_idx] / statistics.num_tokens)
+    mass = float(statistics.read_key_moment[layer_idx, -1, -1]) / num_heads
+    if mass > 0:
+        read = torch.block_diag(*statistics.read_query_moment[layer_idx] / mass)
+        of_keys = (1 - UNREAD_SHARE) * read + UNREAD_SHARE * of_keys
+    return of_keys, value_weight(output_weight, shape.num_key_value_heads, shape.head_dim)
 
 
 def _probing_place(attention: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -250,8 +259,8 @@ def layer_report(
     values: Factors,
 ) -> LayerReport:
     """How well the factors of one layer do on the calibration data, before any quantisation."""
-    key_moment = statistics.key_moment[layer_idx] / statistics.num_tokens
-    value_moment = statistics.value_moment[layer_idx] / statistics.num_tokens
+    of_keys, of_values = statistics.key_moments(layer_idx), statistics.value_moments(layer_idx)
+    read_keys, read_values = statistics.read_key_moments(layer_idx), statistics.read_value_moments(layer_idx)
     key_M, value_M = error_weights(attention, statistics, layer_idx)
     key_format, value_format = config.formats(layer_idx)
     key_shares, value_shares = statistics.mean_shares()
@@ -261,10 +270,10 @@ def layer_report(
         value_rank=values.ranks[0],
         key_bits=mean_bits(key_format),
         value_bits=mean_bits(value_format),
-        key_error=relative_error(keys, key_moment),
-        value_error=relative_error(values, value_moment),
-        key_attention_error=relative_error(keys, key_moment, key_M),
-        value_attention_error=relative_error(values, value_moment, value_M),
+        key_error=relative_error(keys, of_keys.second, mean=of_keys.first),
+        value_error=relative_error(values, of_values.second, mean=of_values.first),
+        key_attention_error=relative_error(keys, read_keys.second, key_M, read_keys.first),
+        value_attention_error=relative_error(values, read_values.second, value_M, read_values.first),
         key_mean_share=float(key_shares[layer_idx]),
         value_mean_share=float(value_shares[layer_idx]),
         bytes_per_token=sum(f.bytes_per_token(torch.bfloat16) for f in (key_format, value_format)),

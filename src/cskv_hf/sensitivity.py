@@ -2,8 +2,9 @@
 
 The spectra of a fit say how much of a layer's attention a channel carries, but not what the layer's attention is
 worth, and energies of keys (errors of scores) and of values (errors of outputs) are in different units. So each side
-of each layer is cut alone, on a few calibration tokens, and the divergence of the next-token distribution is divided
-by the energy that the cut lost. The quotient is the exchange rate that makes all channels of the model comparable.
+of each layer is cut alone, on a few calibration tokens and where a cache would: in tokens that are neither sinks nor
+in the window of the query that reads them. The divergence of the next-token distribution is divided by the energy that
+the cut lost, and the quotient is the exchange rate that makes all channels of the model comparable.
 
 A cut changes nothing before its layer, so a probe starts there, from the hidden states of the uncut model: half the
 work of whole forwards, and the same numbers. What is left grows with the square of the number of layers, so deep
@@ -28,21 +29,22 @@ from transformers.utils import logging
 
 from .calibration import same_weights, weight_hashes
 from .decompose import Factors
-from .families import decoder_of, in_eval_mode, input_device, key_source
+from .families import decoder_of, in_eval_mode, input_device
 from .files import replace_file
+from .reads import RECENT, SINKS, RowStates, change_of_reads, exact_tokens, states_read
 from .runs import differences
 
 logger = logging.get_logger(__name__)
 
 LOST_SHARE = 0.1  # of a side's energy, taken away by a probe; 0.02 to 0.4 measured, 0.05 to 0.2 make little difference
 ALL_TOKENS = 8  # layers: a probe of so many reads all tokens of the samples, one of twice as many half of them
-LEAST_SHARE = 1 / 4  # of the tokens, however deep the model
-LEAST_LENGTH = 128  # tokens of a piece; what far tokens are worth does not show in shorter ones
+LEAST_SHARE = 1 / 2  # of the tokens, however deep the model
+LEAST_LENGTH = 256  # tokens of a piece; what far tokens are worth does not show in shorter ones
 LEAST = 1e-12  # of a divergence, so that a layer nobody reads still gets a price
 
 
 def probe_cut(factors: Factors) -> tuple[torch.Tensor, float]:
-    """The projection that a probe applies about the mean, (groups, group_dim, group_dim), and the energy it loses.
+    """What a probe projects by, about the factors' mean, (groups, group_dim, group_dim), and the energy it loses.
 
     Args:
         factors: full rank.
@@ -73,17 +75,27 @@ def probe_samples(samples: Sequence[torch.Tensor], num_layers: int) -> list[torc
     return read
 
 
-def _replace_by(projection: torch.Tensor, mean: torch.Tensor):
-    """A forward hook that projects the keys or values a module puts out, about their mean (kv_dim,)."""
+def project(states: torch.Tensor, maps: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Keys before RoPE or values (num_key_value_heads, length, head_dim) after a [`probe_cut`] about a mean
+    (kv_dim,)."""
+    maps, mean = maps.to(states), mean.to(states)
+    groups = (states.transpose(0, 1).flatten(1) - mean).unflatten(1, maps.shape[:2])
+    projected = torch.einsum("lgi,gji->lgj", groups, maps).flatten(1) + mean
+    return projected.unflatten(1, (len(states), -1)).transpose(0, 1)
 
-    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        maps = projection.to(device=output.device, dtype=torch.promote_types(output.dtype, torch.float32))
-        offset = mean.to(maps)
-        groups = (output.flatten(2).to(maps.dtype) - offset).unflatten(2, (maps.shape[0], maps.shape[1]))
-        projected = torch.einsum("blgi,gji->blgj", groups, maps).flatten(2) + offset
-        return projected.reshape(output.shape).to(output.dtype)
 
-    return hook
+def _old_tokens_cut(
+    attention: nn.Module, side: str, factors: Factors, projection: torch.Tensor, exact: tuple[int, int]
+):
+    """Within it a layer's queries read old tokens whose keys or values are projected."""
+    name = {"keys": "key_states", "values": "value_states"}[side]
+
+    def use(states: RowStates, output: torch.Tensor) -> torch.Tensor:
+        cut = {name: project(getattr(states, name), projection, factors.mean)}
+        change = change_of_reads(states, *exact_tokens(states.length, *exact), **cut)
+        return output.to(change.dtype) + change
+
+    return states_read(attention, use)
 
 
 @contextmanager
@@ -172,6 +184,8 @@ def measure_sensitivity(
     model: nn.Module,
     bases: Sequence[tuple[Factors, Factors]],
     samples: Sequence[torch.Tensor],
+    sinks: int = SINKS,
+    recent: int = RECENT,
     progress: bool = True,
     state_file: str | os.PathLike | None = None,
     made_of: Mapping[str, Any] | None = None,
@@ -181,6 +195,8 @@ def measure_sensitivity(
     Args:
         bases: per layer, the full-rank factors of keys and values.
         samples: (length,) input_ids to measure on; a deep model reads less of them, see [`probe_samples`].
+        sinks, recent: first and most recent tokens that a cache keeps exactly; fewer of a short sample, see
+            [`exact_tokens`].
         state_file: JSON where what was measured is saved after every layer; if it exists, and is of the same weights
             (by [`weight_hashes`]), model config, samples and `made_of`, the next layer is measured.
         made_of: what `bases` are made of, by name. They themselves differ in their last bits from run to run.
@@ -204,7 +220,8 @@ def measure_sensitivity(
     if state_file is not None:
         weights, read = weight_hashes(model), [ids.tolist() for ids in samples]
         of_model, of_samples = _hash(model.config.to_json_string()), _hash(str(read))
-        what = {"model config": of_model, "samples": of_samples, "lost share": LOST_SHARE, **(made_of or {})}
+        what = {"model config": of_model, "samples": of_samples, "lost share": LOST_SHARE}
+        what |= {"sinks": sinks, "recent tokens": recent, **(made_of or {})}
         sensitivity = _measured_before(state_file, weights, what)
     done = len(sensitivity)
     if done == len(layers):
@@ -221,18 +238,14 @@ def measure_sensitivity(
             _check_finite(not full.isnan().any(), f"of calibration sample {number}")  # -inf forbids a token
         bar = dict(initial=done, total=len(layers), desc="Probing", unit="layer", disable=not progress)
         for index in tqdm(range(done, len(layers)), **bar):
-            layer, sides, rates = layers[index], bases[index], []
-            modules = key_source(layer.self_attn), layer.self_attn.v_proj
-            for name, module, factors in zip(("keys", "values"), modules, sides):
+            rates = []
+            for name, factors in zip(("keys", "values"), bases[index]):
                 projection, lost = probe_cut(factors)
-                handle = module.register_forward_hook(_replace_by(projection, factors.mean))
-                try:
+                with _old_tokens_cut(layers[index].self_attn, name, factors, projection, (sinks, recent)):
                     divergence = 0.0
                     for full, ids, hidden_states in zip(reference, batches, inputs[index]):
                         with _starting_at(layers, index, hidden_states):
                             divergence += float(kl_divergence(full, log_probabilities(ids)).sum())
-                finally:
-                    handle.remove()
                 _check_finite(math.isfinite(divergence), f"with cut {name} of layer {index}")
                 rates.append(max(divergence / tokens, LEAST) / max(lost, LEAST))
             sensitivity.append(rates)

@@ -1,8 +1,8 @@
 """Moments of a model's keys, values, queries and attention inputs: all that the closed-form fit needs to know of the
 data.
 
-calibration.py accumulates them, in float64. They can be saved and continued, and one set of them serves every
-compression, layout and initialisation.
+calibration.py accumulates them, in float64: keys lie so far from zero that a covariance is a small difference of large
+numbers. They can be saved and continued, and one set of them serves every compression, layout and initialisation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,11 +30,22 @@ TENSORS = (
     "key_sum",
     "value_sum",
     "query_moment",
+    "read_key_moment",
+    "read_value_moment",
+    "read_query_moment",
     "input_scale",
     "probe_ids",
     "probe_lengths",
 )
-PROBE_TOKENS, PROBE_LENGTH = 1024, 512  # kept to measure the model's sensitivity on
+PROBE_TOKENS, PROBE_LENGTH = 1024, 256  # kept to measure the model's sensitivity on
+UNREAD_SHARE = 0.02  # of what an error is weighed by: all tokens alike, for those that nobody read in the sample
+
+
+class Moments(NamedTuple):
+    """Of a layer's keys before RoPE, or its values: E[x xᵀ] (kv_dim, kv_dim) and E[x] (kv_dim,), float64."""
+
+    second: torch.Tensor
+    first: torch.Tensor
 
 
 @dataclass
@@ -47,6 +58,12 @@ class KVStatistics:
         key_sum, value_sum: (layers, kv_dim) sums of k and v.
         query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of q qᵀ before RoPE, over the query heads
             of a KV head.
+        read_key_moment: (layers, kv_dim + 1, kv_dim + 1) sum of p [k; 1] [k; 1]ᵀ over pairs of a sampled query and an
+            old token that it attends to by p; see reads.py.
+        read_value_moment: (layers, kv_dim + 1, kv_dim + 1) sum of [a; s] [a; s]ᵀ over sampled queries, of what each
+            reads of old tokens, a = Σ p v and s = Σ p.
+        read_query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of p q qᵀ over the pairs, the query
+            turned to where the key before RoPE meets it.
         input_scale: (layers, hidden_size) sum of |x| at the input of the projections (ASVD).
         probe_ids, probe_lengths: input_ids of a few samples, end to end, and their lengths; see sensitivity.py.
         num_tokens: tokens summed over; padding is not counted.
@@ -62,6 +79,9 @@ class KVStatistics:
     key_sum: torch.Tensor
     value_sum: torch.Tensor
     query_moment: torch.Tensor
+    read_key_moment: torch.Tensor
+    read_value_moment: torch.Tensor
+    read_query_moment: torch.Tensor
     input_scale: torch.Tensor
     probe_ids: torch.Tensor
     probe_lengths: torch.Tensor
@@ -75,12 +95,16 @@ class KVStatistics:
     @classmethod
     def empty(cls, shape: ModelShape, hidden_size: int, source: str = "") -> KVStatistics:
         layers, kv_dim = shape.num_hidden_layers, shape.kv_dim
+        by_head = (layers, shape.num_key_value_heads, shape.head_dim, shape.head_dim)
         return cls(
             torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
             torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
             torch.zeros(layers, kv_dim, dtype=torch.float64),
             torch.zeros(layers, kv_dim, dtype=torch.float64),
-            torch.zeros(layers, shape.num_key_value_heads, shape.head_dim, shape.head_dim, dtype=torch.float64),
+            torch.zeros(by_head, dtype=torch.float64),
+            torch.zeros(layers, kv_dim + 1, kv_dim + 1, dtype=torch.float64),
+            torch.zeros(layers, kv_dim + 1, kv_dim + 1, dtype=torch.float64),
+            torch.zeros(by_head, dtype=torch.float64),
             torch.zeros(layers, hidden_size, dtype=torch.float64),
             torch.zeros(0, dtype=torch.long),
             torch.zeros(0, dtype=torch.long),
@@ -89,6 +113,22 @@ class KVStatistics:
             vars(shape).copy(),
             source,
         )
+
+    def key_moments(self, layer_idx: int) -> Moments:
+        """Of keys, all tokens alike."""
+        return Moments(self.key_moment[layer_idx] / self.num_tokens, self.key_sum[layer_idx] / self.num_tokens)
+
+    def value_moments(self, layer_idx: int) -> Moments:
+        """Of values, all tokens alike."""
+        return Moments(self.value_moment[layer_idx] / self.num_tokens, self.value_sum[layer_idx] / self.num_tokens)
+
+    def read_key_moments(self, layer_idx: int) -> Moments:
+        """Of keys, old tokens weighted by how much queries attend to them."""
+        return _mostly(self.read_key_moment[layer_idx], self.key_moments(layer_idx))
+
+    def read_value_moments(self, layer_idx: int) -> Moments:
+        """Of what queries read of old values, each read in proportion to the square of its share in the attention."""
+        return _mostly(self.read_value_moment[layer_idx], self.value_moments(layer_idx))
 
     def mean_shares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Share of the mean square that is the mean's, of the keys (before RoPE) and of the values, (layers,) each."""
@@ -113,7 +153,8 @@ class KVStatistics:
     def fingerprint(self) -> str:
         """Short hash of the first moments and of the diagonals of the second."""
         digest = hashlib.sha256(str(self.num_tokens).encode())
-        seconds = (self.key_moment, self.value_moment, self.query_moment)
+        reads = (self.read_key_moment, self.read_value_moment, self.read_query_moment)
+        seconds = (self.key_moment, self.value_moment, self.query_moment, *reads)
         for tensor in (self.key_sum, self.value_sum, *(t.diagonal(dim1=-2, dim2=-1) for t in seconds)):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
@@ -142,8 +183,22 @@ class KVStatistics:
                     raise ValueError(
                         f"'{path}' is not a file of CSKV statistics. Delete it to start the statistics over."
                     )
+                if missing := sorted(set(TENSORS) - set(file.keys())):
+                    raise ValueError(
+                        f"'{path}' has no {', '.join(missing)}: an older version wrote it. Delete it to start the "
+                        "statistics over."
+                    )
                 return cls(**{name: file.get_tensor(name) for name in TENSORS}, **json.loads(metadata))
         except SafetensorError as error:
             raise ValueError(
                 f"'{path}' is truncated or corrupt ({error}). Delete it to start the statistics over."
             ) from error
+
+
+def _mostly(read: torch.Tensor, alike: Moments) -> Moments:
+    """Moments of sums (kv_dim + 1, kv_dim + 1) whose last entry is the weight, with a little of those of all tokens;
+    the latter alone where nothing was read."""
+    if read[-1, -1] <= 0:
+        return alike
+    read, share = read / read[-1, -1], UNREAD_SHARE
+    return Moments(*((1 - share) * r + share * a for r, a in zip((read[:-1, :-1], read[:-1, -1]), alike)))

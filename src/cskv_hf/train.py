@@ -111,8 +111,8 @@ class CSKVTrainer(Trainer):
         args: see [`training_arguments`] for the paper's.
         train_dataset: rows with `input_ids` (and `attention_mask`); [`training_rows`] makes them. Not the text you
             evaluate on.
-        objective: ``"mse"`` (the paper's) or ``"attention"``, which weighs errors as the closed-form fit of that name
-            does.
+        objective: ``"mse"`` (the paper's) or ``"attention"``, which weighs the directions of errors as the closed-form
+            fit of that name does, and all tokens alike.
         statistics: for ``"attention"``: what the fit collected; by default collected anew from `train_dataset`. Not
             read for ``"mse"``.
 

@@ -24,7 +24,7 @@ from .tables import Head, Line, table
 
 HEADLINE_CONTEXT = 32768  # tokens, of the tile in the summary
 INITS = {
-    "attention": "factors optimal for attention scores and outputs",
+    "attention": "factors optimal for what attention reads of old tokens",
     "mse": "factors of the least mean square error",
     "asvd": "factors by ASVD of the weights",
     "svd": "factors by SVD of the weights",
