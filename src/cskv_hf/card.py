@@ -127,7 +127,7 @@ def _measured(config: CSKVConfig) -> str:
     if all(layers):
         worst = [max(layer[name] for layer in layers) for name in ("key_attention_error", "value_attention_error")]
         lines.append(
-            f"Energy lost to the ranks on the calibration data, as attention weighs it, in the worst layer: "
+            f"Energy lost to the ranks, of what attention reads in the calibration data, in the worst layer: "
             f"{100 * worst[0]:.2f} % of the keys, {100 * worst[1]:.2f} % of the values."
         )
     elif report.get("layers"):

@@ -221,7 +221,7 @@ def spectra_section(data: dict[str, Any]) -> Section:
     by = {"head": "per KV head", "joint": "of all heads jointly"}.get(
         ours["key_layout"], f"in {groups} groups of heads"
     )
-    seen = "as attention weighs it" if ours["init"] == "attention" else f"as the initialisation {ours['init']} sees it"
+    seen = "of what attention reads" if ours["init"] == "attention" else f"as the initialisation {ours['init']} sees it"
     text = (
         f"Energy (squared singular value) of every channel kept, relative to the strongest of its group, {seen}. "
         "A curve that falls fast needs few channels; one that ends high was cut where it still carried something."
