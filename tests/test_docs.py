@@ -124,7 +124,8 @@ def test_table_of_probes_is_the_results(documented):
         half = max(half, means["512 tokens, pieces of 256"] / means["1024 tokens, pieces of 256"])
         quarter = max(quarter, means["256 tokens, pieces of 256"] / means["1024 tokens, pieces of 256"])
     page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
-    assert f"cost up to {100 * (half - 1):.0f} % of the KL at 95 %, a quarter up to {100 * (quarter - 1):.0f} %" in page
+    half, quarter = 100 * (half - 1), 100 * (quarter - 1)
+    assert f"cost up to {half:.0f} % of the KL at 95 %, a quarter up to {quarter:.0f} %" in page
     assert f"between {min(lowest):.2f} and {max(highest):.2f} times" in page
 
 

@@ -221,7 +221,8 @@ def spectra_section(data: dict[str, Any]) -> Section:
     by = {"head": "per KV head", "joint": "of all heads jointly"}.get(
         ours["key_layout"], f"in {groups} groups of heads"
     )
-    seen = "of what attention reads" if ours["init"] == "attention" else f"as the initialisation {ours['init']} sees it"
+    init = ours["init"]
+    seen = "of what attention reads" if init == "attention" else f"as the initialisation {init} sees it"
     text = (
         f"Energy (squared singular value) of every channel kept, relative to the strongest of its group, {seen}. "
         "A curve that falls fast needs few channels; one that ends high was cut where it still carried something."
