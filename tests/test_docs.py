@@ -499,7 +499,8 @@ def test_numbers_of_smollm2_are_the_results(documented):
         documented("smollm2-ratios", name, "same token", f"{row['agreement']:.3f}")
     uniform = {row["name"]: f"{row['ratio']:.4f}" for row in of_results("quality-smollm2-135m")["rows"]}
     limits = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
-    assert f"{uniform['about the mean']} times the perplexity against {uniform['attention']} at 80 %" in limits
+    concepts = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    assert {uniform[name][:4] for name in ("attention", "about the mean")} == {"1.02"} and "[at 1.02]" in concepts
     rows, found, ratio, kl, share = of_results("smollm2-135m")["rows"], {}, {}, {}, {}
     for row in rows:
         if row["metric"] == "accuracy" and row["group"] == "all":
@@ -515,14 +516,16 @@ def test_numbers_of_smollm2_are_the_results(documented):
     assert f"at {ratio[ours]:.3f} times its perplexity" in readme and f"at {ratio[ours]:.3f} times its perp" in page
     bytes_of = f"in {share[other]:.1f} % of the bytes instead of {share[ours]:.1f} %"
     assert f"4-bit cache finds {found[other]} at {ratio[other]:.3f}, {bytes_of}" in readme
-    assert f"With 90 % removed it finds {found['90 % ours']}; with 95 % this model loses half of the needles" in readme
+    at_90 = f"With 90 % removed it finds {found['90 % ours']} at {ratio['90 % ours']:.3f}"
+    assert f"{at_90}; with 95 % this model loses half of the needles" in readme
     assert abs(found["95 % ours"] - found[full] / 2) < 2
+    assert f"where its perplexity is {ratio['95 % ours']:.3f} times" in limits
     assert f"ours finds {found[ours]} of 60 needles, the full cache {found[full]}" in page
     assert f"with a KL of {kl[other]:.3f} against {kl[ours]:.3f}, in {share[other]:.1f} % of the bytes" in page
     few = [f"{found[name]} at {ratio[name]:.3f}" for name in ("90 % ours", "95 % ours")]
     assert f"At 90 % ours finds {few[0]} times the perplexity, at 95 % {few[1]}" in page
-    assert f"finds {found[window.format(90)]} and {found[window.format(95)]} and" in page
-    assert f"({ratio[window.format(95)]:.3f})" in page
+    found_by, at = ([of[window.format(removed)] for removed in (90, 95)] for of in (found, ratio))
+    assert f"finds {found_by[0]} and {found_by[1]}, at {at[0]:.3f} and {at[1]:.3f}" in page
     assert f"of 80 %, {ratio[window.format(80)]:.3f} and {found[window.format(80)]} needles" in page
     trained = "80 % asvd + training"
     assert f"trained, finds {found[trained]} at 80 %, at {ratio[trained]:.3f} times the perplexity" in page
