@@ -351,7 +351,8 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     """On the page itself, and where others quote it."""
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     probe = of_results("fit")["probe"]
-    assert probe["layers"] == 32 and f"takes {probe['probing'] / 60:.1f} minutes for 32 layers" in page
+    assert probe["tokens"] == 512 and f"would take {probe['of_32_layers'] / 60:.0f} minutes for 32 layers" in page
+    assert f"{probe['layers']} layers were measured" in page
     seconds = of_results("prefill")["seconds"]
     ratios = [f"{name} {seconds[name] / seconds['DynamicCache']:.2f}" for name in seconds if name != "DynamicCache"]
     assert ", ".join(ratios) in page
