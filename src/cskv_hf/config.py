@@ -64,7 +64,8 @@ class CSKVConfig(PeftConfig):
             heads of a layer, which makes decoding cheap; ``"joint"`` factors all heads together (the paper's);
             ``"group:N"`` N heads at a time. Values are always factored jointly: they never need to be rebuilt.
         window: Number of most recent tokens kept exactly, at least this many at any time (the paper's 32).
-        sinks: Number of first tokens kept exactly. The paper keeps none.
+        sinks: Number of first tokens kept exactly. The paper keeps none. With fewer than 4, [`fit`] weighs all tokens
+            alike instead of by how much attention reads them.
         block_size: Tokens leave the window in blocks of this many.
         init: How the factors are found by [`fit`]: ``"attention"`` (default; optimal for what queries read of old
             tokens), ``"mse"`` (optimum of the paper's loss), ``"asvd"``, ``"svd"`` (the paper's initialisations),
