@@ -154,8 +154,8 @@ class ReadMoments(NamedTuple):
     """Sums over queries that read old tokens; float64.
 
     Attributes:
-        keys: (kv_dim + 1, kv_dim + 1), of ``p [k; 1] [k; 1]ᵀ``, keys before RoPE, p of every head.
-        values: (kv_dim + 1, kv_dim + 1), of ``[a; s] [a; s]ᵀ``, with ``a = Σ p v`` and ``s = Σ p`` over old tokens.
+        keys: (kv_dim + 1, kv_dim + 1), of ``p (k, 1) (k, 1)ᵀ``, keys before RoPE, p of every head.
+        values: (kv_dim + 1, kv_dim + 1), of ``(a, s) (a, s)ᵀ``, with ``a = Σ p v`` and ``s = Σ p`` over old tokens.
         queries: (num_key_value_heads, head_dim, head_dim), of ``p q qᵀ``, the query as the key before RoPE meets it:
             turned back by the key's position.
     """

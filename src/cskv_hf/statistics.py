@@ -58,9 +58,9 @@ class KVStatistics:
         key_sum, value_sum: (layers, kv_dim) sums of k and v.
         query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of q qᵀ before RoPE, over the query heads
             of a KV head.
-        read_key_moment: (layers, kv_dim + 1, kv_dim + 1) sum of p [k; 1] [k; 1]ᵀ over pairs of a sampled query and an
+        read_key_moment: (layers, kv_dim + 1, kv_dim + 1) sum of p (k, 1) (k, 1)ᵀ over pairs of a sampled query and an
             old token that it attends to by p; see reads.py.
-        read_value_moment: (layers, kv_dim + 1, kv_dim + 1) sum of [a; s] [a; s]ᵀ over sampled queries, of what each
+        read_value_moment: (layers, kv_dim + 1, kv_dim + 1) sum of (a, s) (a, s)ᵀ over sampled queries, of what each
             reads of old tokens, a = Σ p v and s = Σ p.
         read_query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of p q qᵀ over the pairs, the query
             turned to where the key before RoPE meets it.
