@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def project(states: torch.Tensor, maps: torch.Tensor, mean: torch.Tensor) -> tor
 
 def _old_tokens_cut(
     attention: nn.Module, side: str, factors: Factors, projection: torch.Tensor, exact: tuple[int, int]
-):
+) -> AbstractContextManager:
     """Within it a layer's queries read old tokens whose keys or values are projected."""
     name = {"keys": "key_states", "values": "value_states"}[side]
 
