@@ -41,6 +41,7 @@ def statistics_of_one_layer(shape: ModelShape, hidden_size: int) -> KVStatistics
     statistics.num_tokens = TOKENS
     statistics.key_moment[0], statistics.value_moment[0] = moment(shape.kv_dim), moment(shape.kv_dim)
     statistics.read_key_moment[0], statistics.read_value_moment[0] = (moment(shape.kv_dim + 1) for _ in range(2))
+    statistics.read_squares[0] = statistics.read_value_moment[0, -1, -1] / 10
     for of_queries in (statistics.query_moment, statistics.read_query_moment):
         of_queries[0] = torch.stack([moment(shape.head_dim) for _ in range(shape.num_key_value_heads)])
     return statistics

@@ -9,7 +9,7 @@ import torch
 from cskv_hf.allocate import PACKED_LEVELS, Side, allocate, allocate_average, quantisation_loss
 from cskv_hf.config import CSKVConfig
 from cskv_hf.model_shape import ModelShape
-from cskv_hf.plan import check_budget, plan, store_plan
+from cskv_hf.plan import LayerSpectra, check_budget, plan, store_plan
 from cskv_hf.quantize import PackedLayout, dequantize, quantize
 
 
@@ -17,9 +17,10 @@ def predicted_loss(sides, bits):
     """What [`allocate`] minimises, in the units of the energies."""
     total = 0.0
     for side, groups in zip(sides, bits):
-        for energies, channels in zip(side.energies, groups):
-            shares = [quantisation_loss(b, side.group_tokens * side.group_channels) for b in channels]
-            total += float((energies.double() * torch.tensor(shares, dtype=torch.float64)).sum())
+        for energies, noises, channels in zip(side.energies, side.rounding or side.energies, groups):
+            for energy, noise, b in zip(energies.tolist(), noises.tolist(), channels):
+                share = quantisation_loss(b, side.group_tokens * side.group_channels)
+                total += noise * share if b else energy
     return total
 
 
@@ -59,17 +60,24 @@ def test_bytes_are_those_of_the_packed_layout():
         assert side.bytes_per_token({b: bits.count(b) for b in set(bits)}) == layout.bytes_per_token
 
 
-def test_no_choice_of_the_same_cost_loses_less():
+ROUNDING = (torch.tensor([0.1, 9.0, 0.2]), torch.tensor([0.02, 0.03, 0.04]))  # not falling, as noise need not
+
+
+@pytest.mark.parametrize("rounding", [None, ROUNDING])
+@pytest.mark.parametrize("budget", [1.0, 1.5, 2.0, 2.5, 3.0])
+def test_no_choice_of_the_same_cost_loses_less(rounding, budget):
     """A minimum of loss + price * rate for one price is optimal among all allocations of at most its own cost
-    (Everett 1963): against every one of the 3^6 others."""
+    (Everett 1963): against every one of the 3^6 others that keep the first channels of each group."""
     energies = (torch.tensor([5.0, 1.0, 0.3]), torch.tensor([2.0, 0.5, 0.01]))
-    side, levels = Side(energies), (0, 2, 4)
-    chosen = allocate([side], 2.5, levels)
+    side, levels = Side(energies, rounding=rounding), (0, 2, 4)
+    chosen = allocate([side], budget, levels)
     cost, loss = spent([side], chosen), predicted_loss([side], chosen)
     for other in itertools.product(levels, repeat=6):
         candidate = [[list(other[:3]), list(other[3:])]]
-        if other[0] and spent([side], candidate) <= cost:
+        nested = all(a or not b for group in candidate[0] for a, b in itertools.pairwise(group))
+        if other[0] and nested and spent([side], candidate) <= cost:
             assert predicted_loss([side], candidate) >= loss - 1e-12
+    assert rounding is None or budget < 2.5 or chosen[0][0][1] > 0  # kept, though it is dear, for what comes after
 
 
 def test_channels_of_more_energy_get_at_least_as_many_bits():
@@ -116,7 +124,7 @@ def test_channels_in_multiples(multiple):
     shape = ModelShape("llama", 2, 2, 32)
     config = CSKVConfig(compression=0.7, rank_multiple=multiple)
     config.sensitivity = [[1.0, 3.0], [2.0, 1.0]]
-    spectra = [([torch.logspace(0, -k, 32) for k in (3, 5)], torch.logspace(0, -4, 64)) for _ in range(2)]
+    spectra = [LayerSpectra([torch.logspace(0, -k, 32) for k in (3, 5)], *[torch.logspace(0, -4, 64)] * 2)] * 2
     plans = plan(config, shape, spectra)
     for layer in plans:
         sides = [*torch.tensor(layer.key_bits).split(layer.key_ranks), torch.tensor(layer.value_bits)]
@@ -157,7 +165,7 @@ def test_the_largest_compression_is_named_before_anything_is_known(bits, least):
     with pytest.raises(ValueError, match=f"one channel of each at {least} bits takes") as refused:
         check_budget(CSKVConfig(compression=0.999, bits=bits), shape)
     largest = float(re.search(r"Use at most (0\.\d+)", str(refused.value))[1])
-    spectra = [([torch.logspace(0, -3, 8)] * 4, torch.logspace(0, -3, 32))] * 3
+    spectra = [LayerSpectra([torch.logspace(0, -3, 8)] * 4, *[torch.logspace(0, -3, 32)] * 2)] * 3
     config = CSKVConfig(compression=largest, bits=bits, sensitivity=[[1.0, 1.0]] * 3)
     assert all(sum(layer.key_ranks) >= 1 and layer.value_rank >= 1 for layer in plan(config, shape, spectra))
     with pytest.raises(ValueError, match=f"Use at most {largest:.3f}"):
@@ -167,7 +175,8 @@ def test_the_largest_compression_is_named_before_anything_is_known(bits, least):
 def test_a_group_without_channels_stays_without():
     """Uniform ranks, of an adapter that gave a head nothing: no group gets more than it has, at any rank there is."""
     shape, held = ModelShape("llama", 1, 4, 8), (3, 0, 4, 1)
-    spectra = [([torch.logspace(g, g - 3, n) for g, n in enumerate(held)], torch.logspace(0, -3, 8))]
+    keys, values = [torch.logspace(g, g - 3, n) for g, n in enumerate(held)], torch.logspace(0, -3, 8)
+    spectra = [LayerSpectra(keys, values, values)]
     for rank in range(1, 9):
         (layer,) = plan(CSKVConfig(key_rank=rank, value_rank=8), shape, spectra)
         assert sum(layer.key_ranks) == rank and all(r <= n for r, n in zip(layer.key_ranks, held))
@@ -189,10 +198,13 @@ def test_predicted_loss_is_what_normal_values_lose(bits, group):
 def test_a_plan_names_the_layer_whose_worth_is_no_number(wrong):
     """As from a config that was edited by hand, or an adapter whose factors are broken."""
     shape, config = ModelShape("llama", 2, 2, 32), CSKVConfig(compression=0.7)
-    spectra = [([torch.ones(32), torch.ones(32)], torch.ones(64)) for _ in range(2)]
+    spectra = [LayerSpectra([torch.ones(32), torch.ones(32)], torch.ones(64), torch.ones(64)) for _ in range(2)]
     config.sensitivity = [[1.0, 3.0], [2.0, wrong]]
     with pytest.raises(ValueError, match="or the `sensitivity` of layer 1 are NaN or infinite"):
         plan(config, shape, spectra)
-    config.sensitivity, spectra[0][0][1][3] = [[1.0, 3.0]] * 2, wrong
-    with pytest.raises(ValueError, match="of layer 0 are NaN or infinite"):
-        plan(config, shape, spectra)
+    config.sensitivity = [[1.0, 3.0]] * 2
+    for energies in (spectra[0].keys[1], spectra[0].value_rounding):
+        energies[3] = wrong
+        with pytest.raises(ValueError, match="of layer 0 are NaN or infinite"):
+            plan(config, shape, spectra)
+        energies[3] = 1.0

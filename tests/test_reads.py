@@ -73,10 +73,11 @@ def test_moments_are_those_of_the_definition(family, monkeypatch):
                     key = torch.cat([keys[t], keys.new_ones(1)])
                     expected[0] += weight[t] * torch.outer(key, key)
                     read += weight[t] * torch.cat([values[t], values.new_ones(1)])
+                    expected[3] += weight[t] ** 2
                     query = as_the_key_meets_it(states, g, h, q, t)
                     expected[2][g] += weight[t] * torch.outer(query, query)
                 expected[1] += torch.outer(read, read)
-    for total, sums in zip(measured[:2], expected[:2]):
+    for total, sums in ((measured[i], expected[i]) for i in (0, 1, 3)):
         rounding = 1e-6 * float(sums.abs().max())  # of the model's weights, to float32
         torch.testing.assert_close(total, sums, rtol=0, atol=rounding)
     difference = (measured.queries - expected[2]).flatten(1).norm(dim=1)
@@ -145,6 +146,29 @@ def test_the_loss_of_the_fit_is_what_outputs_lose(monkeypatch):
     torch.testing.assert_close(lost / mass, values.spectrum[3:].sum(), rtol=1e-5, atol=0)  # M is damped
 
 
+def test_rounding_is_what_noise_costs(monkeypatch):
+    """Of values, with one head: noise of unit variance in one latent channel, of every token its own, changes what
+    `o_proj` puts out by the channel's `rounding` on average, in the unit of the spectrum."""
+    monkeypatch.setattr("cskv_hf.statistics.UNREAD_SHARE", 0.0)
+    model, ids = make_model(num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1), prompt(1, 640)
+    statistics = collect_statistics(model, [ids], progress=False)
+    attention = model.model.layers[0].self_attn
+    _, values = layer_bases(attention, statistics, 0, CSKVConfig(), 1)
+    ((states, _),) = states_of(model, 0, ids)
+    queries = sampled_queries(640, torch.Generator().manual_seed(0))
+    generator, turns = torch.Generator().manual_seed(1), 100
+    for channel in (0, 5):
+        cost = 0.0
+        for _turn in range(turns):
+            noise = torch.randn(640, 1, generator=generator, dtype=values.B.dtype) * values.B[:, channel]
+            change = change_of_reads(states, SINKS, RECENT, value_states=states.value_states + noise)
+            cost += float((change[queries] @ attention.o_proj.weight.detach().mT).square().sum()) / turns
+        cost /= float(statistics.read_value_moment[0, -1, -1])
+        assert cost == pytest.approx(float(values.rounding[channel]), rel=0.1)
+    share = statistics.read_concentration(0)
+    assert 1 / 640 < share < 0.5
+
+
 def test_rows_without_reads_count_for_nothing():
     """A row of padding, and one of a single token, beside a real one."""
     model, ids = make_model(), prompt(3, 40)
@@ -152,7 +176,7 @@ def test_rows_without_reads_count_for_nothing():
     mask[1], mask[2, 1:] = 0, 0
     alone = collect_statistics(model, [ids[:1]], progress=False)
     batch = collect_statistics(model, [{"input_ids": ids, "attention_mask": mask}], progress=False)
-    for name in ("read_key_moment", "read_value_moment", "read_query_moment"):
+    for name in ("read_key_moment", "read_value_moment", "read_query_moment", "read_squares"):
         torch.testing.assert_close(getattr(batch, name), getattr(alone, name))
 
 

@@ -1,13 +1,15 @@
 """One byte budget, one water level: how many bits every latent channel of a model gets, 0 for a dropped one.
 
 Reverse water-filling (Cover and Thomas, section 10.3.3) over the channels of all layers, key groups and values at
-once. A channel of energy `e` (what the model's output loses without it) quantised to `b` bits loses `e * f(b)`, and
-costs `b` bits per token plus its share of the ranges. Every channel takes the bits that minimise loss plus price times
-cost, and the price is the lowest that the budget allows. Rank is the special case of bits 0 or 16. Pure functions.
+once. A channel of energy `e` (what the model's output loses without it) quantised to `b` bits loses `n * f(b)`, with
+`n` what noise as large as the channel costs, and takes `b` bits per token plus its share of the ranges. Every channel
+gets the bits that minimise loss plus price times cost, and the price is the lowest that the budget allows. Rank is the
+special case of bits 0 or 16. Pure functions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +30,13 @@ class Side:
         energies: per key group (values have one group), the energy of each channel, falling, in units that all sides
             share.
         group_tokens, group_channels: tokens and channels that share a range.
+        rounding: in the form of `energies`, what noise as large as each channel would cost; None if the same.
     """
 
     energies: tuple[torch.Tensor, ...]
     group_tokens: int = 32
     group_channels: int = 1
+    rounding: tuple[torch.Tensor, ...] | None = None
 
     @property
     def range_bits(self) -> float:
@@ -61,7 +65,7 @@ def gaussian_range(samples: int) -> float:
 
 
 def quantisation_loss(bits: int, group_size: int) -> float:
-    """Share f(b) of a channel's energy that is lost at `bits` bits: 1 at none, 0 at 16.
+    """Noise f(b) of `bits` bits as a share of a channel's energy: 1 at none, 0 at 16.
 
     Uniform noise of one step, the step being a group's expected range over ``2**bits - 1``.
     """
@@ -78,8 +82,9 @@ Bits = list[list[list[int]]]  # per side and group, the bits of every channel
 def allocate(sides: Sequence[Side], budget: float, levels: Sequence[int]) -> Bits:
     """Bits of every channel of every side: what one price for all of them buys within a budget.
 
-    No other choice that costs as much loses less. Channels of the same energy get the same bits, so that alike layers
-    stay alike and neighbours in multiples together; what it would take to raise all of them stays unspent.
+    No other choice that costs as much, and keeps the first channels of every group, loses less. Channels of the same
+    energy get the same bits, so that alike layers stay alike and neighbours in multiples together; what it would take
+    to raise all of them stays unspent.
 
     Args:
         budget: bytes per token, over all sides.
@@ -92,7 +97,7 @@ def allocate(sides: Sequence[Side], budget: float, levels: Sequence[int]) -> Bit
         ValueError: if not even one channel per side fits, or energies are NaN or infinite.
     """
     for i, side in enumerate(sides):
-        if not all(energies.isfinite().all() for energies in side.energies):
+        if not all(energies.isfinite().all() for energies in (*side.energies, *(side.rounding or ()))):
             raise ValueError(
                 f"`sides`[{i}] has NaN or infinite energies, that is, the spectrum or the sensitivity of its layer "
                 "has. Fit again, or use `allocation`='uniform'."
@@ -101,16 +106,27 @@ def allocate(sides: Sequence[Side], budget: float, levels: Sequence[int]) -> Bit
     sizes = [len(e) for side in sides for e in side.energies]
     owner = torch.tensor([i for i, side in enumerate(sides) for e in side.energies for _ in range(len(e))])
     energies = torch.cat([e.double() for side in sides for e in side.energies]).clamp_min(0.0)
+    rounding = torch.cat([n.double() for side in sides for n in side.rounding or side.energies]).clamp_min(0.0)
     firsts = torch.stack([torch.where(owner == i, energies, -1.0).argmax() for i in range(len(sides))])
-    energies = energies / energies.max().clamp_min(torch.finfo(torch.float64).tiny)
+    unit = energies.max().clamp_min(torch.finfo(torch.float64).tiny)
     losses, rates = _loss_and_rate(sides, levels)
-    losses, rates = energies[:, None] * losses[owner], rates[owner]  # (channels, levels)
+    losses, rates = rounding[:, None] / unit * losses[owner], rates[owner]  # (channels, levels)
+    drops = levels[0] == 0
+    if drops:
+        losses[:, 0] = energies / unit
+    group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    place = torch.cat([torch.arange(size) for size in sizes])  # within the group
 
     def at_price(log_price: float) -> torch.Tensor:
-        chosen = (losses + math.exp(log_price) * rates).argmin(1)
-        if levels[0] == 0:
-            chosen[firsts] = chosen[firsts].clamp_min(1)
-        return chosen
+        totals = losses + math.exp(log_price) * rates
+        if not drops:
+            return totals.argmin(1)
+        least, bits = totals[:, 1:].min(1)
+        dearer = totals.new_zeros(len(sizes), 1 + max(sizes))  # to keep than to drop; then what all from here on are
+        dearer[group, place] = least - totals[:, 0]
+        kept = dearer.flip(1).cumsum(1).flip(1).argmax(1)
+        kept[group[firsts]] = kept[group[firsts]].clamp_min(1)
+        return torch.where(place < kept[group], 1 + bits, 0)
 
     def total(chosen: torch.Tensor) -> float:
         counts = torch.bincount(owner * len(levels) + chosen, minlength=len(sides) * len(levels))
@@ -153,7 +169,11 @@ def allocate_average(sides: Sequence[Side], budget: float, bits: int) -> Bits:
         return kept
     counts = [[sum(b > 0 for b in group) for group in groups] for groups in kept]
     survivors = [
-        Side(tuple(e[:n] for e, n in zip(side.energies, ns)), side.group_tokens, side.group_channels)
+        dataclasses.replace(
+            side,
+            energies=tuple(e[:n] for e, n in zip(side.energies, ns)),
+            rounding=side.rounding and tuple(e[:n] for e, n in zip(side.rounding, ns)),
+        )
         for side, ns in zip(sides, counts)
     ]
     spent = sum(side.bytes_per_token({bits: sum(ns)}) for side, ns in zip(sides, counts))

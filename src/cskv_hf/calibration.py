@@ -242,7 +242,7 @@ class _Collector:
         return hook
 
     def _add_reads(self, layer_idx: int):
-        names = ("read_key_moment", "read_value_moment", "read_query_moment")
+        names = ("read_key_moment", "read_value_moment", "read_query_moment", "read_squares")
         totals = [getattr(self.statistics, name)[layer_idx] for name in names]
 
         def use(states: RowStates, output: torch.Tensor) -> None:

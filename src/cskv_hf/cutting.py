@@ -11,7 +11,7 @@ from .config import CSKVConfig
 from .decompose import first_channels
 from .fit_report import forget_measurements
 from .model_shape import ModelShape
-from .plan import LayerPlan, plan, store_plan
+from .plan import LayerPlan, LayerSpectra, plan, store_plan
 from .quantize import channel_bits
 from .tuner import adapter_config, sidecars
 
@@ -67,9 +67,10 @@ def shrink(
     wanted = dataclasses.replace(config, **given, **settings)
     layers = sidecars(model)
     spectra = [
-        (
+        LayerSpectra(
             s.cskv_key_spectrum[name]()[0].cpu().split(s.key_ranks[name]),
             s.cskv_value_spectrum[name]()[0].cpu(),
+            s.cskv_value_rounding[name]()[0].cpu(),
         )
         for s in layers
     ]
@@ -87,6 +88,7 @@ def shrink(
             (sidecar.cskv_value_A, values, 0),
             (sidecar.cskv_value_B, values, 1),
             (sidecar.cskv_value_spectrum, values, 1),
+            (sidecar.cskv_value_rounding, values, 1),
         ):
             weight = module[name].weight
             module[name].weight = nn.Parameter(weight.index_select(dim, index.to(weight.device)), weight.requires_grad)

@@ -38,6 +38,8 @@ class Factors:
         B: (group_dim, rank); column i writes that same group.
         ranks: channels per group; they sum to ``rank``. Channels are sorted by group, then by falling importance.
         spectrum: (rank,) share of the objective that each channel carries; comparable across the groups of a layer.
+        rounding: (rank,) what noise as large as a channel, of each token its own, costs of the objective: the
+            spectrum, but for values read as sums, in which noise averages out.
         mean: (kv_dim,) what is taken off before encoding and put back after decoding; zeros for plain linear factors,
             else the mean of the data that the factors are optimal for.
     """
@@ -46,12 +48,14 @@ class Factors:
     B: torch.Tensor
     ranks: tuple[int, ...]
     spectrum: torch.Tensor
+    rounding: torch.Tensor
     mean: torch.Tensor
 
     def cut(self, ranks: Sequence[int]) -> Factors:
         """The first `ranks[g]` channels of every group."""
         kept = first_channels(self.ranks, ranks)
-        return Factors(self.A[kept], self.B[:, kept], tuple(ranks), self.spectrum[kept], self.mean)
+        A, B, energies = self.A[kept], self.B[:, kept], (self.spectrum[kept], self.rounding[kept])
+        return Factors(A, B, tuple(ranks), *energies, self.mean)
 
     def spectra(self) -> tuple[torch.Tensor, ...]:
         """The spectrum of each group."""
@@ -110,11 +114,13 @@ def assemble(
     A: torch.Tensor, B: torch.Tensor, spectra: torch.Tensor, ranks: Sequence[int], mean: torch.Tensor | None = None
 ) -> Factors:
     """Cut full bases A (G, n, n), B (G, n, n), spectra (G, n) to the given ranks and lay the groups side by side."""
+    spectrum = torch.cat([spectra[g, :r] for g, r in enumerate(ranks)])
     return Factors(
         A=torch.cat([A[g, :r] for g, r in enumerate(ranks)]),
         B=torch.cat([B[g, :, :r] for g, r in enumerate(ranks)], dim=1),
         ranks=tuple(ranks),
-        spectrum=torch.cat([spectra[g, :r] for g, r in enumerate(ranks)]),
+        spectrum=spectrum,
+        rounding=spectrum,
         mean=torch.zeros(spectra.numel(), dtype=spectra.dtype) if mean is None else mean,
     )
 
@@ -203,7 +209,7 @@ def normalized(factors: Factors, second_moment: torch.Tensor, mean: torch.Tensor
     reached = (energy >= UNREACHED * energy.max()) & (energy > ROUNDING * mean_square)
     least = energy[reached].min() if reached.any() else factors.A.double().square().sum(1)  # then rows of unit length
     scale = torch.where(reached, energy, least).sqrt()
-    return Factors(factors.A / scale[:, None], factors.B * scale, factors.ranks, factors.spectrum, centre)
+    return dataclasses.replace(factors, A=factors.A / scale[:, None], B=factors.B * scale)
 
 
 def unreached_channels(
@@ -219,6 +225,12 @@ def driven_channels(factors: Factors, weight_moment: torch.Tensor) -> torch.Tens
     linear = dataclasses.replace(factors, mean=torch.zeros_like(factors.mean))
     energy = latent_energy(linear, weight_moment) / factors.A.double().square().sum(1)
     return energy > DRIVEN * torch.linalg.eigvalsh(weight_moment)[-1]
+
+
+def noise_energy(factors: Factors, weight: torch.Tensor) -> torch.Tensor:
+    """``B_iᵀ M B_i``: what an error of unit energy in latent channel i costs, (rank,)."""
+    parts = zip(factors.B.double().split(factors.ranks, dim=1), diagonal_blocks(weight.double(), len(factors.ranks)))
+    return torch.cat([(B * (M @ B)).sum(0) for B, M in parts])
 
 
 def latent_energy(factors: Factors, second_moment: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:

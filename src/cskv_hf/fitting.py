@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from .decompose import (
     Factors,
     driven_channels,
     key_weight,
+    noise_energy,
     normalized,
     optimal_factors,
     random_factors,
@@ -33,7 +35,7 @@ from .families import attention_layers, decoder_of, dense_weight, refuse_tensor_
 from .fit_report import LayerReport, mean_bits
 from .hub import give_push
 from .model_shape import ModelShape
-from .plan import check_budget, plan, store_plan
+from .plan import LayerSpectra, check_budget, plan, store_plan
 from .reads import SINKS
 from .sensitivity import measure_sensitivity
 from .statistics import UNREAD_SHARE, KVStatistics
@@ -119,7 +121,7 @@ def fit(
         made_of["statistics"] = statistics.fingerprint()
         exact = config.sinks, config.mean_window
         config.sensitivity = measure_sensitivity(model, bases, statistics.probes(), *exact, progress, probing, made_of)
-    spectra = [(keys.spectra(), values.spectrum) for keys, values in bases]
+    spectra = [LayerSpectra(keys.spectra(), values.spectrum, values.rounding) for keys, values in bases]
     kept = plan(config, shape, spectra)
     fitted = [(keys.cut(k.key_ranks), values.cut((k.value_rank,))) for (keys, values), k in zip(bases, kept)]
 
@@ -192,6 +194,7 @@ def layer_bases(
     """The full-rank factors of one layer's keys and values, of which a fit keeps the first channels."""
     shape = ModelShape(**statistics.model_shape)
     of_keys, of_values = statistics.key_moments(layer_idx), statistics.value_moments(layer_idx)
+    reads_count = config.init == "attention" and config.sinks >= SINKS  # reads leave the sinks out
     if config.init == "random":
         keys = random_factors(shape.kv_dim, shape.kv_dim, num_groups, seed=2 * layer_idx)
         values = random_factors(shape.kv_dim, shape.kv_dim, seed=2 * layer_idx + 1)
@@ -207,14 +210,18 @@ def layer_bases(
         minimised = of_keys, of_values
         if config.init == "attention":
             key_M, value_M = error_weights(attention, statistics, layer_idx)
-            if config.sinks >= SINKS:  # reads leave those out
-                minimised = statistics.read_key_moments(layer_idx), statistics.read_value_moments(layer_idx)
+        if reads_count:
+            minimised = statistics.read_key_moments(layer_idx), statistics.read_value_moments(layer_idx)
         (key_moment, key_mean), (value_moment, value_mean) = minimised
         if not config.centers:
             key_mean = value_mean = None
         keys = optimal_factors(key_moment, shape.kv_dim, num_groups, key_M, key_mean)
         values = optimal_factors(value_moment, shape.kv_dim, 1, value_M, value_mean)
-    return normalized(keys, *of_keys), normalized(values, *of_values)
+    keys, values = normalized(keys, *of_keys), normalized(values, *of_values)
+    if reads_count:
+        rounding = statistics.read_concentration(layer_idx) * noise_energy(values, value_M)
+        values = dataclasses.replace(values, rounding=rounding)
+    return keys, values
 
 
 def weight_moments(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,13 @@ from .decompose import even_ranks, pooled_ranks
 from .model_shape import PLAIN_BITS, ModelShape
 from .quantize import bit_runs
 
-Spectra = tuple[Sequence[torch.Tensor], torch.Tensor]  # of a layer: the keys' per group, the values'
+
+class LayerSpectra(NamedTuple):
+    """Of a layer, what [`Factors`] calls spectrum of each key group and of the values, and the values' rounding."""
+
+    keys: Sequence[torch.Tensor]
+    values: torch.Tensor
+    value_rounding: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class LayerPlan:
     value_bits: tuple[int, ...]
 
 
-def plan(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
+def plan(config: CSKVConfig, shape: ModelShape, spectra: Sequence[LayerSpectra]) -> list[LayerPlan]:
     """What every layer keeps.
 
     Args:
@@ -60,9 +67,9 @@ def check_budget(config: CSKVConfig, shape: ModelShape) -> None:
         config.layer_ranks(shape)
 
 
-def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
+def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[LayerSpectra]) -> list[LayerPlan]:
     bits, plans = config.uniform_bits, []
-    for (key_rank, value_rank), (keys, values) in zip(config.layer_ranks(shape), spectra):
+    for (key_rank, value_rank), (keys, values, _) in zip(config.layer_ranks(shape), spectra):
         held = (sum(map(len, keys)), len(values))
         for wanted, there in zip((key_rank, value_rank), held):
             if wanted > there:
@@ -82,19 +89,19 @@ def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) 
     return plans
 
 
-def _allocated(config: CSKVConfig, shape: ModelShape, spectra: Sequence[Spectra]) -> list[LayerPlan]:
+def _allocated(config: CSKVConfig, shape: ModelShape, spectra: Sequence[LayerSpectra]) -> list[LayerPlan]:
     check_budget(config, shape)
     sides = []
-    for layer_idx, ((keys, values), (key_price, value_price)) in enumerate(zip(spectra, config.sensitivity)):
-        known = torch.cat([*keys, values, values.new_tensor([key_price, value_price])])
+    for layer_idx, ((keys, *values), (key_price, value_price)) in enumerate(zip(spectra, config.sensitivity)):
+        known = torch.cat([*keys, *values, values[0].new_tensor([key_price, value_price])])
         if not known.isfinite().all():
             raise ValueError(
                 f"The spectra or the `sensitivity` of layer {layer_idx} are NaN or infinite. Fit the adapter again, "
                 "or with `allocation`='uniform'."
             )
-        levelled = [_in_steps(e.double(), config.rank_multiple) for e in (*keys, values)]
-        sides.append(Side(tuple(e * key_price for e in levelled[:-1]), *config.group_of("key")))
-        sides.append(Side((levelled[-1] * value_price,), *config.group_of("value")))
+        *of_keys, energies, rounding = (_in_steps(e.double(), config.rank_multiple) for e in (*keys, *values))
+        sides.append(Side(tuple(e * key_price for e in of_keys), *config.group_of("key")))
+        sides.append(Side((energies * value_price,), *config.group_of("value"), (rounding * value_price,)))
     budget, bits = config.byte_budget(shape), config.storage_bits
     if bits is None:
         chosen = allocate(sides, budget, (0, *PACKED_LEVELS))

@@ -158,11 +158,13 @@ class ReadMoments(NamedTuple):
         values: (kv_dim + 1, kv_dim + 1), of ``(a, s) (a, s)ᵀ``, with ``a = Σ p v`` and ``s = Σ p`` over old tokens.
         queries: (num_key_value_heads, head_dim, head_dim), of ``p q qᵀ``, the query as the key before RoPE meets it:
             turned back by the key's position.
+        squares: (), of ``p²`` over the pairs.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
+    squares: torch.Tensor
 
 
 def sampled_queries(length: int, generator: torch.Generator) -> torch.Tensor:
@@ -188,13 +190,16 @@ def read_moments(states: RowStates, queries: torch.Tensor, generator: torch.Gene
     total = ReadMoments(
         *(t.new_zeros(t.shape[1], t.shape[1]) for t in (keys, values)),
         keys.new_zeros(heads, *(2 * states.key_states.shape[2:])),
+        keys.new_zeros(()),
     )
     received = keys.new_zeros(length)
     for part in queries.to(states.key_states.device).split(CHUNK):
         weights = states.scores(part, states.key_states).softmax(-1) * states.old(part, *exact_tokens(length))
-        read = _float64(weights).flatten(0, 2) @ values
+        wide = _float64(weights).flatten(0, 2)
+        read = wide @ values
         total.values.add_(read.mT @ read)
-        received += _float64(weights).sum((0, 1, 2))
+        total.squares.add_(wide.square().sum())
+        received += wide.sum(0)
         mass, turned = _turned_to_keys(states, part, weights, generator)
         turned = _float64(mass.sqrt() * turned).flatten(1, -2)
         total.queries.add_(turned.mT @ turned)

@@ -58,6 +58,7 @@ def factor_shapes(key_ranks: Sequence[int], value_rank: int, kv_dim: int) -> dic
         "cskv_value_mean": (1, kv_dim),
         "cskv_key_spectrum": (1, key_rank),
         "cskv_value_spectrum": (1, value_rank),
+        "cskv_value_rounding": (1, value_rank),
     }
 
 
@@ -66,8 +67,9 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
 
     Keys on disk: ``….self_attn.cskv.cskv_key_A.weight`` (key_rank, group_dim), ``cskv_key_B`` (group_dim, key_rank),
     ``cskv_value_A`` (value_rank, kv_dim), ``cskv_value_B`` (kv_dim, value_rank), the means ``cskv_key_mean`` and
-    ``cskv_value_mean`` (1, kv_dim), and the spectra ``cskv_key_spectrum`` (1, key_rank) and ``cskv_value_spectrum``
-    (1, value_rank), which order the channels when an adapter is cut to a smaller rank.
+    ``cskv_value_mean`` (1, kv_dim), and what a cut to a smaller budget goes by, the spectra ``cskv_key_spectrum`` (1,
+    key_rank) and ``cskv_value_spectrum`` (1, value_rank), and ``cskv_value_rounding`` (1, value_rank); see
+    [`Factors`].
     """
 
     adapter_layer_names = (
@@ -79,9 +81,10 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         "cskv_value_mean",
         "cskv_key_spectrum",
         "cskv_value_spectrum",
+        "cskv_value_rounding",
     )
     other_param_names = ("key_ranks", "formats")
-    SPECTRA = ("cskv_key_spectrum", "cskv_value_spectrum")  # in float32: they span more than float16 does
+    ENERGIES = ("cskv_key_spectrum", "cskv_value_spectrum", "cskv_value_rounding")  # float32: float16 spans too little
     TRAINED = ("cskv_key_A", "cskv_key_B", "cskv_value_A", "cskv_value_B")
 
     def __init__(self, layer_idx: int, num_key_value_heads: int, head_dim: int) -> None:
@@ -127,8 +130,9 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
             ("cskv_value_mean", values.mean[None]),
             ("cskv_key_spectrum", keys.spectrum[None]),
             ("cskv_value_spectrum", values.spectrum[None]),
+            ("cskv_value_rounding", values.rounding[None]),
         ):
-            kind = torch.float32 if name in self.SPECTRA else dtype
+            kind = torch.float32 if name in self.ENERGIES else dtype
             weight = tensor.to(device=device, dtype=kind).contiguous().clone()
             getattr(self, name)[adapter_name].weight = nn.Parameter(weight, requires_grad=False)
 
@@ -204,7 +208,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             factor = getattr(self, name)[adapter_name]
             if factor.weight.device.type != "meta":
-                dtype = factor.weight.dtype if name in self.SPECTRA else self.placement[1]
+                dtype = factor.weight.dtype if name in self.ENERGIES else self.placement[1]
                 factor.to(device=device or self.placement[0], dtype=dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -33,6 +33,7 @@ TENSORS = (
     "read_key_moment",
     "read_value_moment",
     "read_query_moment",
+    "read_squares",
     "input_scale",
     "probe_ids",
     "probe_lengths",
@@ -64,6 +65,7 @@ class KVStatistics:
             reads of old tokens, a = Σ p v and s = Σ p.
         read_query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of p q qᵀ over the pairs, the query
             turned to where the key before RoPE meets it.
+        read_squares: (layers,) sum of p² over the pairs.
         input_scale: (layers, hidden_size) sum of |x| at the input of the projections (ASVD).
         probe_ids, probe_lengths: input_ids of a few samples, end to end, and their lengths; see sensitivity.py.
         num_tokens: tokens summed over; padding is not counted.
@@ -82,6 +84,7 @@ class KVStatistics:
     read_key_moment: torch.Tensor
     read_value_moment: torch.Tensor
     read_query_moment: torch.Tensor
+    read_squares: torch.Tensor
     input_scale: torch.Tensor
     probe_ids: torch.Tensor
     probe_lengths: torch.Tensor
@@ -105,6 +108,7 @@ class KVStatistics:
             torch.zeros(layers, kv_dim + 1, kv_dim + 1, dtype=torch.float64),
             torch.zeros(layers, kv_dim + 1, kv_dim + 1, dtype=torch.float64),
             torch.zeros(by_head, dtype=torch.float64),
+            torch.zeros(layers, dtype=torch.float64),
             torch.zeros(layers, hidden_size, dtype=torch.float64),
             torch.zeros(0, dtype=torch.long),
             torch.zeros(0, dtype=torch.long),
@@ -129,6 +133,13 @@ class KVStatistics:
     def read_value_moments(self, layer_idx: int) -> Moments:
         """Of what queries read of old values, each read in proportion to the square of its share in the attention."""
         return _mostly(self.read_value_moment[layer_idx], self.value_moments(layer_idx))
+
+    def read_concentration(self, layer_idx: int) -> float:
+        """E[Σ p²] / E[(Σ p)²]: what reads leave of the energy of an error that every token has of its own, 1 where a
+        query reads a single one; weighed as in [`read_value_moments`]."""
+        weight = float(self.read_value_moment[layer_idx, -1, -1])
+        own = float(self.read_squares[layer_idx]) / weight if weight > 0 else 1.0
+        return (1 - UNREAD_SHARE) * own + UNREAD_SHARE
 
     def mean_shares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Share of the mean square that is the mean's, of the keys (before RoPE) and of the values, (layers,) each."""
