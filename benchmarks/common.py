@@ -30,7 +30,7 @@ from cskv_hf.factors import LayerFactors
 from cskv_hf.files import replace_file
 from cskv_hf.handover import CompressedKV, ForwardInputs
 from cskv_hf.kernels import cpu as cpu_kernels
-from cskv_hf.plan import plan, store_plan
+from cskv_hf.plan import LayerSpectra, plan, store_plan
 from cskv_hf.rope import RotaryFrequencies
 
 BLOCK = CSKVConfig().block_size  # every so many tokens a layer encodes and appends a block
@@ -83,7 +83,8 @@ def planned(setting: Setting, sizes: Sizes, num_layers: int = 1) -> CSKVConfig:
         torch.logspace(0, -3, sizes.kv_dim // groups).double() * 4 ** (0.5 - g / groups) for g in range(groups)
     ]
     config.sensitivity = [[1.0, 1.0]] * num_layers
-    spectra = [(of_group, torch.logspace(0, -3, sizes.kv_dim).double())] * num_layers
+    of_values = torch.logspace(0, -3, sizes.kv_dim).double()
+    spectra = [LayerSpectra(of_group, of_values, of_values)] * num_layers
     store_plan(config, plan(config, shape, spectra))
     config.model_shape = vars(shape)
     return config

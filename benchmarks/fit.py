@@ -23,7 +23,7 @@ from cskv_hf import CSKVConfig, KVStatistics, ModelShape
 from cskv_hf.calibration import collect_statistics
 from cskv_hf.config import num_key_groups
 from cskv_hf.fitting import layer_bases, layer_report
-from cskv_hf.plan import plan
+from cskv_hf.plan import LayerSpectra, plan
 from cskv_hf.sensitivity import measure_sensitivity, probe_samples
 from cskv_hf.statistics import PROBE_LENGTH, PROBE_TOKENS
 
@@ -41,6 +41,7 @@ def statistics_of_one_layer(shape: ModelShape, hidden_size: int) -> KVStatistics
     statistics.num_tokens = TOKENS
     statistics.key_moment[0], statistics.value_moment[0] = moment(shape.kv_dim), moment(shape.kv_dim)
     statistics.read_key_moment[0], statistics.read_value_moment[0] = (moment(shape.kv_dim + 1) for _ in range(2))
+    statistics.read_head_key_moment[0] = torch.stack([moment(shape.head_dim + 1)] * shape.num_key_value_heads)
     statistics.read_squares[0] = statistics.read_value_moment[0, -1, -1] / 10
     for of_queries in (statistics.query_moment, statistics.read_query_moment):
         of_queries[0] = torch.stack([moment(shape.head_dim) for _ in range(shape.num_key_value_heads)])
@@ -71,7 +72,10 @@ def allocate_model(key_layout: str) -> float:
     def spectrum(channels: int) -> torch.Tensor:
         return torch.rand(channels).double().pow(6).sort(descending=True)[0]
 
-    spectra = [([spectrum(shape.kv_dim // groups) for _ in range(groups)], spectrum(shape.kv_dim)) for _ in range(32)]
+    spectra = [
+        LayerSpectra([spectrum(shape.kv_dim // groups) for _ in range(groups)], *[spectrum(shape.kv_dim)] * 2)
+        for _ in range(32)
+    ]
     started = time.perf_counter()
     planned = plan(config, shape, spectra)
     seconds = time.perf_counter() - started

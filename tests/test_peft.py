@@ -14,6 +14,7 @@ import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
 from cskv_hf.adapter_files import save_adapter
 from cskv_hf.fit_report import format_report
+from cskv_hf.sidecar import CSKVFactors
 from cskv_hf.tuner import sidecars
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)
@@ -37,7 +38,7 @@ def test_files(saved):
     assert config["peft_type"] == "CSKV" and config["base_model_name_or_path"] == str(folder / "base")
     with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
         keys = list(file.keys())
-        assert len(keys) == 2 * 8
+        assert len(keys) == 2 * len(CSKVFactors.adapter_layer_names)
         prefix = "base_model.model.model.layers.0.self_attn.cskv."
         assert file.get_slice(prefix + "cskv_key_A.weight").get_shape() == [sum(config["key_ranks"][0]), 8]
         assert file.get_slice(prefix + "cskv_value_B.weight").get_shape() == [32, config["value_ranks"][0]]
@@ -75,8 +76,9 @@ def test_bfloat16_base_gets_bfloat16_factors(saved):
     folder, _ = saved
     model = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.bfloat16)
     factors = {n: p.dtype for n, p in model.named_parameters() if "cskv_" in n}
-    assert {dtype for n, dtype in factors.items() if "spectrum" not in n} == {torch.bfloat16}
-    assert {dtype for n, dtype in factors.items() if "spectrum" in n} == {torch.float32}
+    wide = {n for n in factors if "spectrum" in n or "rounding" in n}
+    assert {dtype for n, dtype in factors.items() if n not in wide} == {torch.bfloat16}
+    assert {factors[n] for n in wide} == {torch.float32}
 
 
 def test_get_peft_model_trains_only_the_factors():

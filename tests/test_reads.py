@@ -9,7 +9,8 @@ from conftest import FAMILIES, make_model, prompt
 import cskv_hf.reads as reads
 from cskv_hf import CSKVConfig, collect_statistics
 from cskv_hf.fitting import layer_bases
-from cskv_hf.reads import change_of_reads, exact_tokens, read_moments, sampled_queries, states_read
+from cskv_hf.reads import ReadMoments, change_of_reads, exact_tokens, read_moments, sampled_queries, states_read
+from cskv_hf.statistics import READS
 
 SINKS, RECENT = 3, 7
 
@@ -64,26 +65,32 @@ def test_moments_are_those_of_the_definition(family, monkeypatch):
     queries = torch.tensor([12, 17, 23])
     measured = read_moments(states, queries, torch.Generator().manual_seed(0))
     keys, values = (t.transpose(0, 1).flatten(1) for t in (states.key_states, states.value_states))
-    expected = [torch.zeros_like(t) for t in measured]
+    expected = ReadMoments(*map(torch.zeros_like, measured))
     for q in queries.tolist():
         for g in range(len(states.key_states)):
             for h, weight in enumerate(weights[g, :, q]):
                 read = torch.zeros(values.shape[1] + 1, dtype=values.dtype)
                 for t in range(SINKS, q - RECENT + 1):
                     key = torch.cat([keys[t], keys.new_ones(1)])
-                    expected[0] += weight[t] * torch.outer(key, key)
+                    expected.keys.add_(weight[t] * torch.outer(key, key))
+                    own = torch.cat([states.key_states[g, t], keys.new_ones(1)])
+                    expected.head_keys[g] += weight[t] * torch.outer(own, own)
                     read += weight[t] * torch.cat([values[t], values.new_ones(1)])
-                    expected[3] += weight[t] ** 2
+                    expected.squares.add_(weight[t] ** 2)
                     query = as_the_key_meets_it(states, g, h, q, t)
-                    expected[2][g] += weight[t] * torch.outer(query, query)
-                expected[1] += torch.outer(read, read)
-    for total, sums in ((measured[i], expected[i]) for i in (0, 1, 3)):
+                    expected.queries[g] += weight[t] * torch.outer(query, query)
+                expected.values.add_(torch.outer(read, read))
+    for name in ("keys", "head_keys", "values", "squares"):
+        total, sums = getattr(measured, name), getattr(expected, name)
         rounding = 1e-6 * float(sums.abs().max())  # of the model's weights, to float32
         torch.testing.assert_close(total, sums, rtol=0, atol=rounding)
-    difference = (measured.queries - expected[2]).flatten(1).norm(dim=1)
-    assert (difference < 0.05 * expected[2].flatten(1).norm(dim=1)).all()
+    difference = (measured.queries - expected.queries).flatten(1).norm(dim=1)
+    assert (difference < 0.05 * expected.queries.flatten(1).norm(dim=1)).all()
     torch.testing.assert_close(
-        measured.queries.diagonal(dim1=1, dim2=2).sum(), expected[2].diagonal(dim1=1, dim2=2).sum(), rtol=1e-5, atol=0
+        measured.queries.diagonal(dim1=1, dim2=2).sum(),
+        expected.queries.diagonal(dim1=1, dim2=2).sum(),
+        rtol=1e-5,
+        atol=0,
     )  # turning keeps lengths, whatever is drawn
 
 
@@ -176,7 +183,7 @@ def test_rows_without_reads_count_for_nothing():
     mask[1], mask[2, 1:] = 0, 0
     alone = collect_statistics(model, [ids[:1]], progress=False)
     batch = collect_statistics(model, [{"input_ids": ids, "attention_mask": mask}], progress=False)
-    for name in ("read_key_moment", "read_value_moment", "read_query_moment", "read_squares"):
+    for name in READS:
         torch.testing.assert_close(getattr(batch, name), getattr(alone, name))
 
 

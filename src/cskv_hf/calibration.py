@@ -27,7 +27,7 @@ from .families import (
 )
 from .model_shape import ModelShape
 from .reads import RowStates, read_moments, sampled_queries, states_read
-from .statistics import KVStatistics
+from .statistics import READS, KVStatistics
 
 logger = logging.get_logger(__name__)
 
@@ -242,8 +242,7 @@ class _Collector:
         return hook
 
     def _add_reads(self, layer_idx: int):
-        names = ("read_key_moment", "read_value_moment", "read_query_moment", "read_squares")
-        totals = [getattr(self.statistics, name)[layer_idx] for name in names]
+        totals = [getattr(self.statistics, name)[layer_idx] for name in READS]
 
         def use(states: RowStates, output: torch.Tensor) -> None:
             # the same draws however rows are batched, and whether or not a pass is resumed

@@ -211,7 +211,8 @@ def layer_bases(
         if config.init == "attention":
             key_M, value_M = error_weights(attention, statistics, layer_idx)
         if reads_count:
-            minimised = statistics.read_key_moments(layer_idx), statistics.read_value_moments(layer_idx)
+            keys_read = statistics.read_key_moments(layer_idx, by_head=num_groups > 1)
+            minimised = keys_read, statistics.read_value_moments(layer_idx)
         (key_moment, key_mean), (value_moment, value_mean) = minimised
         if not config.centers:
             key_mean = value_mean = None
@@ -267,7 +268,8 @@ def layer_report(
 ) -> LayerReport:
     """How well the factors of one layer do on the calibration data, before any quantisation."""
     of_keys, of_values = statistics.key_moments(layer_idx), statistics.value_moments(layer_idx)
-    read_keys, read_values = statistics.read_key_moments(layer_idx), statistics.read_value_moments(layer_idx)
+    read_keys = statistics.read_key_moments(layer_idx, by_head=len(keys.ranks) > 1)
+    read_values = statistics.read_value_moments(layer_idx)
     key_M, value_M = error_weights(attention, statistics, layer_idx)
     key_format, value_format = config.formats(layer_idx)
     key_shares, value_shares = statistics.mean_shares()

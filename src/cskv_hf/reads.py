@@ -155,6 +155,7 @@ class ReadMoments(NamedTuple):
 
     Attributes:
         keys: (kv_dim + 1, kv_dim + 1), of ``p (k, 1) (k, 1)ᵀ``, keys before RoPE, p of every head.
+        head_keys: (num_key_value_heads, head_dim + 1, head_dim + 1), the same of each KV head's own keys and p.
         values: (kv_dim + 1, kv_dim + 1), of ``(a, s) (a, s)ᵀ``, with ``a = Σ p v`` and ``s = Σ p`` over old tokens.
         queries: (num_key_value_heads, head_dim, head_dim), of ``p q qᵀ``, the query as the key before RoPE meets it:
             turned back by the key's position.
@@ -162,6 +163,7 @@ class ReadMoments(NamedTuple):
     """
 
     keys: torch.Tensor
+    head_keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
     squares: torch.Tensor
@@ -177,34 +179,34 @@ def sampled_queries(length: int, generator: torch.Generator) -> torch.Tensor:
 def read_moments(states: RowStates, queries: torch.Tensor, generator: torch.Generator) -> ReadMoments:
     """What these queries read of the old tokens of their row.
 
-    Exact in `keys` and `values`. In `queries` every one is turned to `DRAWS` tokens, drawn by how much it attends to
+    Exact but for `queries`. There every one is turned to `DRAWS` tokens, drawn by how much it attends to
     them: to all would take head_dim² operations for every pair.
 
     Args:
         queries: (n,) places in the row.
         generator: of the CPU.
     """
-    heads, length = len(states.key_states), states.length
+    heads, length, head_dim = states.key_states.shape
     of_tokens = [_float64(t.transpose(0, 1).flatten(1)) for t in (states.key_states, states.value_states)]
     keys, values = (torch.cat([t, t.new_ones(length, 1)], dim=1) for t in of_tokens)
-    total = ReadMoments(
-        *(t.new_zeros(t.shape[1], t.shape[1]) for t in (keys, values)),
-        keys.new_zeros(heads, *(2 * states.key_states.shape[2:])),
-        keys.new_zeros(()),
+    by_head = torch.cat([_float64(states.key_states), keys.new_ones(heads, length, 1)], dim=2)
+    values_read, turned_queries, squares = (
+        keys.new_zeros(shape) for shape in (2 * values.shape[1:], (heads, head_dim, head_dim), ())
     )
-    received = keys.new_zeros(length)
+    received = keys.new_zeros(heads, length)
     for part in queries.to(states.key_states.device).split(CHUNK):
         weights = states.scores(part, states.key_states).softmax(-1) * states.old(part, *exact_tokens(length))
-        wide = _float64(weights).flatten(0, 2)
-        read = wide @ values
-        total.values.add_(read.mT @ read)
-        total.squares.add_(wide.square().sum())
-        received += wide.sum(0)
+        wide = _float64(weights)
+        read = wide.flatten(0, 2) @ values
+        values_read += read.mT @ read
+        squares += wide.square().sum()
+        received += wide.sum((1, 2))
         mass, turned = _turned_to_keys(states, part, weights, generator)
         turned = _float64(mass.sqrt() * turned).flatten(1, -2)
-        total.queries.add_(turned.mT @ turned)
-    total.keys.add_((received[:, None] * keys).mT @ keys)
-    return total
+        turned_queries += turned.mT @ turned
+    keys_read = (received.sum(0)[:, None] * keys).mT @ keys
+    by_head_read = (received[..., None] * by_head).mT @ by_head
+    return ReadMoments(keys_read, by_head_read, values_read, turned_queries, squares)
 
 
 def _turned_to_keys(

@@ -19,21 +19,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from .decompose import diagonal_blocks
 from .files import replacing
 from .model_shape import ModelShape
 
 logger = logging.get_logger(__name__)
 
+READS = (  # in the order of `ReadMoments`
+    "read_key_moment",
+    "read_head_key_moment",
+    "read_value_moment",
+    "read_query_moment",
+    "read_squares",
+)
 TENSORS = (
     "key_moment",
     "value_moment",
     "key_sum",
     "value_sum",
     "query_moment",
-    "read_key_moment",
-    "read_value_moment",
-    "read_query_moment",
-    "read_squares",
+    *READS,
     "input_scale",
     "probe_ids",
     "probe_lengths",
@@ -61,6 +66,8 @@ class KVStatistics:
             of a KV head.
         read_key_moment: (layers, kv_dim + 1, kv_dim + 1) sum of p (k, 1) (k, 1)ᵀ over pairs of a sampled query and an
             old token that it attends to by p; see reads.py.
+        read_head_key_moment: (layers, num_key_value_heads, head_dim + 1, head_dim + 1) the same of every KV head by
+            itself, its keys weighted by its own query heads alone.
         read_value_moment: (layers, kv_dim + 1, kv_dim + 1) sum of (a, s) (a, s)ᵀ over sampled queries, of what each
             reads of old tokens, a = Σ p v and s = Σ p.
         read_query_moment: (layers, num_key_value_heads, head_dim, head_dim) sum of p q qᵀ over the pairs, the query
@@ -82,6 +89,7 @@ class KVStatistics:
     value_sum: torch.Tensor
     query_moment: torch.Tensor
     read_key_moment: torch.Tensor
+    read_head_key_moment: torch.Tensor
     read_value_moment: torch.Tensor
     read_query_moment: torch.Tensor
     read_squares: torch.Tensor
@@ -98,7 +106,8 @@ class KVStatistics:
     @classmethod
     def empty(cls, shape: ModelShape, hidden_size: int, source: str = "") -> KVStatistics:
         layers, kv_dim = shape.num_hidden_layers, shape.kv_dim
-        by_head = (layers, shape.num_key_value_heads, shape.head_dim, shape.head_dim)
+        heads, head_dim = shape.num_key_value_heads, shape.head_dim
+        by_head = (layers, heads, head_dim, head_dim)
         return cls(
             torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
             torch.zeros(layers, kv_dim, kv_dim, dtype=torch.float64),
@@ -106,6 +115,7 @@ class KVStatistics:
             torch.zeros(layers, kv_dim, dtype=torch.float64),
             torch.zeros(by_head, dtype=torch.float64),
             torch.zeros(layers, kv_dim + 1, kv_dim + 1, dtype=torch.float64),
+            torch.zeros(layers, heads, head_dim + 1, head_dim + 1, dtype=torch.float64),
             torch.zeros(layers, kv_dim + 1, kv_dim + 1, dtype=torch.float64),
             torch.zeros(by_head, dtype=torch.float64),
             torch.zeros(layers, dtype=torch.float64),
@@ -126,9 +136,16 @@ class KVStatistics:
         """Of values, all tokens alike."""
         return Moments(self.value_moment[layer_idx] / self.num_tokens, self.value_sum[layer_idx] / self.num_tokens)
 
-    def read_key_moments(self, layer_idx: int) -> Moments:
-        """Of keys, old tokens weighted by how much queries attend to them."""
-        return _mostly(self.read_key_moment[layer_idx], self.key_moments(layer_idx))
+    def read_key_moments(self, layer_idx: int, by_head: bool) -> Moments:
+        """Of keys, old tokens weighted by how much queries attend to them; `by_head`: those of the same KV head, and
+        zeros in place of what is between heads."""
+        alike = self.key_moments(layer_idx)
+        if not by_head:
+            return _mostly(self.read_key_moment[layer_idx], alike)
+        read = self.read_head_key_moment[layer_idx]
+        of_heads = zip(diagonal_blocks(alike.second, len(read)), alike.first.view(len(read), -1))
+        seconds, firsts = zip(*(_mostly(own, Moments(*all_)) for own, all_ in zip(read, of_heads)))
+        return Moments(torch.block_diag(*seconds), torch.cat(firsts))
 
     def read_value_moments(self, layer_idx: int) -> Moments:
         """Of what queries read of old values, each read in proportion to the square of its share in the attention."""
@@ -164,7 +181,7 @@ class KVStatistics:
     def fingerprint(self) -> str:
         """Short hash of the first moments and of the diagonals of the second."""
         digest = hashlib.sha256(str(self.num_tokens).encode())
-        reads = (self.read_key_moment, self.read_value_moment, self.read_query_moment)
+        reads = (getattr(self, name) for name in READS if name != "read_squares")
         seconds = (self.key_moment, self.value_moment, self.query_moment, *reads)
         for tensor in (self.key_sum, self.value_sum, *(t.diagonal(dim1=-2, dim2=-1) for t in seconds)):
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -207,7 +224,7 @@ class KVStatistics:
 
 
 def _mostly(read: torch.Tensor, alike: Moments) -> Moments:
-    """Moments of sums (kv_dim + 1, kv_dim + 1) whose last entry is the weight, with a little of those of all tokens;
+    """Moments of sums (n + 1, n + 1) whose last entry is the weight, with a little of those of all tokens;
     the latter alone where nothing was read."""
     if read[-1, -1] <= 0:
         return alike
