@@ -6,6 +6,7 @@ import torch
 from cskv_hf.decompose import (
     diagonal_blocks,
     driven_channels,
+    falling,
     key_weight,
     latent_energy,
     normalized,
@@ -143,6 +144,17 @@ def test_relative_error_is_what_it_says(data):
         residual = k - reconstruct(factors, k)
         expected = torch.einsum("ti,ij,tj->", residual, M, residual) / torch.einsum("ti,ij,tj->", k, M, k)
         assert relative_error(factors, C, M) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_falling():
+    """The least squares of isotonic regression, by its formula of minima and maxima of means; a sequence that falls is
+    left as it is."""
+    energies = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort(descending=True)[0]
+    assert torch.equal(falling(energies), energies)
+    energies = energies * torch.rand(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = [min(max(energies[a : b + 1].mean() for b in range(i, 40)) for a in range(i + 1)) for i in range(40)]
+    torch.testing.assert_close(falling(energies), torch.stack(expected))
+    assert not falling(torch.zeros(3)).any()
 
 
 def test_spectrum_is_the_energy_of_the_latents(data):

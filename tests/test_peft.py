@@ -8,13 +8,13 @@ import torch
 from conftest import calibration_data, lossless, lossy, make_model, prompt
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
 from cskv_hf.adapter_files import save_adapter
 from cskv_hf.fit_report import format_report
-from cskv_hf.sidecar import CSKVFactors
 from cskv_hf.tuner import sidecars
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)
@@ -38,8 +38,15 @@ def test_files(saved):
     assert config["peft_type"] == "CSKV" and config["base_model_name_or_path"] == str(folder / "base")
     with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
         keys = list(file.keys())
-        assert len(keys) == 2 * len(CSKVFactors.adapter_layer_names)
         prefix = "base_model.model.model.layers.0.self_attn.cskv."
+        assert {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} == {
+            f"cskv_{name}.weight"
+            for name in (
+                "key_A", "key_B", "value_A", "value_B", "key_mean", "value_mean",
+                "key_spectrum", "value_spectrum", "value_rounding",
+            )
+        }  # fmt: skip
+        assert len(keys) == 2 * 9
         assert file.get_slice(prefix + "cskv_key_A.weight").get_shape() == [sum(config["key_ranks"][0]), 8]
         assert file.get_slice(prefix + "cskv_value_B.weight").get_shape() == [32, config["value_ranks"][0]]
 
@@ -108,7 +115,7 @@ def test_several_adapters_switched_and_deleted():
 
 
 @pytest.mark.parametrize("storage", [{}, dict(bits=None, allocation=None, block_size=8)], ids=["plain", "packed"])
-@pytest.mark.parametrize("layout", ["head", "joint"])
+@pytest.mark.parametrize("layout", ["head", "group:2", "joint"])
 def test_cutting_a_fit_equals_fitting_smaller(layout, storage, tmp_path):
     """Nested ranks, in memory and at load time."""
     ids = prompt(1, 60)
@@ -128,6 +135,20 @@ def test_cutting_a_fit_equals_fitting_smaller(layout, storage, tmp_path):
     cskv_hf.shrink(again, key_rank=2, value_rank=2)
     again.save_pretrained(tmp_path / "ranks")
     assert cskv_hf.load(make_model(), tmp_path / "ranks").peft_config["default"].value_ranks == [2, 2]
+
+
+def test_an_adapter_that_does_not_say_what_rounding_costs_is_not_cut(tmp_path):
+    """Of an older version: refused by name, and where PEFT or transformers load it, by the cut."""
+    lossy(make_model(), 0.5, bits=None, allocation=None, block_size=8).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with safe_open(file, "pt") as weights:
+        kept = {name: weights.get_tensor(name) for name in weights.keys() if "rounding" not in name}  # noqa: SIM118
+    save_file(kept, file)
+    with pytest.raises(ValueError, match=r"has no `cskv_value_rounding`: an older version wrote it\. Fit the adapter"):
+        cskv_hf.load(make_model(), tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    with pytest.raises(ValueError, match=r"has no `cskv_value_rounding`.*Fit the adapter again to cut it"):
+        cskv_hf.shrink(loaded, 0.8)
 
 
 @torch.no_grad()

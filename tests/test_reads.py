@@ -8,7 +8,9 @@ from conftest import FAMILIES, make_model, prompt
 
 import cskv_hf.reads as reads
 from cskv_hf import CSKVConfig, collect_statistics
-from cskv_hf.fitting import layer_bases
+from cskv_hf.config import num_key_groups
+from cskv_hf.decompose import relative_error
+from cskv_hf.fitting import error_weights, layer_bases, layer_report
 from cskv_hf.reads import ReadMoments, change_of_reads, exact_tokens, read_moments, sampled_queries, states_read
 from cskv_hf.statistics import READS
 
@@ -153,11 +155,15 @@ def test_the_loss_of_the_fit_is_what_outputs_lose(monkeypatch):
     torch.testing.assert_close(lost / mass, values.spectrum[3:].sum(), rtol=1e-5, atol=0)  # M is damped
 
 
-def test_rounding_is_what_noise_costs(monkeypatch):
-    """Of values, with one head: noise of unit variance in one latent channel, of every token its own, changes what
-    `o_proj` puts out by the channel's `rounding` on average, in the unit of the spectrum."""
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (8, 4), (8, 1)])
+def test_rounding_is_what_noise_costs(heads, kv_heads, monkeypatch):
+    """Of values: noise of unit variance in one latent channel, of every token its own, changes what `o_proj` puts out
+    by the channel's `rounding` on average, in the unit of the spectrum; with several heads, where the moments are of
+    all query heads together, nearly so."""
     monkeypatch.setattr("cskv_hf.statistics.UNREAD_SHARE", 0.0)
-    model, ids = make_model(num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1), prompt(1, 640)
+    monkeypatch.setattr("cskv_hf.fitting.falling", lambda energies: energies)  # of each channel by itself
+    sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=1)
+    model, ids = make_model(**sizes), prompt(1, 640)
     statistics = collect_statistics(model, [ids], progress=False)
     attention = model.model.layers[0].self_attn
     _, values = layer_bases(attention, statistics, 0, CSKVConfig(), 1)
@@ -168,9 +174,10 @@ def test_rounding_is_what_noise_costs(monkeypatch):
         cost = 0.0
         for _turn in range(turns):
             noise = torch.randn(640, 1, generator=generator, dtype=values.B.dtype) * values.B[:, channel]
+            noise = noise.unflatten(1, (kv_heads, -1)).transpose(0, 1)
             change = change_of_reads(states, SINKS, RECENT, value_states=states.value_states + noise)
             cost += float((change[queries] @ attention.o_proj.weight.detach().mT).square().sum()) / turns
-        cost /= float(statistics.read_value_moment[0, -1, -1])
+        cost /= float(statistics.read_value_moment[0, -1, -1]) / heads
         assert cost == pytest.approx(float(values.rounding[channel]), rel=0.1)
     share = statistics.read_concentration(0)
     assert 1 / 640 < share < 0.5
@@ -209,6 +216,26 @@ def test_nothing_is_held_between_forwards():
         model(prompt(1, 40))
         hook.remove()
         assert len(held) == 2 and not any(reference() is not None for reference in held)
+
+
+@pytest.mark.parametrize("layout", ["head", "group:2", "joint"])
+def test_the_spectrum_of_keys_is_what_dropping_them_costs(layout):
+    """On the moments that a layout is fitted to, which are those of its report: of a head alone, or of all."""
+    model, ids = make_model(), prompt(4, 200)
+    statistics = collect_statistics(model, [ids], progress=False)
+    attention, config = model.model.layers[1].self_attn, CSKVConfig(key_layout=layout)
+    num_groups = num_key_groups(layout, 4)
+    keys, values = layer_bases(attention, statistics, 1, config, num_groups)
+    moments = statistics.read_key_moments(1, by_head=layout == "head")
+    weight, _ = error_weights(attention, statistics, 1)
+    total = float((weight * moments.second).sum())
+    assert (keys.spectrum >= 0).all() and float(keys.spectrum.sum()) < total  # the mean's share is left to a constant
+    kept = keys.cut([3] * num_groups)
+    lost = relative_error(kept, moments.second, weight, moments.first) * total
+    assert lost == pytest.approx(float(keys.spectrum.sum() - kept.spectrum.sum()), rel=1e-4)
+    config.key_ranks, config.value_ranks = [list(kept.ranks)] * 2, [4, 4]
+    report = layer_report(attention, statistics, 1, config, kept, values.cut([4]))
+    assert report.key_attention_error == pytest.approx(lost / total)
 
 
 def test_without_sinks_all_tokens_count_alike():

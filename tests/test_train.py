@@ -12,12 +12,19 @@ from conftest import calibration_data, lossy, make_model, prompt
 from peft import LoraConfig
 
 import cskv_hf
-from cskv_hf import CSKVCache, CSKVConfig, collect_statistics
+from cskv_hf import CSKVCache, CSKVConfig
 from cskv_hf.card import card_text
 from cskv_hf.fit_report import format_report
 from cskv_hf.latents import PackedFormat
 from cskv_hf.quantize import PackedLayout
-from cskv_hf.reconstruction import ReconstructionLoss, keys_and_values, reconstruct, straight_through
+from cskv_hf.reads import change_of_reads, states_read
+from cskv_hf.reconstruction import (
+    ReconstructionLoss,
+    keys_and_values,
+    rebuilt_behind,
+    reconstruct,
+    straight_through,
+)
 from cskv_hf.train import CSKVTrainer, training_arguments, training_rows
 from cskv_hf.tuner import sidecars
 
@@ -71,7 +78,7 @@ def test_closed_form_is_the_optimum_of_the_loss(tmp_path):
     data = rows(16, 64)
     config = CSKVConfig(compression=0.6, init="mse", bits=16, allocation="uniform", key_layout="joint")
     model = cskv_hf.fit(model, data, config, progress=False)
-    loss = ReconstructionLoss(model, "default", None)
+    loss = ReconstructionLoss(model, "default", "mse")
 
     def total():
         with torch.no_grad():
@@ -91,7 +98,7 @@ def test_training_repairs_the_paper_initialisations(init, tmp_path):
     for name in (init, "mse"):
         config = CSKVConfig(compression=0.6, init=name, bits=16, allocation="uniform", key_layout="joint")
         model = cskv_hf.fit(make_model(dtype=torch.float32), data, config, progress=False)
-        loss = ReconstructionLoss(model, "default", None)
+        loss = ReconstructionLoss(model, "default", "mse")
         if name == init:
             losses["before"] = sum(float(loss(r["input_ids"][None])[0]) for r in data)
             trainer(model, tmp_path, data, num_train_epochs=20, learning_rate=3e-3).train()
@@ -313,14 +320,36 @@ def test_evaluation(tmp_path):
     assert best["eval_layers/1/value_error"] == pytest.approx(float(errors[1, 1]))
 
 
-def test_statistics_do_not_change_the_objective(tmp_path):
+@pytest.mark.parametrize("settings", [{}, PACKED], ids=["plain", "packed"])
+def test_the_attention_objective_sees_what_generation_does(settings):
+    """In the first layer, whose input no cache changes: what the attention of a decode step puts out over a compressed
+    past, less what it does over the full one, is the change that the loss is made of."""
+    model = lossy(make_model(), 0.6, sinks=2, **settings)
+    ids, cache, read, outputs = prompt(1, 61), CSKVCache(), [], []
+    attention, sidecar = model.base_model.model.model.layers[0].self_attn, sidecars(model)[0]
+    with torch.no_grad():
+        with states_read(attention, lambda states, output: read.append((states, output[-1]))), model.disable_adapter():
+            model(ids, use_cache=False)
+        model(ids[:, :60], past_key_values=cache, use_cache=True)
+        hook = attention.o_proj.register_forward_pre_hook(lambda module, args: outputs.append(args[0][0, -1]))
+        model(ids[:, 60:], past_key_values=cache, use_cache=True)
+        hook.remove()
+        ((states, full),), (compressed,) = read, outputs
+        rebuilt = zip(("key_states", "value_states"), rebuilt_behind(states, sidecar(), 2))
+        recent, asked = 61 - 2 - cache.tokens.num_old, torch.tensor([60])
+        (change,) = change_of_reads(states, 2, recent, queries=asked, **dict(rebuilt))
+    assert cache.tokens.num_old > 0 and change.norm() > 0.01 * full.norm()
+    torch.testing.assert_close(change, compressed - full, rtol=1e-4, atol=1e-6)
+
+
+def test_the_objectives_are_two():
+    """Of the same factors they find different shares lost."""
     model = lossy(make_model(dtype=torch.float32), init="asvd")
-    statistics, arguments = collect_statistics(model, rows(), progress=False), training_arguments(tmp_path)
-    losses = []
-    for objective, given in (("mse", None), ("mse", statistics), ("attention", statistics)):
-        run = CSKVTrainer(model, arguments, rows(), objective=objective, statistics=given)
-        losses.append(float(run.loss_function(prompt(1, 40))[0]))
-    assert losses[0] == losses[1] != losses[2]
+    ids = prompt(1, 64)
+    with torch.no_grad():
+        shares = [ReconstructionLoss(model, "default", name)(ids)[1] for name in ("mse", "attention")]
+    assert all((share > 0).all() and (share < 1).all() for share in shares)
+    assert not torch.allclose(shares[0], shares[1], rtol=0.1)
 
 
 def test_the_base_runs_without_dropout(tmp_path):
@@ -361,9 +390,10 @@ def test_what_was_measured_before_training_is_dropped(tmp_path):
     assert "Fine-tuned after the fit" in card and "No evaluation was recorded." in card and "Energy lost" not in card
 
 
-def test_padding_does_not_count():
+@pytest.mark.parametrize("objective", ["mse", "attention"])
+def test_padding_does_not_count(objective):
     model = lossy(make_model())
-    loss, ids = ReconstructionLoss(model, "default", None), prompt(1, 30)
+    loss, ids = ReconstructionLoss(model, "default", objective), prompt(1, 30)
     padded = torch.cat([ids, torch.zeros(1, 9, dtype=torch.long)], dim=1)
     mask = (torch.arange(39) < 30).long()[None]
     torch.testing.assert_close(loss(padded, mask), loss(ids), atol=1e-6, rtol=1e-6)
@@ -387,9 +417,11 @@ def test_refuses(tmp_path):
         CSKVTrainer(model, arguments, rows())
     with pytest.raises(ValueError, match="hold no block of 8; train on longer ones"):
         packed = lossy(make_model(dtype=torch.float32), **PACKED)
-        ReconstructionLoss(packed, "default", None)(prompt(1, 5))
+        ReconstructionLoss(packed, "default", "mse")(prompt(1, 5))
+    with pytest.raises(ValueError, match=r"No row .* old tokens in whole blocks \(5 tokens, .*train on longer ones"):
+        ReconstructionLoss(packed, "default", "attention")(prompt(2, 5))
     with pytest.raises(ValueError, match="no real token among the 16 first of a row"):
-        ReconstructionLoss(packed, "default", None)(prompt(2, 21), (torch.arange(21) >= 16).long().expand(2, -1))
+        ReconstructionLoss(packed, "default", "mse")(prompt(2, 21), (torch.arange(21) >= 16).long().expand(2, -1))
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="is not a checkpoint of a CSKV adapter"):

@@ -129,7 +129,9 @@ def _check_budget(file: Path, config: CSKVConfig) -> None:
 
 
 def _check_shapes(file: Path, found: dict[tuple[int, str], tuple], config: CSKVConfig) -> None:
-    kv_dim = ModelShape(**config.model_shape).kv_dim
+    kv_dim, names = ModelShape(**config.model_shape).kv_dim, {name for _, name in found}
+    if "cskv_value_spectrum" in names and "cskv_value_rounding" not in names:
+        raise ValueError(f"'{file}' has no `cskv_value_rounding`: an older version wrote it. Fit the adapter again.")
     for layer_idx, ranks in enumerate(zip(config.key_ranks, config.value_ranks)):
         for name, shape in factor_shapes(*ranks, kv_dim).items():
             given = found.get((layer_idx, name))

@@ -30,7 +30,8 @@ class Side:
         energies: per key group (values have one group), the energy of each channel, falling, in units that all sides
             share.
         group_tokens, group_channels: tokens and channels that share a range.
-        rounding: in the form of `energies`, what noise as large as each channel would cost; None if the same.
+        rounding: in the form of `energies`, what noise as large as each channel would cost, in any order; None if the
+            same.
     """
 
     energies: tuple[torch.Tensor, ...]
@@ -82,9 +83,9 @@ Bits = list[list[list[int]]]  # per side and group, the bits of every channel
 def allocate(sides: Sequence[Side], budget: float, levels: Sequence[int]) -> Bits:
     """Bits of every channel of every side: what one price for all of them buys within a budget.
 
-    No other choice that costs as much, and keeps the first channels of every group, loses less. Channels of the same
-    energy get the same bits, so that alike layers stay alike and neighbours in multiples together; what it would take
-    to raise all of them stays unspent.
+    No other choice that costs as much, and keeps the first channels of every group, loses less. Groups of the same
+    energies and rounding get the same bits, and so do neighbours of the same of both, so that alike layers stay alike
+    and multiples together; what it would take to raise all of them stays unspent.
 
     Args:
         budget: bytes per token, over all sides.
@@ -108,7 +109,7 @@ def allocate(sides: Sequence[Side], budget: float, levels: Sequence[int]) -> Bit
     energies = torch.cat([e.double() for side in sides for e in side.energies]).clamp_min(0.0)
     rounding = torch.cat([n.double() for side in sides for n in side.rounding or side.energies]).clamp_min(0.0)
     firsts = torch.stack([torch.where(owner == i, energies, -1.0).argmax() for i in range(len(sides))])
-    unit = energies.max().clamp_min(torch.finfo(torch.float64).tiny)
+    unit = torch.maximum(energies.max(), rounding.max()).clamp_min(torch.finfo(torch.float64).tiny)
     losses, rates = _loss_and_rate(sides, levels)
     losses, rates = rounding[:, None] / unit * losses[owner], rates[owner]  # (channels, levels)
     drops = levels[0] == 0
@@ -122,11 +123,11 @@ def allocate(sides: Sequence[Side], budget: float, levels: Sequence[int]) -> Bit
         if not drops:
             return totals.argmin(1)
         least, bits = totals[:, 1:].min(1)
-        dearer = totals.new_zeros(len(sizes), 1 + max(sizes))  # to keep than to drop; then what all from here on are
+        dearer = totals.new_zeros(len(sizes), 1 + max(sizes))  # each channel, kept rather than dropped
         dearer[group, place] = least - totals[:, 0]
-        kept = dearer.flip(1).cumsum(1).flip(1).argmax(1)
-        kept[group[firsts]] = kept[group[firsts]].clamp_min(1)
-        return torch.where(place < kept[group], 1 + bits, 0)
+        saved = dearer.flip(1).cumsum(1).flip(1)  # by dropping this channel and all after it
+        saved[group[firsts], 0] = -torch.inf
+        return torch.where(place < saved.argmax(1)[group], 1 + bits, 0)
 
     def total(chosen: torch.Tensor) -> float:
         counts = torch.bincount(owner * len(levels) + chosen, minlength=len(sides) * len(levels))
@@ -161,8 +162,8 @@ def _loss_and_rate(sides: Sequence[Side], levels: Sequence[int]) -> tuple[torch.
 def allocate_average(sides: Sequence[Side], budget: float, bits: int) -> Bits:
     """As [`allocate`], with `bits` the average over the channels that are kept.
 
-    As many channels are kept as `bits` each leave room for, those of most energy; they share their bits by one more
-    water level.
+    As many channels are kept as `bits` each leave room for, those that gain most by them; they share their bits by one
+    more water level.
     """
     kept = allocate(sides, budget, (0, bits))
     if bits <= PACKED_LEVELS[0]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from .families import (
 )
 from .model_shape import ModelShape
 from .reads import RowStates, read_moments, sampled_queries, states_read
+from .samples import samples
 from .statistics import READS, KVStatistics
+from .weights import same_weights, weight_hashes
 
 logger = logging.get_logger(__name__)
 
@@ -260,82 +262,6 @@ class _Collector:
             total.add_(self._rows(args[0], total.shape[-1]).abs().sum(0).to(total.device))
 
         return hook
-
-
-def samples(
-    data: Iterable[Any], tokenizer: Any, max_length: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Calibration data of any accepted kind as (input_ids, attention_mask or None), both (batch, length).
-
-    Raises:
-        TypeError: for a kind that is not accepted, and at once for a single string or mapping, whose elements would
-            be taken for samples.
-        ValueError: for strings without a tokenizer, and at once for a tensor of one dimension.
-    """
-    if isinstance(data, (str, Mapping)):
-        raise TypeError(
-            f"`data` must be an iterable of samples, got a single {type(data).__name__}; put it in a list, or give "
-            "one of its parts."
-        )
-    if isinstance(data, torch.Tensor) and data.dim() < 2:
-        raise ValueError(
-            f"`data` must be an iterable of samples, got a tensor of shape {tuple(data.shape)}, each token of which "
-            "would be a sample; put it in a list, or give one of shape (batch, length)."
-        )
-    return _samples(data, tokenizer, max_length)
-
-
-def _samples(
-    data: Iterable[Any], tokenizer: Any, max_length: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    for sample in data:
-        if isinstance(sample, dict) and "input_ids" not in sample and isinstance(sample.get("text"), str):
-            sample = sample["text"]
-        if isinstance(sample, str):
-            if tokenizer is None:
-                raise ValueError("`data` holds strings; pass `tokenizer=` as well, or give `input_ids` tensors.")
-            ids = torch.tensor(tokenizer(sample)["input_ids"], dtype=torch.long)
-            for piece in ids.split(max_length):
-                yield piece[None], None
-            continue
-        mask = None
-        if hasattr(sample, "keys"):
-            if "input_ids" not in sample:
-                raise TypeError(
-                    f"`data` holds samples with {', '.join(map(repr, sample))}; give them 'input_ids', or 'text' and "
-                    "pass `tokenizer=`. Of a chat make a string first: `tokenizer.apply_chat_template(messages, "
-                    "tokenize=False)`."
-                )
-            mask, sample = sample.get("attention_mask"), sample["input_ids"]
-            mask = None if mask is None else torch.atleast_2d(torch.as_tensor(mask))
-        is_numbers = isinstance(sample, torch.Tensor) or (
-            isinstance(sample, (list, tuple)) and not any(isinstance(item, (str, Mapping)) for item in sample)
-        )
-        if not is_numbers:
-            raise TypeError(
-                "`data` must be an iterable of input_ids tensors, of dicts with 'input_ids' (and 'attention_mask') "
-                f"or 'text', or of strings with `tokenizer=`; got an element of type {type(sample).__name__}."
-            )
-        input_ids = torch.atleast_2d(torch.as_tensor(sample, dtype=torch.long))
-        yield input_ids, mask
-
-
-def weight_hashes(decoder: nn.Module) -> dict[str, str | None]:
-    """By which statistics know their model: a short hash of up to 64 values of every weight, without those of CSKV;
-    None for what is not in memory (offloaded)."""
-    hashes: dict[str, str | None] = {}
-    for name, weight in decoder.named_parameters():
-        if ".cskv." not in name:
-            hashes[name] = None
-            if weight.device.type != "meta":
-                values = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].cpu().double()
-                hashes[name] = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:8]
-    return hashes
-
-
-def same_weights(one: dict[str, str | None], other: dict[str, str | None]) -> bool:
-    """Whether two of [`weight_hashes`] can be of the same weights; what was not in memory can be anything."""
-    return one.keys() == other.keys() and all(one[n] == other[n] for n in one if one[n] and other[n])
 
 
 def _check_finite(statistics: KVStatistics, index: int) -> None:

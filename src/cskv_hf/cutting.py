@@ -74,6 +74,11 @@ def shrink(
         )
         for s in layers
     ]
+    if any(layer.values.any() and not layer.value_rounding.any() for layer in spectra):
+        raise ValueError(
+            f"The file of the CSKV adapter '{name}' has no `cskv_value_rounding`, by which bits are given: an older "
+            "version wrote it. Fit the adapter again to cut it."
+        )
     kept = plan(wanted, ModelShape(**config.model_shape), spectra)
     channels = [first_channels(s.key_ranks[name], layer.key_ranks) for s, layer in zip(layers, kept)]
     if compression is None and config.key_bits:

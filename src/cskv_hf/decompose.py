@@ -25,7 +25,7 @@ import torch
 
 DAMPING = 1e-6  # of the mean weight, so that a channel no query ever reads keeps an invertible M
 UNREACHED = 1e-10  # of the largest variance; below it a channel's is what rounding leaves of directions without data
-ROUNDING = 1e-13  # of a channel's mean square, in its variance: they are sums of float64
+CANCELLED = 1e-13  # of a channel's mean square, in its variance: they are sums of float64
 DRIVEN = 1e-6  # of the largest energy that weights give a direction; below it they hardly use it
 
 
@@ -206,7 +206,7 @@ def normalized(factors: Factors, second_moment: torch.Tensor, mean: torch.Tensor
     """
     energy, centre = latent_energy(factors, second_moment, mean), factors.mean
     mean_square = latent_energy(dataclasses.replace(factors, mean=torch.zeros_like(centre)), second_moment)
-    reached = (energy >= UNREACHED * energy.max()) & (energy > ROUNDING * mean_square)
+    reached = (energy >= UNREACHED * energy.max()) & (energy > CANCELLED * mean_square)
     least = energy[reached].min() if reached.any() else factors.A.double().square().sum(1)  # then rows of unit length
     scale = torch.where(reached, energy, least).sqrt()
     return dataclasses.replace(factors, A=factors.A / scale[:, None], B=factors.B * scale)
@@ -228,9 +228,23 @@ def driven_channels(factors: Factors, weight_moment: torch.Tensor) -> torch.Tens
 
 
 def noise_energy(factors: Factors, weight: torch.Tensor) -> torch.Tensor:
-    """``B_iᵀ M B_i``: what an error of unit energy in latent channel i costs, (rank,)."""
+    """``B_iᵀ M B_i``, (rank,): what an error of unit energy in latent channel i costs; of [`normalized`] factors, one
+    as large as the channel."""
     parts = zip(factors.B.double().split(factors.ranks, dim=1), diagonal_blocks(weight.double(), len(factors.ranks)))
     return torch.cat([(B * (M @ B)).sum(0) for B, M in parts])
+
+
+def falling(energies: torch.Tensor) -> torch.Tensor:
+    """The nearest numbers that do not rise, by least squares: means of neighbours where they would (pool adjacent
+    violators). Channels of falling worth get falling bits, which kernels read in few runs."""
+    pools: list[list[float]] = []  # sum and count
+    for energy in energies.tolist():
+        pools.append([energy, 1])
+        while len(pools) > 1 and pools[-1][0] * pools[-2][1] > pools[-2][0] * pools[-1][1]:
+            total, count = pools.pop()
+            pools[-1][0] += total
+            pools[-1][1] += count
+    return torch.cat([energies.new_full((count,), total / count) for total, count in pools])
 
 
 def latent_energy(factors: Factors, second_moment: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,12 +16,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .calibration import collect_statistics, same_weights, weight_hashes
+from .calibration import collect_statistics
 from .config import CSKVConfig, num_key_groups
 from .decompose import (
     Factors,
     driven_channels,
+    falling,
     key_weight,
+    latent_energy,
     noise_energy,
     normalized,
     optimal_factors,
@@ -40,6 +42,7 @@ from .reads import SINKS
 from .sensitivity import measure_sensitivity
 from .statistics import UNREAD_SHARE, KVStatistics
 from .tuner import adapter_config, add_adapter, check_can_add, placement, sidecars, use_adapter
+from .weights import same_weights, weight_hashes
 
 logger = logging.get_logger(__name__)
 
@@ -194,7 +197,7 @@ def layer_bases(
     """The full-rank factors of one layer's keys and values, of which a fit keeps the first channels."""
     shape = ModelShape(**statistics.model_shape)
     of_keys, of_values = statistics.key_moments(layer_idx), statistics.value_moments(layer_idx)
-    reads_count = config.init == "attention" and config.sinks >= SINKS  # reads leave the sinks out
+    by_reads = config.init == "attention" and config.sinks >= SINKS  # reads leave the sinks out
     if config.init == "random":
         keys = random_factors(shape.kv_dim, shape.kv_dim, num_groups, seed=2 * layer_idx)
         values = random_factors(shape.kv_dim, shape.kv_dim, seed=2 * layer_idx + 1)
@@ -210,8 +213,8 @@ def layer_bases(
         minimised = of_keys, of_values
         if config.init == "attention":
             key_M, value_M = error_weights(attention, statistics, layer_idx)
-        if reads_count:
-            keys_read = statistics.read_key_moments(layer_idx, by_head=num_groups > 1)
+        if by_reads:
+            keys_read = statistics.read_key_moments(layer_idx, by_head=num_groups == shape.num_key_value_heads)
             minimised = keys_read, statistics.read_value_moments(layer_idx)
         (key_moment, key_mean), (value_moment, value_mean) = minimised
         if not config.centers:
@@ -219,9 +222,9 @@ def layer_bases(
         keys = optimal_factors(key_moment, shape.kv_dim, num_groups, key_M, key_mean)
         values = optimal_factors(value_moment, shape.kv_dim, 1, value_M, value_mean)
     keys, values = normalized(keys, *of_keys), normalized(values, *of_values)
-    if reads_count:
-        rounding = statistics.read_concentration(layer_idx) * noise_energy(values, value_M)
-        values = dataclasses.replace(values, rounding=rounding)
+    if by_reads:
+        noise = noise_energy(values, value_M) * latent_energy(values, *of_values)  # as large as the channel: 1, or 0
+        values = dataclasses.replace(values, rounding=falling(statistics.read_concentration(layer_idx) * noise))
     return keys, values
 
 
@@ -268,7 +271,8 @@ def layer_report(
 ) -> LayerReport:
     """How well the factors of one layer do on the calibration data, before any quantisation."""
     of_keys, of_values = statistics.key_moments(layer_idx), statistics.value_moments(layer_idx)
-    read_keys = statistics.read_key_moments(layer_idx, by_head=len(keys.ranks) > 1)
+    per_head = len(keys.ranks) == statistics.model_shape["num_key_value_heads"]
+    read_keys = statistics.read_key_moments(layer_idx, by_head=per_head)
     read_values = statistics.read_value_moments(layer_idx)
     key_M, value_M = error_weights(attention, statistics, layer_idx)
     key_format, value_format = config.formats(layer_idx)

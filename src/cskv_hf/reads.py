@@ -233,16 +233,20 @@ def change_of_reads(
     recent: int,
     key_states: torch.Tensor | None = None,
     value_states: torch.Tensor | None = None,
+    queries: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a layer's attention puts out with other old tokens, less what it does: (length, num_attention_heads *
+    """What a layer's attention puts out with other old tokens, less what it does: (queries, num_attention_heads *
     head_dim), float32 or wider. Zero where no token is old.
 
     Args:
         sinks, recent: first and most recent tokens that stay.
         key_states, value_states: (num_key_value_heads, length, head_dim), keys before RoPE, instead of its own.
+        queries: (n,) their places in the row; all by default.
     """
     changes = []
-    for part in torch.arange(states.length, device=states.key_states.device).split(CHUNK):
+    if queries is None:
+        queries = torch.arange(states.length, device=states.key_states.device)
+    for part in queries.split(CHUNK):
         old = states.old(part, sinks, recent)
         scores = states.scores(part, states.key_states)
         weights = scores.softmax(-1)

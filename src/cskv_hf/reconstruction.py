@@ -1,83 +1,136 @@
-"""What CSKV factors lose of a layer's keys and values, as a loss to train them by (paper section 2.2).
+"""What CSKV factors lose of a layer, as a loss to train them by.
 
-Per layer, with keys `k` before RoPE and values `v` of the frozen base, ``MSE(k, B_k Q(A_k k)) + MSE(v, B_v Q(A_v
-v))``. `Q` is the adapter's own storage: nothing for plain latents, and for packed ones the quantiser of inference with
-a straight-through gradient (quantisation-aware training). The base runs without autograd, so it may be quantised, and
-every layer's graph is a few matmuls; and without dropout, so that `k` and `v` are what a cache gets. Without
-quantisation there is nothing to gain for factors fitted with ``init="mse"``: they are the optimum of this loss.
+Per layer, with keys `k` before RoPE and values `v` of the frozen base, and `Q` the adapter's own storage:
+
+- ``"mse"`` (paper section 2.2) is ``MSE(k, B_k Q(A_k k)) + MSE(v, B_v Q(A_v v))``, over all tokens alike. Without
+  quantisation there is nothing to gain for factors fitted with ``init="mse"``: they are the optimum of this loss.
+- ``"attention"`` is what the layer's attention puts out with rebuilt keys, and with rebuilt values, in place of the
+  old tokens' own, less what it does with those, as a share of the latter's energy.
+
+`Q` is nothing for plain latents, and for packed ones the quantiser of inference with a straight-through gradient
+(quantisation-aware training). The base runs without autograd, so it may be quantised, and without dropout, so that `k`
+and `v` are what a cache gets.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from .decompose import sqrt_and_inverse
-from .factors import LayerFactors
+from .factors import LayerFactors, without_autocast
 from .families import attention_layers, decoder_of, in_eval_mode, key_source
-from .fitting import error_weights
 from .latents import LatentFormat, PlainFormat
-from .statistics import KVStatistics
-from .tuner import sidecars
+from .reads import RowStates, change_of_reads, exact_tokens, states_read
+from .tuner import adapter_config, sidecars
+
+OBJECTIVES = ("mse", "attention")
+ASKED = 8  # queries of which "attention" asks one
 
 
 class ReconstructionLoss:
     """The loss of a batch, standing in for the model's forward.
 
     Called with `input_ids` and `attention_mask` (batch, length); returns the loss, summed over layers and averaged
-    over tokens, and the share of energy lost (layers, 2), keys and values.
+    over tokens, and the share of energy lost (layers, 2), with keys and with values.
 
-    With packed latents, blocks are counted from the first column of the batch, and tokens after the last whole one
-    are left out. A cache counts a row's real tokens, from the sinks on. So a padded row is an approximation: its
-    blocks are shifted if the padding is on the left, and where padding and tokens meet in one, its ranges cover
-    both. [`training_rows`] makes rows without padding.
+    With packed latents and ``"mse"``, blocks are counted from the first column of the batch, and tokens after the last
+    whole one are left out. A cache counts a row's real tokens, from the sinks on, as ``"attention"`` does. So a padded
+    row is an approximation there: its blocks are shifted if the padding is on the left, and where padding and tokens
+    meet in one, its ranges cover both. [`training_rows`] makes rows without padding.
 
     Raises:
-        ValueError: for rows without a whole block, and for a batch in which no real token is in one.
+        ValueError: for rows without a whole block, and for a batch in which no real token is in one, or none is old.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str, statistics: KVStatistics | None) -> None:
-        self.model, self.adapter_name = model, adapter_name
-        self.roots: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # M^½ of keys and values, per layer
-        if statistics is not None:
-            self.roots = [
-                tuple(sqrt_and_inverse(M / M.diagonal().mean())[0].float() for M in error_weights(a, statistics, i))
-                for i, a in enumerate(attention_layers(model))
-            ]
+    def __init__(self, model: nn.Module, adapter_name: str, objective: str) -> None:
+        self.model, self.adapter_name, self.objective = model, adapter_name, objective
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        states = keys_and_values(self.model, input_ids, attention_mask)
+        of_sides = self._of_states if self.objective == "mse" else self._of_reads
         loss, errors = torch.zeros((), device=input_ids.device), []
-        for layer_idx, (sidecar, (keys, values)) in enumerate(zip(sidecars(self.model), states)):
-            factors = sidecar(self.adapter_name)
-            with torch.autocast(keys.device.type, enabled=False):
-                rebuilt = reconstruct(factors, keys.float(), values.float())
-                for side, (exact, approximate) in enumerate(zip((keys.float(), values.float()), rebuilt)):
-                    wrong, energy = self._energies(exact, approximate, attention_mask, layer_idx, side)
-                    loss = loss + wrong.to(loss.device)
-                    errors.append((wrong / energy.clamp_min(1e-20)).detach().to(loss.device))
+        for lost, energy in of_sides(input_ids, attention_mask):
+            share = lost / energy.clamp_min(1e-20)
+            loss = loss + (lost if self.objective == "mse" else share).to(loss.device)
+            errors.append(share.detach().to(loss.device))
         return loss, torch.stack(errors).view(-1, 2)
 
-    def _energies(self, exact, approximate, attention_mask, layer_idx, side):
-        """Mean square of the error and of the exact states, over the tokens that whole blocks cover."""
-        exact = exact[:, :, : approximate.shape[2]].transpose(1, 2).flatten(2)
-        error = exact - approximate.transpose(1, 2).flatten(2)
-        if self.roots is not None:
-            root = self.roots[layer_idx][side].to(error.device)
-            error, exact = error @ root, exact @ root
-        if attention_mask is not None:
-            real = attention_mask[:, : exact.shape[1]].bool().to(exact.device)
-            error, exact = error[real], exact[real]
-            if len(error) == 0:
-                raise ValueError(
-                    f"The batch has no real token among the {real.shape[1]} first of a row, which whole blocks cover; "
-                    "train on longer rows, or pad on the right."
-                )
-        return error.square().mean(), exact.square().mean()
+    def _of_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None):
+        """Mean squares of the error and of the exact states, of every layer's keys and values, over the tokens that
+        whole blocks cover."""
+        for sidecar, states in zip(sidecars(self.model), keys_and_values(self.model, input_ids, attention_mask)):
+            factors = sidecar(self.adapter_name)
+            with without_autocast(states[0].device):
+                states = tuple(exact.float() for exact in states)
+                for exact, approximate in zip(states, reconstruct(factors, *states)):
+                    exact = exact[:, :, : approximate.shape[2]].transpose(1, 2).flatten(2)
+                    error = exact - approximate.transpose(1, 2).flatten(2)
+                    if attention_mask is not None:
+                        real = attention_mask[:, : exact.shape[1]].bool().to(exact.device)
+                        error, exact = error[real], exact[real]
+                        if len(error) == 0:
+                            raise ValueError(
+                                f"The batch has no real token among the {real.shape[1]} first of a row, which whole "
+                                "blocks cover; train on longer rows, or pad on the right."
+                            )
+                    yield error.square().mean(), exact.square().mean()
+
+    def _of_reads(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None):
+        """Mean squares of what each layer's attention puts out otherwise, with old keys and with old values rebuilt,
+        and of what it puts out, for some queries."""
+        decoder, layers = decoder_of(self.model), attention_layers(self.model)
+        config = adapter_config(self.model, self.adapter_name)
+        keep = None if attention_mask is None else attention_mask.bool()
+        noted: list[list[torch.Tensor]] = [[] for _ in layers]  # (3, queries, num_attention_heads * head_dim) of rows
+
+        def note(layer_idx: int, factors: LayerFactors):
+            def use(states: RowStates, output: torch.Tensor) -> None:
+                exact = exact_tokens(states.length, config.sinks, config.mean_window)
+                queries = torch.arange(sum(exact), states.length, ASKED, device=output.device)
+                block_size = 1 if isinstance(factors.key_format, PlainFormat) else factors.key_format.block_size
+                if len(queries) == 0 or states.length < exact[0] + block_size:
+                    return
+                with torch.enable_grad(), without_autocast(output.device):
+                    others = zip(("key_states", "value_states"), rebuilt_behind(states, factors, exact[0]))
+                    changes = [change_of_reads(states, *exact, queries=queries, **{name: t}) for name, t in others]
+                    noted[layer_idx].append(torch.stack([output[queries].to(changes[0].dtype), *changes]))
+
+            return use
+
+        with ExitStack() as hooks:
+            for layer_idx, (attention, sidecar) in enumerate(zip(layers, sidecars(self.model))):
+                use = note(layer_idx, sidecar(self.adapter_name))
+                hooks.enter_context(states_read(attention, use, lambda: keep))
+            with torch.no_grad(), in_eval_mode(decoder):
+                decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if not noted[0]:
+            raise ValueError(
+                f"No row of the batch is long enough to have old tokens in whole blocks ({input_ids.shape[1]} tokens, "
+                "padding included); train on longer ones."
+            )
+        for attention, rows in zip(layers, noted):
+            inputs = torch.cat(rows, dim=1)
+            weight = getattr(attention.o_proj, "weight", inputs)
+            inputs = inputs.to(weight.dtype) if weight.dtype.is_floating_point else inputs
+            with in_eval_mode(attention.o_proj):
+                nothing = attention.o_proj(torch.zeros_like(inputs[:1, :1]))  # of a layer with a bias
+                put_out, *changes = (attention.o_proj(inputs) - nothing).float()
+            for change in changes:
+                yield change.square().mean(), put_out.square().mean()
+
+
+def rebuilt_behind(states: RowStates, factors: LayerFactors, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row's keys before RoPE and values, (num_key_value_heads, length, head_dim), all from the sinks on that fill
+    whole blocks as they come back from the cache."""
+    exact = states.key_states, states.value_states
+    rebuilt = reconstruct(factors, *(t[None, :, sinks:] for t in exact))
+    return tuple(
+        torch.cat([own[:, :sinks], new[0], own[:, sinks + new.shape[2] :]], dim=1) for own, new in zip(exact, rebuilt)
+    )
 
 
 @torch.no_grad()

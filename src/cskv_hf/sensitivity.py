@@ -27,12 +27,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .calibration import same_weights, weight_hashes
 from .decompose import Factors
 from .families import decoder_of, in_eval_mode, input_device
 from .files import replace_file
 from .reads import RECENT, SINKS, RowStates, change_of_reads, exact_tokens, states_read
 from .runs import differences
+from .weights import same_weights, weight_hashes
 
 logger = logging.get_logger(__name__)
 

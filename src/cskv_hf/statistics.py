@@ -138,7 +138,7 @@ class KVStatistics:
 
     def read_key_moments(self, layer_idx: int, by_head: bool) -> Moments:
         """Of keys, old tokens weighted by how much queries attend to them; `by_head`: those of the same KV head, and
-        zeros in place of what is between heads."""
+        zeros in place of what is between heads, so that only the blocks of single heads may be used."""
         alike = self.key_moments(layer_idx)
         if not by_head:
             return _mostly(self.read_key_moment[layer_idx], alike)

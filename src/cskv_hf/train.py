@@ -16,16 +16,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
-from .calibration import collect_statistics, samples
 from .config import CSKVConfig
 from .families import refuse_tensor_parallelism
 from .fit_report import forget_measurements
-from .reconstruction import ReconstructionLoss
+from .reconstruction import OBJECTIVES, ReconstructionLoss
+from .samples import samples
 from .sidecar import CSKVFactors
-from .statistics import KVStatistics
 from .tuner import adapter_config, sidecars
 
-OBJECTIVES = ("mse", "attention")
 SAME_TO_RESUME = (
     "compression",
     "key_layout",
@@ -111,10 +109,8 @@ class CSKVTrainer(Trainer):
         args: see [`training_arguments`] for the paper's.
         train_dataset: rows with `input_ids` (and `attention_mask`); [`training_rows`] makes them. Not the text you
             evaluate on.
-        objective: ``"mse"`` (the paper's) or ``"attention"``, which weighs the directions of errors as the closed-form
-            fit of that name does, and all tokens alike.
-        statistics: for ``"attention"``: what the fit collected; by default collected anew from `train_dataset`. Not
-            read for ``"mse"``.
+        objective: ``"mse"`` (the paper's) or ``"attention"``, what the output of a layer's attention loses; see
+            reconstruction.py.
 
     Raises:
         ValueError: without data, without a fitted adapter, for an unknown objective, under FSDP and DeepSpeed, which
@@ -128,7 +124,6 @@ class CSKVTrainer(Trainer):
         train_dataset: Any,
         *,
         objective: str = "mse",
-        statistics: KVStatistics | None = None,
         **kwargs: Any,
     ) -> None:
         if objective not in OBJECTIVES:
@@ -146,11 +141,7 @@ class CSKVTrainer(Trainer):
         if not config.is_fitted:
             raise ValueError("The CSKV adapter has no factors yet. Fit it with `cskv_hf.fit` before training.")
         self.adapter_name, self.objective = sidecars(model)[0].adapter_in_use, objective
-        if objective == "mse":
-            statistics = None
-        elif statistics is None:
-            statistics = collect_statistics(model, train_dataset, max_tokens=65536)
-        self.loss_function = ReconstructionLoss(model, self.adapter_name, statistics)
+        self.loss_function = ReconstructionLoss(model, self.adapter_name, objective)
         self.errors: list[torch.Tensor] = []  # of training steps since the last log
         self.evaluated: list[torch.Tensor] | None = None  # errors of the evaluation that is running
         self._forward, self._is_measuring = self.loss_function, False

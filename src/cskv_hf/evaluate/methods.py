@@ -132,7 +132,7 @@ def train_in_place(model: nn.Module, calibration: Calibration, objective: str) -
             use_cpu=device.type == "cpu",
         )  # fmt: skip
         rows = [{"input_ids": row} for row in calibration.rows]
-        trainer = CSKVTrainer(model, arguments, rows, objective=objective, statistics=calibration.statistics)
+        trainer = CSKVTrainer(model, arguments, rows, objective=objective)
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
