@@ -163,7 +163,7 @@ def train(
     data: Annotated[Path, typer.Option(help="Text file, or JSON lines with a 'text' field, to train on.")],
     out: Annotated[Path, typer.Option(help="Directory for the trained adapter.")],
     model: Annotated[str | None, typer.Option(help="Base model, if not the one the adapter names.")] = None,
-    objective: Annotated[str, typer.Option(help="'mse' (the paper's) or 'attention'.")] = "mse",
+    objective: Annotated[str, typer.Option(help="'attention', or 'mse' (the paper's).")] = "attention",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-5,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 1,

@@ -109,8 +109,8 @@ class CSKVTrainer(Trainer):
         args: see [`training_arguments`] for the paper's.
         train_dataset: rows with `input_ids` (and `attention_mask`); [`training_rows`] makes them. Not the text you
             evaluate on.
-        objective: ``"mse"`` (the paper's) or ``"attention"``, what the output of a layer's attention loses; see
-            reconstruction.py.
+        objective: ``"attention"``, what the output of a layer's attention loses, or ``"mse"``, what keys and values do
+            (the paper's); see reconstruction.py.
 
     Raises:
         ValueError: without data, without a fitted adapter, for an unknown objective, under FSDP and DeepSpeed, which
@@ -123,7 +123,7 @@ class CSKVTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Any,
         *,
-        objective: str = "mse",
+        objective: str = "attention",
         **kwargs: Any,
     ) -> None:
         if objective not in OBJECTIVES:
