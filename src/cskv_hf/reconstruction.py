@@ -86,6 +86,7 @@ class ReconstructionLoss:
         config = adapter_config(self.model, self.adapter_name)
         keep = None if attention_mask is None else attention_mask.bool()
         noted: list[list[torch.Tensor]] = [[] for _ in layers]  # (3, queries, num_attention_heads * head_dim) of rows
+        trains = torch.is_grad_enabled()
 
         def note(layer_idx: int, factors: LayerFactors):
             def use(states: RowStates, output: torch.Tensor) -> None:
@@ -94,7 +95,7 @@ class ReconstructionLoss:
                 block_size = 1 if isinstance(factors.key_format, PlainFormat) else factors.key_format.block_size
                 if len(queries) == 0 or states.length < exact[0] + block_size:
                     return
-                with torch.enable_grad(), without_autocast(output.device):
+                with torch.set_grad_enabled(trains), without_autocast(output.device):
                     others = zip(("key_states", "value_states"), rebuilt_behind(states, factors, exact[0]))
                     changes = [change_of_reads(states, *exact, queries=queries, **{name: t}) for name, t in others]
                     noted[layer_idx].append(torch.stack([output[queries].to(changes[0].dtype), *changes]))
