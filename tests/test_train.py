@@ -301,7 +301,7 @@ def test_evaluation(tmp_path):
             settings |= dict(load_best_model_at_end=True, greater_is_better=True, save_total_limit=8)
             settings |= dict(per_device_eval_batch_size=1)
         arguments = training_arguments(tmp_path, disable_tqdm=True, use_cpu=True, **settings)
-        run = CSKVTrainer(model, arguments, rows(), eval_dataset=held_out)
+        run = CSKVTrainer(model, arguments, rows(), objective="mse", eval_dataset=held_out)
         if evaluates:
             start = run.evaluate()
         run.train()

@@ -119,13 +119,19 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def is_dense(linear: nn.Module) -> bool:
+    """Whether a layer multiplies by its own ``weight``, and that is in memory: none that is quantised, offloaded, or
+    under a LoRA."""
+    return type(linear) is nn.Linear and not linear._forward_hooks and not hasattr(linear, "_hf_hook")
+
+
 @torch.no_grad()
 def dense_weight(linear: nn.Module, in_features: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The (out_features, in_features) matrix a linear layer multiplies by.
 
     Read off where it is there to be read; otherwise (quantised, offloaded, under a LoRA) found by asking the layer.
     """
-    if type(linear) is nn.Linear and not linear._forward_hooks and not hasattr(linear, "_hf_hook"):
+    if is_dense(linear):
         return linear.weight.detach().double().cpu()  # of a float64 model on the CPU, these are the parameter itself
     with in_eval_mode(linear):
         rows = [linear(torch.zeros(1, in_features, device=device, dtype=dtype))]

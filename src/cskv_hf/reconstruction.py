@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .factors import LayerFactors, without_autocast
-from .families import attention_layers, decoder_of, in_eval_mode, key_source
+from .families import attention_layers, decoder_of, dense_weight, in_eval_mode, is_dense, key_source
 from .latents import LatentFormat, PlainFormat
 from .reads import RowStates, change_of_reads, exact_tokens, states_read
 from .tuner import adapter_config, sidecars
@@ -114,14 +114,18 @@ class ReconstructionLoss:
                 "padding included); train on longer ones."
             )
         for attention, rows in zip(layers, noted):
-            inputs = torch.cat(rows, dim=1)
-            weight = getattr(attention.o_proj, "weight", inputs)
-            inputs = inputs.to(weight.dtype) if weight.dtype.is_floating_point else inputs
-            with in_eval_mode(attention.o_proj):
-                nothing = attention.o_proj(torch.zeros_like(inputs[:1, :1]))  # of a layer with a bias
-                put_out, *changes = (attention.o_proj(inputs) - nothing).float()
+            inputs = torch.cat(rows, dim=1).float()
+            put_out, *changes = inputs @ _output_weight(attention.o_proj, inputs).mT
             for change in changes:
                 yield change.square().mean(), put_out.square().mean()
+
+
+def _output_weight(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """The matrix of `o_proj`, in the dtype and on the device of `inputs`. Not by calling it on them: quantised layers
+    have ways that pass no gradient."""
+    if is_dense(linear):
+        return linear.weight.detach().to(inputs)
+    return dense_weight(linear, inputs.shape[-1], inputs.device, inputs.dtype).to(inputs)
 
 
 def rebuilt_behind(states: RowStates, factors: LayerFactors, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
