@@ -118,7 +118,7 @@ def test_joint_is_never_quicker_than_head_at_the_same_ranks(config, device):
     """It rebuilds each key from all channels. (Where operations cost more than the work, larger groups are fewer
     operations: so operations are free here.)"""
     free = dataclasses.replace(device, operation=0.0)
-    for context in (256, 1024, 8192, 65536):
+    for context in (256, 65536):
         found = recommend(config, LLAMA, HEADS, free, context)
         times = {p.key_layout: p.seconds for p in found.predictions}
         assert list(times) == ["head", "group:2", "group:4", "joint"]

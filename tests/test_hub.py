@@ -29,7 +29,7 @@ from transformers import (
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
 from cskv_hf.evaluate.divergence import evaluation_record
-from cskv_hf.hub import push_folder
+from cskv_hf.pushing import push_folder
 from cskv_hf.quantize import channel_bits
 
 GREEDY = dict(max_new_tokens=16, do_sample=False)

@@ -9,9 +9,10 @@ from .calibration import collect_statistics
 from .config import CSKVConfig
 from .cutting import shrink
 from .fitting import fit
-from .hub import load, push_to_hub
+from .loading import load
 from .model_shape import ModelShape
 from .patch import attach, detach
+from .pushing import push_to_hub
 from .static_cache import CSKVStaticCache
 from .statistics import KVStatistics
 from .tuner import CSKVModel, register

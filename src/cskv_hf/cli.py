@@ -24,8 +24,9 @@ from .fit_report import format_evaluation, format_report
 from .fitting import fit as fit_model
 from .fitting import probing_file
 from .generation import has_active_adapter
-from .hub import load, local_adapter, push_folder
 from .kernels import HAS_TRITON, cpu
+from .loading import load, local_adapter
+from .pushing import push_folder
 from .runs import check_same_run, file_fingerprint, forget_run, remember_run
 from .texts import calibration_samples, documents, full_rows
 

@@ -35,9 +35,9 @@ from .decompose import (
 )
 from .families import attention_layers, decoder_of, dense_weight, refuse_tensor_parallelism, shape_of
 from .fit_report import LayerReport, mean_bits
-from .hub import give_push
 from .model_shape import ModelShape
 from .plan import LayerSpectra, check_budget, plan, store_plan
+from .pushing import give_push
 from .reads import SINKS
 from .sensitivity import measure_sensitivity
 from .statistics import UNREAD_SHARE, KVStatistics

@@ -21,7 +21,7 @@ from ..adapter_files import check_adapter_files
 from ..cache import CSKVCache
 from ..config import CSKVConfig
 from ..generation import CACHE_ARGUMENT, has_active_adapter
-from ..hub import load, local_adapter
+from ..loading import load, local_adapter
 from ..model_shape import CHANGING_ROPE_TYPES
 from .baselines import WindowOnlyCache
 from .fingerprint import active_config

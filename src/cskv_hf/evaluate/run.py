@@ -11,7 +11,7 @@ from ..adapter_files import ADAPTER
 from ..demo import BUNDLED
 from ..files import check_folder, replace_file
 from ..generation import has_active_adapter
-from ..hub import local_adapter
+from ..loading import local_adapter
 from ..model_shape import ModelShape
 from ..runs import file_fingerprint
 from ..tuner import adapter_config
