@@ -59,7 +59,7 @@ def calibration(bench: Bench) -> None:
         (f"{rows * length // 64} tokens", bench.calibration[: rows // 64]),
         (f"{rows * length} random tokens", list(noise)),
     ):
-        bench.statistics = collect_statistics(bench.model, data, progress=False)
+        bench.fitting.statistics = collect_statistics(bench.model, data, progress=False)
         for compression in (0.8, 0.95):
             bench.run("calibration", f"{100 * compression:.0f} %, {name}", compression=compression)
     bench.run("calibration", "80 %, svd, no data at all", compression=0.8, init="svd", **PLAIN)

@@ -34,6 +34,7 @@ from cskv_hf.evaluate.methods import Calibration, train_in_place
 from cskv_hf.files import replace_file
 from cskv_hf.latents import PlainFormat
 from cskv_hf.quantize import RANGE_BYTES
+from cskv_hf.recall import recalled
 from cskv_hf.texts import documents
 from cskv_hf.tuner import sidecars
 
@@ -59,7 +60,8 @@ class Bench:
             self.text, self.calibration = torch.stack(rows[: args.rows]), rows[args.rows :]
         self.args = args
         self.shape = ModelShape.from_model_config(self.model.config)
-        self.statistics = collect_statistics(self.model, self.calibration, progress=False)
+        statistics = collect_statistics(self.model, self.calibration, progress=False)
+        self.fitting = Calibration(statistics, self.calibration)
         self.full_bytes = 2 * self.shape.num_hidden_layers * 2 * self.shape.kv_dim
         self.results: list[dict] = []
 
@@ -91,7 +93,7 @@ class Bench:
         started = time.perf_counter()
         config = CSKVConfig(**settings)
         try:
-            model = cskv_hf.fit(self.model, self.statistics, config, progress=False)
+            model = cskv_hf.fit(self.model, self.fitting.for_init(config.init, self.model), config, progress=False)
         except ValueError as error:
             print(f"{name:<38} not possible: {error}", flush=True)
             return
@@ -103,16 +105,16 @@ class Bench:
                 sidecar.formats["default"] = tuple(PlainFormat(f.rank, f.block_size) for f in formats)
         if train:
             objective = "mse" if config.init == "asvd" else "attention"
-            calibration = Calibration(self.statistics, self.calibration, self.args.epochs, self.args.learning_rate)
-            train_in_place(model, calibration, objective)
+            train_in_place(model, self.fitting, objective)
         self.measure(table, name, model, CSKVCache, config, started)
         self.model = model.unload()
 
     def probe_on(self, tokens: int, length: int, first: int) -> None:
         """The sensitivity is measured on so many tokens, pieces of at most `length`, from the row `first` on."""
-        self.statistics.probe_ids = self.statistics.probe_lengths = torch.zeros(0, dtype=torch.long)
+        statistics = self.fitting.statistics
+        statistics.probe_ids = statistics.probe_lengths = torch.zeros(0, dtype=torch.long)
         for row in self.calibration[first:]:
-            self.statistics.add_probe(row[: min(length, tokens - len(self.statistics.probe_ids))])
+            statistics.add_probe(recalled(row, min(length, tokens - len(statistics.probe_ids))))
 
     def measure(self, table, name, model, make_cache, config, started) -> None:
         result = compare_with_full_cache(model, self.text, make_cache)
@@ -194,11 +196,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     bench = Bench(args)
+    bench.fitting.epochs, bench.fitting.learning_rate = args.epochs, args.learning_rate
     print(
         f"{args.model}: {bench.shape.num_hidden_layers} layers, kv_dim {bench.shape.kv_dim}; evaluated on "
-        f"{bench.text.numel():,} tokens, calibrated on {bench.statistics.num_tokens:,}"
+        f"{bench.text.numel():,} tokens, calibrated on {bench.fitting.statistics.num_tokens:,}"
     )
-    for side, share in zip(("keys", "values"), bench.statistics.mean_shares()):
+    for side, share in zip(("keys", "values"), bench.fitting.statistics.mean_shares()):
         print(
             f"share of the mean in the mean square of {side}, by layer: {' '.join(f'{s:.2f}' for s in share.tolist())}"
         )
@@ -281,7 +284,7 @@ def main() -> None:
                     "storage", f"{label} blocks of 128, ranges of {tokens} tokens", compression=compression, **settings
                 )
             config = CSKVConfig(compression=compression)
-            fitted = cskv_hf.fit(bench.model, bench.statistics, config, progress=False)
+            fitted = cskv_hf.fit(bench.model, bench.fitting.statistics, config, progress=False)
             config = fitted.peft_config["default"]
             bench.model = fitted.unload()
             formats = [f for layer in range(bench.shape.num_hidden_layers) for f in config.formats(layer)]

@@ -32,7 +32,7 @@ class WordTokenizer:
 def test_moments_are_those_of_the_definition(family):
     """Against the attention module's own projections, norms included, on the inputs it really got."""
     model, ids = make_model(family), prompt(3, 20)
-    statistics = collect_statistics(model, [ids], progress=False)
+    statistics = collect_statistics(model, [ids], recall=False, progress=False)
     seen = []
     hook = model.model.layers[1].self_attn.register_forward_pre_hook(
         lambda m, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
@@ -109,7 +109,41 @@ def test_padding_does_not_count():
 
 def test_max_tokens_and_counting():
     statistics = collect_statistics(make_model(), [prompt(1, 10)] * 9, max_tokens=25, progress=False)
-    assert (statistics.num_tokens, statistics.num_samples) == (30, 3)  # whole samples
+    assert (statistics.num_tokens, statistics.num_samples) == (26, 2)  # whole samples, with what is read again
+    statistics = collect_statistics(make_model(), [prompt(1, 10)] * 9, max_tokens=25, recall=False, progress=False)
+    assert (statistics.num_tokens, statistics.num_samples) == (30, 3)
+
+
+def test_recall_reads_the_middle_third_again(tmp_path):
+    """The same as if the samples had been written so, padded or not; a sample is cut where both would not fit."""
+    model, rows = make_model(), [prompt(1, length, length)[0] for length in (20, 15, 2, 30)]
+    written = [torch.cat([row, row[len(row) // 3 : 2 * (len(row) // 3)]]) for row in rows]
+    assert [len(ids) for ids in written] == [26, 20, 2, 40]
+    expected = collect_statistics(model, written, recall=False, progress=False)
+    found = collect_statistics(model, rows, state_file=tmp_path / "state.safetensors", progress=False)
+    assert found.samples_digest == expected.samples_digest
+    assert_same(found, expected)
+    mask = torch.arange(30) >= torch.tensor([[10], [15], [28], [0]])
+    padded = torch.zeros(4, 30, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        padded[row, mask[row]] = ids
+    batch = {"input_ids": padded, "attention_mask": mask.long()}
+    assert_same(collect_statistics(model, [batch], progress=False), expected, 1e-9)
+    with pytest.raises(ValueError, match="cut or recalled otherwise"):
+        collect_statistics(model, rows, recall=False, state_file=tmp_path / "state.safetensors", progress=False)
+    short = make_model(max_position_embeddings=24)
+    cut = [torch.cat([row[:18], row[:18][len(row[:18]) // 3 :][: len(row[:18]) // 3]]) for row in rows]
+    expected = collect_statistics(short, cut, recall=False, progress=False)
+    assert_same(collect_statistics(short, rows, progress=False), expected)
+
+
+def test_what_layers_are_worth_is_measured_with_recall():
+    """Of every sample the start, with a part of itself again within the length of a probe."""
+    row = prompt(1, 600)[0]
+    kept = collect_statistics(make_model(), [row], progress=False).probes()
+    assert [ids.tolist() for ids in kept] == [torch.cat([row[:192], row[64:128]]).tolist()]
+    kept = collect_statistics(make_model(), [row], recall=False, progress=False).probes()
+    assert [ids.tolist() for ids in kept] == [row[:256].tolist()]
 
 
 def test_interrupted_pass_resumes_to_the_same(tmp_path, monkeypatch):
@@ -162,10 +196,10 @@ def test_strings_that_are_cut_otherwise_are_other_data(tmp_path):
     model, state = make_model(vocab_size=2048), tmp_path / "state.safetensors"
     how = dict(tokenizer=AutoTokenizer.from_pretrained(MODEL_PATH), state_file=state, progress=False)
     text = ["words of one text " * 20, "words of another " * 20]
-    first = collect_statistics(model, text, max_length=16, max_tokens=16, **how)
-    with pytest.raises(ValueError, match="or were tokenised or cut otherwise"):
+    first = collect_statistics(model, text, max_length=16, max_tokens=16, **how)  # and 5 again
+    with pytest.raises(ValueError, match="or were tokenised, cut or recalled otherwise"):
         collect_statistics(model, text, max_length=8, **how)
-    assert collect_statistics(model, text, max_length=16, **how).num_tokens > first.num_tokens == 16
+    assert collect_statistics(model, text, max_length=16, **how).num_tokens > first.num_tokens == 21
 
 
 def test_hooks_are_gone_if_the_pass_does_not_begin(monkeypatch):
@@ -228,7 +262,8 @@ def test_a_single_sample_is_no_data(make, error, message):
     with pytest.raises(error, match=message):
         cskv_hf.fit(model, make(prompt(1, 12)), tokenizer=WordTokenizer(), progress=False)
     assert not forwards
-    assert collect_statistics(model, prompt(2, 12), progress=False).num_tokens == 24  # a batch is one of rows
+    statistics = collect_statistics(model, prompt(2, 12), recall=False, progress=False)
+    assert statistics.num_tokens == 24  # a batch is one of rows
 
 
 def test_a_budget_too_small_is_refused_before_data_is_read():
@@ -250,7 +285,7 @@ def warnings_of_ours(caplog):
 
 
 def test_little_data_is_warned_about(warnings_of_ours):
-    collect_statistics(make_model(), [prompt(1, 12)], progress=False)
+    collect_statistics(make_model(), [prompt(1, 12)], recall=False, progress=False)
     assert "Only 12 calibration tokens for kv_dim=32" in warnings_of_ours.text
 
 

@@ -142,7 +142,7 @@ def test_the_loss_of_the_fit_is_what_outputs_lose(monkeypatch):
     summed over the queries that were asked."""
     monkeypatch.setattr("cskv_hf.statistics.UNREAD_SHARE", 0.0)
     model, ids = make_model(num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1), prompt(1, 640)
-    statistics = collect_statistics(model, [ids], progress=False)
+    statistics = collect_statistics(model, [ids], recall=False, progress=False)
     attention = model.model.layers[0].self_attn
     _, values = layer_bases(attention, statistics, 0, CSKVConfig(), 1)
     kept = values.cut([3])
@@ -164,7 +164,7 @@ def test_rounding_is_what_noise_costs(heads, kv_heads, monkeypatch):
     monkeypatch.setattr("cskv_hf.fitting.falling", lambda energies: energies)  # of each channel by itself
     sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads, num_hidden_layers=1)
     model, ids = make_model(**sizes), prompt(1, 640)
-    statistics = collect_statistics(model, [ids], progress=False)
+    statistics = collect_statistics(model, [ids], recall=False, progress=False)
     attention = model.model.layers[0].self_attn
     _, values = layer_bases(attention, statistics, 0, CSKVConfig(), 1)
     ((states, _),) = states_of(model, 0, ids)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .families import (
     attention_layers,
+    context_length,
     decoder_of,
     in_eval_mode,
     input_device,
@@ -27,8 +28,9 @@ from .families import (
 )
 from .model_shape import ModelShape
 from .reads import RowStates, read_moments, sampled_queries, states_read
+from .recall import recalled, together
 from .samples import samples
-from .statistics import READS, KVStatistics
+from .statistics import PROBE_LENGTH, READS, KVStatistics
 from .weights import same_weights, weight_hashes
 
 logger = logging.get_logger(__name__)
@@ -44,6 +46,7 @@ def collect_statistics(
     tokenizer: Any = None,
     max_length: int = 2048,
     max_tokens: int | None = None,
+    recall: bool = True,
     state_file: str | os.PathLike | None = None,
     source: str = "",
     progress: bool = True,
@@ -57,6 +60,8 @@ def collect_statistics(
         tokenizer: for strings.
         max_length: strings are cut into pieces of at most this many tokens.
         max_tokens: stop once this many tokens were read, after a whole sample.
+        recall: read the middle third of each sample once more at its end, see recall.py; a sample too long for that
+            in the model's context is cut to three quarters of it.
         state_file: where to save the statistics on the way and at the end; if it exists, the pass continues from
             it, skipping the samples it has seen, which must be the same ones.
         source: names the data, for the message where `state_file` is of other data.
@@ -68,6 +73,7 @@ def collect_statistics(
         TypeError: for data of an unknown kind, or a single string or mapping.
     """
     decoder = decoder_of(model)
+    context = context_length(decoder)
     refuse_tensor_parallelism(model, "`collect_statistics`")
     shape, batches = shape_of(model), samples(data, tokenizer, max_length)
     statistics = KVStatistics.empty(shape, model.config.hidden_size, source)
@@ -80,6 +86,9 @@ def collect_statistics(
     of_tokens = dict(total=max_tokens, initial=statistics.num_tokens, unit="tok", unit_scale=True, desc="Calibrating")
     with in_eval_mode(model), collector, tqdm(**of_tokens, disable=not progress) as bar:
         for index, (input_ids, mask) in enumerate(batches):
+            rows = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(input_ids)]
+            if recall and rows:
+                input_ids, mask = together([recalled(ids, context) for ids in rows])
             if index < num_seen:
                 digest, skipped = _digest(digest, input_ids, mask), skipped + 1
                 if skipped == num_seen:
@@ -98,8 +107,8 @@ def collect_statistics(
                 use_cache=False,
             )
             _check_finite(statistics, index)
-            for row, ids in enumerate(input_ids):
-                statistics.add_probe(ids if mask is None else ids[mask[row].bool()])
+            for ids in rows:
+                statistics.add_probe(recalled(ids, min(PROBE_LENGTH, context)) if recall else ids)
             new = input_ids.numel() if mask is None else int(mask.sum())
             statistics.num_tokens += new
             statistics.num_samples += 1
@@ -171,8 +180,8 @@ def _check_same_samples(state_file: str | os.PathLike | None, held: KVStatistics
     if digest is None or held.samples_digest not in ("", digest):  # "": of a version that did not say
         raise ValueError(
             f"'{state_file}' holds statistics of other data than this: its {held.num_samples} samples are not the "
-            "first of `data`, or were tokenised or cut otherwise. Go on with the same data, tokenizer and "
-            "`max_length`, delete the file to start over, or choose another."
+            "first of `data`, or were tokenised, cut or recalled otherwise. Go on with the same data, "
+            "tokenizer, `max_length` and `recall`, delete the file to start over, or choose another."
         )
 
 

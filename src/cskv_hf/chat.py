@@ -12,8 +12,8 @@ from transformers import TextStreamer
 from transformers.cache_utils import Cache
 
 from .cache import CSKVCache
-from .evaluate.answers import context_length
 from .evaluate.memory import held_nbytes
+from .families import context_length
 from .generation import CACHE_ARGUMENT
 from .model_shape import ModelShape
 

@@ -107,6 +107,9 @@ def fit(
     sinks: Annotated[int, typer.Option(help="First tokens kept exactly.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens, to whole samples.")] = 65536,
     length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample.")] = 2048,
+    recall: Annotated[
+        bool, typer.Option(help="Read a third of each sample once more: keeps what retrieval reads.")
+    ] = True,
     device_map: DeviceMap = None,
     dtype: DType = "auto",
     evaluate: Annotated[
@@ -142,7 +145,9 @@ def fit(
         out.parent.mkdir(parents=True, exist_ok=True)
         state_file = out.with_name(out.name + ".statistics.safetensors")
         base = AutoModelForCausalLM.from_pretrained(model, device_map=device_map, dtype=dtype)
-        fitted = fit_model(base, samples, config, max_tokens=max_tokens, state_file=state_file, source=source)
+        fitted = fit_model(
+            base, samples, config, max_tokens=max_tokens, recall=recall, state_file=state_file, source=source
+        )
         config = fitted.peft_config["default"]
         if held_out is not None:
             config.fit_report["evaluation"] = evaluation_record(fitted, held_out[:EVALUATION_ROWS], evaluate.name)

@@ -69,6 +69,11 @@ def refuse_tensor_parallelism(model: nn.Module, what: str) -> None:
         )
 
 
+def context_length(model: nn.Module) -> int:
+    """Tokens that the model's config says it was made for; unlimited where it does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62)
+
+
 def attention_layers(model: nn.Module) -> list[nn.Module]:
     """The self-attention modules in the order of the layers."""
     return [layer.self_attn for layer in decoder_of(model).layers]

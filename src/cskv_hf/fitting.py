@@ -58,6 +58,7 @@ def fit(
     adapter_name: str = "default",
     max_length: int = 2048,
     max_tokens: int | None = None,
+    recall: bool = True,
     state_file: str | os.PathLike | None = None,
     source: str = "",
     progress: bool = True,
@@ -70,7 +71,7 @@ def fit(
         data: calibration data as [`collect_statistics`] takes it, or statistics collected before. Some 50,000 tokens
             of the kind the model will read are plenty. Do not use the text you evaluate on.
         config: [`CSKVConfig`]; the default removes 80 %. It is copied: what is fitted is written into the model's.
-        tokenizer, max_length, max_tokens, source, progress: see [`collect_statistics`].
+        tokenizer, max_length, max_tokens, recall, source, progress: see [`collect_statistics`].
         state_file: see there; what layers are worth is saved after every layer, too, in [`probing_file`].
         adapter_name: of the new adapter, which becomes the active one. An adapter of that name is fitted again.
 
@@ -103,6 +104,7 @@ def fit(
             tokenizer=tokenizer,
             max_length=max_length,
             max_tokens=max_tokens,
+            recall=recall,
             state_file=state_file,
             source=source,
             progress=progress,

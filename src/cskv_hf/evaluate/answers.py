@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
+from ..families import context_length
 from ..files import replace_file
 from ..generation import CACHE_ARGUMENT
 from ..runs import differences
@@ -148,11 +149,6 @@ def encode_prompt(tokenizer: Any, case: Case) -> list[int]:
             ids = [*ids, *tokenizer(case.answer_prefix, add_special_tokens=False)["input_ids"]]
         return list(ids)
     return list(tokenizer(case.prompt + case.answer_prefix)["input_ids"])
-
-
-def context_length(model: nn.Module) -> int:
-    """Tokens that the model's config says it was made for; unlimited where it does not say."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62)
 
 
 def _read_answers(path: Path, header: dict[str, Any]) -> dict[tuple[str, str], Answer]:

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..calibration import collect_statistics
 from ..demo import BUNDLED, MODEL_PATH
+from ..families import context_length
 from ..texts import full_rows
 from . import longbench, longeval, lveval
-from .answers import context_length, encode_prompt
+from .answers import encode_prompt
 from .benchmarks import Benchmark, CaseBenchmark, TextBenchmark, long_generations
 from .cases import Case, sample
 from .methods import Calibration

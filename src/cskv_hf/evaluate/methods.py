@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.trainer_callback import PrinterCallback
 
 from ..cache import CSKVCache
+from ..calibration import collect_statistics
 from ..config import POSITION_BYTES, CSKVConfig
 from ..families import modes_kept
 from ..fitting import fit
@@ -25,6 +26,7 @@ from ..train import CSKVTrainer, training_arguments
 from ..tuner import sidecars
 from .baselines import WindowOnlyCache, clamp_formats
 
+PAPER_INITS = ("asvd", "svd", "random", "mse")  # what the paper proposes or compares with
 KINDS = ("cskv", "full", "window", "quantized")
 
 
@@ -98,6 +100,19 @@ class Calibration:
     rows: Sequence[torch.Tensor]
     epochs: float = 1.0
     learning_rate: float = 1e-3
+    _as_written: KVStatistics | None = None
+
+    def for_init(self, init: str, model: nn.Module) -> KVStatistics:
+        """The statistics to fit by; those of the paper's ways to start are of the rows as they are, without recall.
+
+        Args:
+            model: the rows', without an adapter.
+        """
+        if init not in PAPER_INITS:
+            return self.statistics
+        if self._as_written is None:
+            self._as_written = collect_statistics(model, self.rows, recall=False, progress=False)
+        return self._as_written
 
 
 def prepare(model: nn.Module, method: Method, calibration: Calibration | None) -> nn.Module:
@@ -108,7 +123,8 @@ def prepare(model: nn.Module, method: Method, calibration: Calibration | None) -
     """
     if calibration is None:
         raise ValueError(f"'{method.name}' is fitted first, which needs calibration data; give it with `--data`.")
-    fitted = fit(model, calibration.statistics, CSKVConfig(**method.settings), progress=False)
+    config = CSKVConfig(**method.settings)
+    fitted = fit(model, calibration.for_init(config.init, model), config, progress=False)
     try:
         if method.clamped:
             clamp_formats(fitted)
