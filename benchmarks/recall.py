@@ -2,8 +2,8 @@
 
 An adapter fitted with recall (the default) and one without, at several compressions: KL divergence to the full cache
 on held-out text, and of RULER's needles hidden in that text the likelihood of the value's tokens, their KL divergence
-to the full cache, and how often all of them are the most likely ones. The prompt is prefilled and the value read in one
-forward over the compressed past; its first token comes out of the prefill and is not counted.
+to the full cache, and how often all of them are the most likely ones. The prompt is prefilled and the value read in
+one forward over the compressed past; its first token comes out of the prefill and is not counted.
 
 TEXT and HELD_OUT are plain text or JSON lines.
 """
