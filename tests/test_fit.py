@@ -109,16 +109,16 @@ def test_padding_does_not_count():
 
 def test_max_tokens_and_counting():
     statistics = collect_statistics(make_model(), [prompt(1, 10)] * 9, max_tokens=25, progress=False)
-    assert (statistics.num_tokens, statistics.num_samples) == (26, 2)  # whole samples, with what is read again
+    assert (statistics.num_tokens, statistics.num_samples) == (33, 3)  # whole samples, with what is read again
     statistics = collect_statistics(make_model(), [prompt(1, 10)] * 9, max_tokens=25, recall=False, progress=False)
     assert (statistics.num_tokens, statistics.num_samples) == (30, 3)
 
 
-def test_recall_reads_the_middle_third_again(tmp_path):
+def test_recall_reads_a_part_again(tmp_path):
     """The same as if the samples had been written so, padded or not; a sample is cut where both would not fit."""
     model, rows = make_model(), [prompt(1, length, length)[0] for length in (20, 15, 2, 30)]
-    written = [torch.cat([row, row[len(row) // 3 : 2 * (len(row) // 3)]]) for row in rows]
-    assert [len(ids) for ids in written] == [26, 20, 2, 40]
+    written = [torch.cat([row, row[3 * (len(row) // 7) : 4 * (len(row) // 7)]]) for row in rows]
+    assert [len(ids) for ids in written] == [22, 17, 2, 34]
     expected = collect_statistics(model, written, recall=False, progress=False)
     found = collect_statistics(model, rows, state_file=tmp_path / "state.safetensors", progress=False)
     assert found.samples_digest == expected.samples_digest
@@ -132,7 +132,7 @@ def test_recall_reads_the_middle_third_again(tmp_path):
     with pytest.raises(ValueError, match="cut or recalled otherwise"):
         collect_statistics(model, rows, recall=False, state_file=tmp_path / "state.safetensors", progress=False)
     short = make_model(max_position_embeddings=24)
-    cut = [torch.cat([row[:18], row[:18][len(row[:18]) // 3 :][: len(row[:18]) // 3]]) for row in rows]
+    cut = [*written[:3], torch.cat([rows[3][:21], rows[3][9:12]])]
     expected = collect_statistics(short, cut, recall=False, progress=False)
     assert_same(collect_statistics(short, rows, progress=False), expected)
 
@@ -141,7 +141,7 @@ def test_what_layers_are_worth_is_measured_with_recall():
     """Of every sample the start, with a part of itself again within the length of a probe."""
     row = prompt(1, 600)[0]
     kept = collect_statistics(make_model(), [row], progress=False).probes()
-    assert [ids.tolist() for ids in kept] == [torch.cat([row[:192], row[64:128]]).tolist()]
+    assert [ids.tolist() for ids in kept] == [torch.cat([row[:224], row[96:128]]).tolist()]
     kept = collect_statistics(make_model(), [row], recall=False, progress=False).probes()
     assert [ids.tolist() for ids in kept] == [row[:256].tolist()]
 
@@ -196,10 +196,10 @@ def test_strings_that_are_cut_otherwise_are_other_data(tmp_path):
     model, state = make_model(vocab_size=2048), tmp_path / "state.safetensors"
     how = dict(tokenizer=AutoTokenizer.from_pretrained(MODEL_PATH), state_file=state, progress=False)
     text = ["words of one text " * 20, "words of another " * 20]
-    first = collect_statistics(model, text, max_length=16, max_tokens=16, **how)  # and 5 again
+    first = collect_statistics(model, text, max_length=16, max_tokens=16, **how)  # and 2 again
     with pytest.raises(ValueError, match="or were tokenised, cut or recalled otherwise"):
         collect_statistics(model, text, max_length=8, **how)
-    assert collect_statistics(model, text, max_length=16, **how).num_tokens > first.num_tokens == 21
+    assert collect_statistics(model, text, max_length=16, **how).num_tokens > first.num_tokens == 18
 
 
 def test_hooks_are_gone_if_the_pass_does_not_begin(monkeypatch):

@@ -60,8 +60,8 @@ def collect_statistics(
         tokenizer: for strings.
         max_length: strings are cut into pieces of at most this many tokens.
         max_tokens: stop once this many tokens were read, after a whole sample.
-        recall: read the middle third of each sample once more at its end, see recall.py; a sample too long for that
-            in the model's context is cut to three quarters of it.
+        recall: read a seventh of each sample once more at its end, see recall.py; a sample too long for that in the
+            model's context is cut to seven eighths of it.
         state_file: where to save the statistics on the way and at the end; if it exists, the pass continues from
             it, skipping the samples it has seen, which must be the same ones.
         source: names the data, for the message where `state_file` is of other data.

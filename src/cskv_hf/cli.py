@@ -108,7 +108,7 @@ def fit(
     max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens, to whole samples.")] = 65536,
     length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample.")] = 2048,
     recall: Annotated[
-        bool, typer.Option(help="Read a third of each sample once more: keeps what retrieval reads.")
+        bool, typer.Option(help="Read a part of each sample twice, which keeps what retrieval reads.")
     ] = True,
     device_map: DeviceMap = None,
     dtype: DType = "auto",

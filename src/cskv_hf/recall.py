@@ -10,11 +10,11 @@ import torch
 
 
 def recalled(ids: torch.Tensor, most: int) -> torch.Tensor:
-    """A sample (length,) and then its middle third: (4/3 length,), or `most` tokens of a sample that has been cut to
-    its first 3/4 `most`."""
-    ids = ids[: 3 * most // 4]
-    third = len(ids) // 3
-    return torch.cat([ids, ids[third : 2 * third]])
+    """A sample (length,) and then a seventh of it, from its middle: (8/7 length,), or `most` tokens of a sample that
+    has been cut to its first 7/8 `most`."""
+    ids = ids[: 7 * most // 8]
+    again = len(ids) // 7
+    return torch.cat([ids, ids[3 * again : 4 * again]])
 
 
 def together(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
