@@ -34,7 +34,7 @@ from cskv_hf.evaluate.methods import Calibration, train_in_place
 from cskv_hf.files import replace_file
 from cskv_hf.latents import PlainFormat
 from cskv_hf.quantize import RANGE_BYTES
-from cskv_hf.recall import recalled
+from cskv_hf.recall import longest_sample, recalled
 from cskv_hf.texts import documents
 from cskv_hf.tuner import sidecars
 
@@ -114,7 +114,7 @@ class Bench:
         statistics = self.fitting.statistics
         statistics.probe_ids = statistics.probe_lengths = torch.zeros(0, dtype=torch.long)
         for row in self.calibration[first:]:
-            statistics.add_probe(recalled(row, min(length, tokens - len(statistics.probe_ids))))
+            statistics.add_probe(recalled(row[: longest_sample(min(length, tokens - len(statistics.probe_ids)))]))
 
     def measure(self, table, name, model, make_cache, config, started) -> None:
         result = compare_with_full_cache(model, self.text, make_cache)

@@ -5,7 +5,7 @@ on held-out text, and of RULER's needles hidden in that text the likelihood of t
 to the full cache, and how often all of them are the most likely ones. The prompt is prefilled and the value read in
 one forward over the compressed past; its first token comes out of the prefill and is not counted.
 
-TEXT and HELD_OUT are plain text or JSON lines.
+TEXT is plain text or JSON lines, HELD_OUT plain text.
 """
 
 from __future__ import annotations

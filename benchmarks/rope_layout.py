@@ -259,7 +259,8 @@ class Data:
     def of(cls, args: argparse.Namespace) -> Data:
         if args.text != "lines":
             bench = Bench(args)
-            return cls(bench.model, bench.tokenizer, bench.statistics, bench.text[: args.rows], bench.records)
+            statistics = bench.fitting.for_init("mse", bench.model)  # as the numbers that are there were measured
+            return cls(bench.model, bench.tokenizer, statistics, bench.text[: args.rows], bench.records)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         calibration = demo.calibration_data(tokenizer, num_lines=args.lines)
@@ -268,7 +269,7 @@ class Data:
         records = demo.evaluation_records(args.records, num_lines=args.lines)
         if len({len(tokenizer(r.text)["input_ids"]) for r in records}) > 1:
             raise SystemExit("Records are of different lengths in tokens; RestoredCache knows no padding.")
-        return cls(model, tokenizer, collect_statistics(model, calibration, progress=False), text, records)
+        return cls(model, tokenizer, collect_statistics(model, calibration, recall=False), text, records)
 
     def measure(self, make_cache: Callable[[], DynamicCache]) -> dict[str, float]:
         result = compare_with_full_cache(self.model, self.text, make_cache)

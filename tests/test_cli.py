@@ -65,7 +65,7 @@ def test_fit_inspect_load(folder):
         "fit", folder / "model", "--data", folder / "text.txt", "--out", folder / "out", "--length", 100
     )
     assert code == 0, text
-    assert "fitted on 684 tokens" in text and re.search(r"at 16 bits: (19\.\d|20\.0) %", text)
+    assert "fitted on 684 tokens with recall" in text and re.search(r"at 16 bits: (19\.\d|20\.0) %", text)
     assert sorted(p.name for p in folder.iterdir()) == ["model", "out", "text.txt"]  # no state, no temporary left
     model = AutoModelForCausalLM.from_pretrained(folder / "out")
     assert model.peft_config["default"].compression == 0.8
@@ -292,6 +292,10 @@ def test_json_lines(folder):
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": "w1 w2 w3 w4"}) + "\n" for _ in range(50)))
     code, text, _ = cskv("fit", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "out")
     assert code == 0 and "fitted on 228 tokens" in text
+    code, text, _ = cskv(
+        "fit", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "out", "--no-recall"
+    )
+    assert code == 0 and "fitted on 200 tokens;" in text
     (folder / "data.jsonl").write_text('{"text": "w1"}\n{"txt": "w1"}\n')
     code, text, _ = cskv("fit", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "out")
     assert code == 2 and "Line 2 of" in text and "not a JSON object with a 'text' field" in text

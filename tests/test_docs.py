@@ -104,6 +104,18 @@ def test_tables_of_choosing_are_the_results(documented):
             documented(page_table, row["name"], "lines retrieved", f"{row['accuracy']:.3f} ±{row['margin']:.3f}")
 
 
+def test_table_of_recall_is_the_results(documented):
+    results = json.loads((RESULTS / "recall-smollm2-135m.json").read_text(encoding="utf-8"))
+    assert results["needles"] == 30 and results["lengths"] == [1024] and results["text_tokens"] == 4096
+    for row in results["rows"]:
+        name = "full cache"
+        if row.get("cache") != "full":
+            name = f"{100 * row['compression']:.0f} % removed, {'with' if row['recall'] else 'without'} recall"
+        documented("choosing-recall", name, "KL, text", f"{row['kl']:.4f}")
+        documented("choosing-recall", name, "KL, needles", f"{row['needle_kl']:.4f}")
+        documented("choosing-recall", name, "needles found", f"{row['right']}")
+
+
 def test_table_of_probes_is_the_results(documented):
     """And what the text says of the worst."""
     half, quarter, lowest, highest = 1.0, 1.0, [], []  # the largest KL at 95 %, over that of all tokens

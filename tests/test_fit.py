@@ -99,12 +99,19 @@ def test_statistics_of_other_weights(caplog):
         cskv_hf.fit(make_model(), statistics, 0.8)
 
 
-def test_padding_does_not_count():
-    model, row = make_model(), prompt(1, 12)
-    expected = collect_statistics(model, [row], progress=False)
-    padded = torch.cat([row, torch.zeros(1, 7, dtype=torch.long)], dim=1)
-    mask = (torch.arange(19) < 12).long()[None]
-    assert_same(collect_statistics(model, [{"input_ids": padded, "attention_mask": mask}], progress=False), expected)
+@pytest.mark.parametrize("recall", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(side, recall):
+    """On either side, beside rows of other lengths, and one of nothing else."""
+    model, rows = make_model(), [prompt(1, 12)[0], prompt(1, 19, 3)[0]]
+    expected = collect_statistics(model, rows, recall=recall, progress=False)
+    padded, mask = torch.zeros(3, 19, dtype=torch.long), torch.zeros(3, 19, dtype=torch.long)
+    for number, ids in zip((0, 2), rows):
+        place = slice(19 - len(ids), 19) if side == "left" else slice(0, len(ids))
+        padded[number, place], mask[number, place] = ids, 1
+    batch = [{"input_ids": padded, "attention_mask": mask}]
+    exactly = recall or side == "right"  # else positions are others, whose cos and sin are rounded to float32
+    assert_same(collect_statistics(model, batch, recall=recall, progress=False), expected, 1e-9 if exactly else 1e-4)
 
 
 def test_max_tokens_and_counting():
@@ -115,7 +122,8 @@ def test_max_tokens_and_counting():
 
 
 def test_recall_reads_a_part_again(tmp_path):
-    """The same as if the samples had been written so, padded or not; a sample is cut where both would not fit."""
+    """The same as if the samples had been written so, padded or not; one that would not fit into the context is read
+    in pieces, and whole where RoPE stretches with it."""
     model, rows = make_model(), [prompt(1, length, length)[0] for length in (20, 15, 2, 30)]
     written = [torch.cat([row, row[3 * (len(row) // 7) : 4 * (len(row) // 7)]]) for row in rows]
     assert [len(ids) for ids in written] == [22, 17, 2, 34]
@@ -129,12 +137,26 @@ def test_recall_reads_a_part_again(tmp_path):
         padded[row, mask[row]] = ids
     batch = {"input_ids": padded, "attention_mask": mask.long()}
     assert_same(collect_statistics(model, [batch], progress=False), expected, 1e-9)
-    with pytest.raises(ValueError, match="cut or recalled otherwise"):
+    with pytest.raises(ValueError, match="with `recall`=True; this is with False"):
         collect_statistics(model, rows, recall=False, state_file=tmp_path / "state.safetensors", progress=False)
     short = make_model(max_position_embeddings=24)
-    cut = [*written[:3], torch.cat([rows[3][:21], rows[3][9:12]])]
-    expected = collect_statistics(short, cut, recall=False, progress=False)
-    assert_same(collect_statistics(short, rows, progress=False), expected)
+    pieces = [*written[:3], torch.cat([rows[3][:21], rows[3][9:12]]), torch.cat([rows[3][21:], rows[3][24:25]])]
+    expected = collect_statistics(short, pieces, recall=False, progress=False)
+    found = collect_statistics(short, rows, progress=False)
+    torch.testing.assert_close(found.key_moment, expected.key_moment)
+    torch.testing.assert_close(found.read_squares, expected.read_squares)
+    model = make_model("llama-dynamic", max_position_embeddings=24)
+    expected = collect_statistics(model, written, recall=False, progress=False)
+    assert_same(collect_statistics(model, rows, progress=False), expected)
+
+
+def test_a_fit_says_whether_it_was_with_recall():
+    rows, settings = [prompt(1, 70)[0]], CSKVConfig(key_rank=4, value_rank=4)
+    for recall, said in ((True, "fitted on 80 tokens with recall;"), (False, "fitted on 70 tokens;")):
+        model = cskv_hf.fit(make_model(), rows, settings, recall=recall, progress=False)
+        report = model.peft_config["default"].fit_report
+        assert (report["recall"], report["num_tokens"]) == (recall, 80 if recall else 70)
+        assert said in format_report(model.peft_config["default"])
 
 
 def test_what_layers_are_worth_is_measured_with_recall():
@@ -144,6 +166,9 @@ def test_what_layers_are_worth_is_measured_with_recall():
     assert [ids.tolist() for ids in kept] == [torch.cat([row[:224], row[96:128]]).tolist()]
     kept = collect_statistics(make_model(), [row], recall=False, progress=False).probes()
     assert [ids.tolist() for ids in kept] == [row[:256].tolist()]
+    kept = collect_statistics(make_model(), [row[:200]] * 6, progress=False).probes()
+    assert [len(ids) for ids in kept] == [228] * 4 + [112]
+    assert kept[4].tolist() == torch.cat([row[:98], row[42:56]]).tolist()
 
 
 def test_interrupted_pass_resumes_to_the_same(tmp_path, monkeypatch):
@@ -197,7 +222,7 @@ def test_strings_that_are_cut_otherwise_are_other_data(tmp_path):
     how = dict(tokenizer=AutoTokenizer.from_pretrained(MODEL_PATH), state_file=state, progress=False)
     text = ["words of one text " * 20, "words of another " * 20]
     first = collect_statistics(model, text, max_length=16, max_tokens=16, **how)  # and 2 again
-    with pytest.raises(ValueError, match="or were tokenised, cut or recalled otherwise"):
+    with pytest.raises(ValueError, match="or were tokenised or cut otherwise"):
         collect_statistics(model, text, max_length=8, **how)
     assert collect_statistics(model, text, max_length=16, **how).num_tokens > first.num_tokens == 18
 

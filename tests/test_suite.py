@@ -36,6 +36,16 @@ def calibration(model):
     return Calibration(collect_statistics(model, rows, progress=False), rows[:2])
 
 
+def test_the_papers_ways_to_start_are_fitted_to_rows_as_they_are():
+    """Once, when first asked for."""
+    model = make_model(num_hidden_layers=1)
+    data = calibration(model)
+    assert data.for_init("attention", model) is data.statistics and data.statistics.recall
+    plain = data.for_init("asvd", model)
+    assert not plain.recall and plain.num_tokens == sum(map(len, data.rows))
+    assert all(data.for_init(init, model) is plain for init in ("svd", "random", "mse"))
+
+
 def suite(out, model=None, settings=None):
     model = model or make_model(num_hidden_layers=2)
     text = [TextBenchmark("text", prompt(3, 80), skip=20), TextBenchmark("more", prompt(2, 80, seed=4), skip=20)]

@@ -28,9 +28,9 @@ from .families import (
 )
 from .model_shape import ModelShape
 from .reads import RowStates, read_moments, sampled_queries, states_read
-from .recall import recalled, together
+from .recall import longest_sample, recalled, together
 from .samples import samples
-from .statistics import PROBE_LENGTH, READS, KVStatistics
+from .statistics import READS, KVStatistics
 from .weights import same_weights, weight_hashes
 
 logger = logging.get_logger(__name__)
@@ -58,10 +58,10 @@ def collect_statistics(
         data: an iterable of `input_ids` tensors (length) or (batch, length), of dicts with `input_ids` and perhaps
             `attention_mask`, of strings or dicts with `text` (with `tokenizer`), or a `datasets.Dataset` of these.
         tokenizer: for strings.
-        max_length: strings are cut into pieces of at most this many tokens.
-        max_tokens: stop once this many tokens were read, after a whole sample.
+        max_length: strings are cut into pieces of at most this many tokens, to which `recall` adds a seventh.
+        max_tokens: stop once this many tokens were read, after a whole sample; those read again count.
         recall: read a seventh of each sample once more at its end, see recall.py; a sample too long for that in the
-            model's context is cut to seven eighths of it.
+            model's context is cut into pieces.
         state_file: where to save the statistics on the way and at the end; if it exists, the pass continues from
             it, skipping the samples it has seen, which must be the same ones.
         source: names the data, for the message where `state_file` is of other data.
@@ -73,11 +73,12 @@ def collect_statistics(
         TypeError: for data of an unknown kind, or a single string or mapping.
     """
     decoder = decoder_of(model)
-    context = context_length(decoder)
+    stretches = getattr(decoder.rotary_emb, "rope_type", None) == "dynamic"  # as far as a sample goes
+    longest = longest_sample(2**62 if stretches else context_length(decoder))
     refuse_tensor_parallelism(model, "`collect_statistics`")
     shape, batches = shape_of(model), samples(data, tokenizer, max_length)
     statistics = KVStatistics.empty(shape, model.config.hidden_size, source)
-    statistics.weights = weight_hashes(decoder)
+    statistics.weights, statistics.recall = weight_hashes(decoder), recall
     if state_file is not None and Path(state_file).exists():
         statistics = _resumed(state_file, statistics)
     num_seen, skipped, digest = statistics.num_samples, 0, ""
@@ -88,7 +89,7 @@ def collect_statistics(
         for index, (input_ids, mask) in enumerate(batches):
             rows = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(input_ids)]
             if recall and rows:
-                input_ids, mask = together([recalled(ids, context) for ids in rows])
+                input_ids, mask = together([recalled(piece) for ids in rows for piece in ids.split(longest)])
             if index < num_seen:
                 digest, skipped = _digest(digest, input_ids, mask), skipped + 1
                 if skipped == num_seen:
@@ -108,7 +109,8 @@ def collect_statistics(
             )
             _check_finite(statistics, index)
             for ids in rows:
-                statistics.add_probe(recalled(ids, min(PROBE_LENGTH, context)) if recall else ids)
+                room = statistics.room_of_probe()
+                statistics.add_probe(recalled(ids[: min(longest, longest_sample(room))]) if recall else ids[:room])
             new = input_ids.numel() if mask is None else int(mask.sum())
             statistics.num_tokens += new
             statistics.num_samples += 1
@@ -162,6 +164,11 @@ def _resumed(state_file: str | os.PathLike, new: KVStatistics) -> KVStatistics:
             f"'{state_file}' holds statistics of other data ('{held.source}'); this is '{new.source}'. "
             "Delete the file to start over, or choose another."
         )
+    if held.recall != new.recall:
+        raise ValueError(
+            f"'{state_file}' holds statistics with `recall`={held.recall}; this is with {new.recall}. Go on with the "
+            "same, delete the file to start over, or choose another."
+        )
     logger.warning(f"Continuing from {held.num_samples} samples ({held.num_tokens} tokens) in '{state_file}'.")
     return held
 
@@ -180,8 +187,8 @@ def _check_same_samples(state_file: str | os.PathLike | None, held: KVStatistics
     if digest is None or held.samples_digest not in ("", digest):  # "": of a version that did not say
         raise ValueError(
             f"'{state_file}' holds statistics of other data than this: its {held.num_samples} samples are not the "
-            "first of `data`, or were tokenised, cut or recalled otherwise. Go on with the same data, "
-            "tokenizer, `max_length` and `recall`, delete the file to start over, or choose another."
+            "first of `data`, or were tokenised or cut otherwise. Go on with the same data, tokenizer and "
+            "`max_length`, delete the file to start over, or choose another."
         )
 
 

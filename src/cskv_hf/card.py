@@ -120,7 +120,8 @@ def _measured(config: CSKVConfig) -> str:
     lines = []
     if "num_tokens" in report:
         source = f" ({report['source']})" if report.get("source") else ""
-        lines.append(f"Fitted on {report['num_tokens']:,} tokens{source}.")
+        again = ", an eighth of which are second readings" if report.get("recall") else ""
+        lines.append(f"Fitted on {report['num_tokens']:,} tokens{source}{again}.")
     if "trained" in report:
         lines.append(f"Fine-tuned after the fit, objective '{report['trained']}'.")
     layers = [layer_errors(config, i) for i in range(len(config.key_ranks))]

@@ -76,7 +76,8 @@ def format_report(config: CSKVConfig) -> str:
     if not config.is_fitted:
         return "not fitted yet"
     shape, report = ModelShape(**config.model_shape), config.fit_report or {}
-    fitted = f"fitted on {report['num_tokens']:,} tokens; " if "num_tokens" in report else ""
+    again = " with recall" if report.get("recall") else ""
+    fitted = f"fitted on {report['num_tokens']:,} tokens{again}; " if "num_tokens" in report else ""
     lines = [
         f"CSKV adapter: init {config.init}, keys {config.key_layout}, window {config.window} + {config.sinks} sinks",
         f"{fitted}kv_dim {shape.kv_dim} ({shape.num_key_value_heads} heads x {shape.head_dim})",

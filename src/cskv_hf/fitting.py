@@ -139,6 +139,7 @@ def fit(
     reports = [layer_report(a, statistics, i, config, *factors) for i, (a, factors) in enumerate(zip(layers, fitted))]
     config.fit_report = {
         "num_tokens": statistics.num_tokens,
+        "recall": statistics.recall,
         "source": statistics.source,
         "layers": [asdict(r) for r in reports],
     }

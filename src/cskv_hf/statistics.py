@@ -75,12 +75,13 @@ class KVStatistics:
         read_squares: (layers,) sum of p² over the pairs.
         input_scale: (layers, hidden_size) sum of |x| at the input of the projections (ASVD).
         probe_ids, probe_lengths: input_ids of a few samples, end to end, and their lengths; see sensitivity.py.
-        num_tokens: tokens summed over; padding is not counted.
+        num_tokens: tokens summed over, those read again included, padding not.
         num_samples: samples consumed, where a continued pass takes up.
         model_shape: the sizes of the model.
         source: what the data was, in the caller's words; a continued pass must name the same.
         weights: of the model, see [`weight_hashes`]; a continued pass must have the same.
         samples_digest: hash of the samples consumed; a continued pass must begin with the same.
+        recall: whether a part of each sample was read again; a continued pass must do the same.
     """
 
     key_moment: torch.Tensor
@@ -102,6 +103,7 @@ class KVStatistics:
     source: str = ""
     weights: dict[str, str | None] | None = None
     samples_digest: str = ""
+    recall: bool = False
 
     @classmethod
     def empty(cls, shape: ModelShape, hidden_size: int, source: str = "") -> KVStatistics:
@@ -167,9 +169,12 @@ class KVStatistics:
             for first, second in sides
         )
 
+    def room_of_probe(self) -> int:
+        """Tokens that the next probe may have."""
+        return min(PROBE_LENGTH, PROBE_TOKENS - len(self.probe_ids))
+
     def add_probe(self, ids: torch.Tensor) -> None:
-        """Keep the start of a sample (length,), as long as there is room."""
-        ids = ids[: min(PROBE_LENGTH, PROBE_TOKENS - len(self.probe_ids))]
+        """Keep a sample (length,) to measure on, within [`room_of_probe`]; of one token nothing can be measured."""
         if len(ids) > 1:
             self.probe_ids = torch.cat([self.probe_ids, ids.cpu()])
             self.probe_lengths = torch.cat([self.probe_lengths, torch.tensor([len(ids)])])
@@ -191,7 +196,7 @@ class KVStatistics:
         """Write to a safetensors file; an existing one is replaced only once the new one is complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        names = ("num_tokens", "num_samples", "model_shape", "source", "weights", "samples_digest")
+        names = ("num_tokens", "num_samples", "model_shape", "source", "weights", "samples_digest", "recall")
         numbers = {name: getattr(self, name) for name in names}
         tensors = {name: getattr(self, name) for name in TENSORS}
         with replacing(path) as new:

@@ -173,7 +173,7 @@ def run_demo(out: Path, num_records: int = 30, say: Callable[[str], None] = prin
         f"and on {8 * num_records} questions about records of {NUM_LINES} lines.\n"
     )
     data = calibration_data(tokenizer)
-    statistics = collect_statistics(model, data)
+    calibration = Calibration(collect_statistics(model, data), data, TRAIN_EPOCHS, TRAIN_LR)
     todo = ways()
     with tqdm(total=2 + len(todo), desc="Measuring", unit="cache") as bar:
         row, full = measure("full cache", 0.0, model, tokenizer, DynamicCache, text, records, None)
@@ -182,9 +182,10 @@ def run_demo(out: Path, num_records: int = 30, say: Callable[[str], None] = prin
         rows.append(measure("window", 1.0, model, tokenizer, WindowOnlyCache, text, records, full)[0])
         bar.update()
         for i, way in enumerate(todo):
+            statistics = calibration.for_init(way.config.init, model)
             model = fit(model, statistics, way.config, adapter_name=f"way{i}", progress=False)
             if way.train:
-                train_in_place(model, Calibration(statistics, data, TRAIN_EPOCHS, TRAIN_LR), "attention")
+                train_in_place(model, calibration, "attention")
             compression = way.config.compression
             rows.append(measure(way.name, compression, model, tokenizer, CSKVCache, text, records, full)[0])
             bar.update()

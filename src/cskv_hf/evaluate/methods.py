@@ -100,18 +100,18 @@ class Calibration:
     rows: Sequence[torch.Tensor]
     epochs: float = 1.0
     learning_rate: float = 1e-3
-    _as_written: KVStatistics | None = None
+    _as_written: KVStatistics | None = field(default=None, init=False, repr=False)
 
     def for_init(self, init: str, model: nn.Module) -> KVStatistics:
         """The statistics to fit by; those of the paper's ways to start are of the rows as they are, without recall.
 
         Args:
-            model: the rows', without an adapter.
+            model: the rows'.
         """
         if init not in PAPER_INITS:
             return self.statistics
         if self._as_written is None:
-            self._as_written = collect_statistics(model, self.rows, recall=False, progress=False)
+            self._as_written = collect_statistics(model, self.rows, recall=False)
         return self._as_written
 
 
