@@ -105,8 +105,10 @@ def fit(
     allocation: Annotated[str | None, typer.Option(help="'auto' or 'uniform' over the layers.")] = None,
     window: Annotated[int, typer.Option(help="Most recent tokens kept exactly.")] = 32,
     sinks: Annotated[int, typer.Option(help="First tokens kept exactly.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens, to whole samples.")] = 65536,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample.")] = 2048,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Calibration tokens, to whole samples; read twice counts twice.")
+    ] = 65536,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per calibration sample, before recall.")] = 2048,
     recall: Annotated[
         bool, typer.Option(help="Read a part of each sample twice, which keeps what retrieval reads.")
     ] = True,
