@@ -43,9 +43,13 @@ PAPER_4 = dict(bits=4, allocation="uniform", init="asvd", key_group=[32, 1])  # 
 
 
 class Bench:
-    """One model with its data; `run` measures one way of compressing."""
+    """One model with its data; `run` measures one way of compressing.
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    Args:
+        recall: in the calibration; the paper's ways to start go without in any case.
+    """
+
+    def __init__(self, args: argparse.Namespace, recall: bool = True) -> None:
         self.bundled = args.model == "bundled"
         self.records = []
         if self.bundled:
@@ -60,7 +64,7 @@ class Bench:
             self.text, self.calibration = torch.stack(rows[: args.rows]), rows[args.rows :]
         self.args = args
         self.shape = ModelShape.from_model_config(self.model.config)
-        statistics = collect_statistics(self.model, self.calibration, progress=False)
+        statistics = collect_statistics(self.model, self.calibration, recall=recall, progress=False)
         self.fitting = Calibration(statistics, self.calibration)
         self.full_bytes = 2 * self.shape.num_hidden_layers * 2 * self.shape.kv_dim
         self.results: list[dict] = []
@@ -180,6 +184,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=320, help="tokens per row")
     parser.add_argument("--rows", type=int, default=64, help="rows to evaluate on")
     parser.add_argument("--calibration-rows", type=int, default=128)
+    parser.add_argument("--no-recall", dest="recall", action="store_false", help="read no row twice to calibrate")
     parser.add_argument("--records", type=int, default=30, help="of line retrieval, 8 questions each (bundled model)")
     parser.add_argument("--epochs", type=float, default=8.0, help="of training, on the calibration rows")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of training; the paper's 5e-5 is for 7B")
@@ -195,7 +200,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    bench = Bench(args)
+    bench = Bench(args, args.recall)
     bench.fitting.epochs, bench.fitting.learning_rate = args.epochs, args.learning_rate
     print(
         f"{args.model}: {bench.shape.num_hidden_layers} layers, kv_dim {bench.shape.kv_dim}; evaluated on "

@@ -258,9 +258,8 @@ class Data:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Data:
         if args.text != "lines":
-            bench = Bench(args)
-            statistics = bench.fitting.for_init("mse", bench.model)  # as the numbers that are there were measured
-            return cls(bench.model, bench.tokenizer, statistics, bench.text[: args.rows], bench.records)
+            bench = Bench(args, recall=False)
+            return cls(bench.model, bench.tokenizer, bench.fitting.statistics, bench.text[: args.rows], bench.records)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         calibration = demo.calibration_data(tokenizer, num_lines=args.lines)
