@@ -175,8 +175,9 @@ def test_rounding_is_what_noise_costs(heads, kv_heads, monkeypatch):
         for _turn in range(turns):
             noise = torch.randn(640, 1, generator=generator, dtype=values.B.dtype) * values.B[:, channel]
             noise = noise.unflatten(1, (kv_heads, -1)).transpose(0, 1)
-            change = change_of_reads(states, SINKS, RECENT, value_states=states.value_states + noise)
-            cost += float((change[queries] @ attention.o_proj.weight.detach().mT).square().sum()) / turns
+            noisy = states.value_states + noise
+            change = change_of_reads(states, SINKS, RECENT, value_states=noisy, queries=queries)
+            cost += float((change @ attention.o_proj.weight.detach().mT).square().sum()) / turns
         cost /= float(statistics.read_value_moment[0, -1, -1]) / heads
         assert cost == pytest.approx(float(values.rounding[channel]), rel=0.1)
     share = statistics.read_concentration(0)
