@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMH
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
-from cskv_hf.adapter_files import save_adapter
+from cskv_hf.adapter_files import check_adapter_files, save_adapter
 from cskv_hf.fit_report import format_report
 from cskv_hf.tuner import sidecars
 
@@ -351,6 +351,56 @@ def test_a_fit_leaves_a_lora_of_the_model_in_use():
     assert torch.equal(fitted(prompt(1, 20)).logits, expected) and fitted.active_adapters() == ["style", "mem"]
     fitted = cskv_hf.fit(model, calibration_data(model), CSKVConfig(key_rank=4, value_rank=4), adapter_name="less")
     assert torch.equal(fitted(prompt(1, 20)).logits, expected) and fitted.active_adapters() == ["style", "less"]
+
+
+@pytest.mark.parametrize("modules", [["up_proj"], ["q_proj"]], ids=["after", "before"])
+def test_a_lora_is_saved_under_its_name_wherever_its_layers_are(modules, tmp_path):
+    """transformers asks the first layer of an adapter what is active, and that may be one of ours. Saving ours changes
+    neither what is active nor what is trained."""
+    model = make_model()
+    model.add_adapter(LoraConfig(r=2, target_modules=modules, init_lora_weights=False), adapter_name="style")
+    model = cskv_hf.fit(model, calibration_data(model), CSKVConfig(compression=0.6), adapter_name="memory")
+    assert model.active_adapters() == ["style", "memory"]
+    model.requires_grad_(False)
+    model = cskv_hf.fit(model, calibration_data(model), CSKVConfig(compression=0.7), adapter_name="less")
+    save_adapter(model, tmp_path / "less")
+    assert model.active_adapters() == ["style", "less"] and not any(p.requires_grad for p in model.parameters())
+    check_adapter_files(tmp_path / "less")
+    model.set_adapter("style")
+    model.save_pretrained(tmp_path / "style")
+    assert json.loads((tmp_path / "style" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert sidecars(model)[0].adapter_in_use == "less"  # a name of another method leaves it as it is
+
+
+def test_casting_a_model_leaves_energies_exact():
+    """Those of small factors are below what float16 holds."""
+    model = lossy(make_model(dtype=torch.float32), bits=4, allocation=None, block_size=8)
+    sidecar = sidecars(model)[0]
+    sidecar.cskv_value_rounding["default"].weight.data.mul_(1e-9)
+    before = {name: getattr(sidecar, name)["default"].weight.clone() for name in sidecar.adapter_layer_names}
+    model.half()
+    for name, weight in before.items():
+        expected = weight if name in sidecar.ENERGIES else weight.half()
+        assert torch.equal(getattr(sidecar, name)["default"].weight, expected)
+
+
+def test_cutting_to_ranks_keeps_groups_of_ranges():
+    settings = dict(compression=0.6, bits=None, allocation=None, block_size=8, key_group=[8, 2], value_group=[8, 1])
+    model = lossy(make_model(), **settings)
+    cskv_hf.shrink(model, key_rank=4, value_rank=3)
+    config = model.peft_config["default"]
+    assert config.key_bits is not None and config.key_group == [8, 2] and config.storage_bits is None
+    keys, values = sidecars(model)[0].formats["default"]
+    assert (keys.layout.group_channels, values.layout.group_channels, values.rank) == (2, 1, 3)
+
+
+def test_disabled_adapters_are_named():
+    model = make_model()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="style")
+    model = cskv_hf.fit(model, calibration_data(model), CSKVConfig(compression=0.6), adapter_name="memory")
+    model.disable_adapters()
+    with pytest.raises(ValueError, match=r"No CSKV adapter of this model \(memory\) is in use: adapters are disabled"):
+        cskv_hf.shrink(model, 0.8)
 
 
 def test_adapters_that_lie_deeper_or_contradict_themselves(saved):

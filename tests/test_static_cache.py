@@ -357,6 +357,10 @@ def test_too_many_tokens(plain):
     with pytest.raises(ValueError, match=r"may need room for 63 tokens.*`max_cache_len`=62"):
         plain.generate(ids[:, :40], cache=CSKVStaticCache(62), **ONCE)
     assert plain.generate(ids[:, :40], cache=CSKVStaticCache(63), **ONCE).shape[1] == 64
+    embedded = plain.get_input_embeddings()(ids[:, :40])
+    with pytest.raises(ValueError, match=r"may need room for 63 tokens.*`max_cache_len`=62"):
+        plain.generate(inputs_embeds=embedded, cache=CSKVStaticCache(62), **ONCE)
+    assert plain.generate(inputs_embeds=embedded, cache=CSKVStaticCache(63), **ONCE).shape[1] == 24
 
 
 @pytest.mark.parametrize("mask", [None, padded(3, 70, [(0, 0, 7)])])

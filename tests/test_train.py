@@ -135,8 +135,9 @@ def test_only_factors_change_and_the_model_is_as_before(tmp_path):
     assert changed and all(n.split(".")[-3][-2:] in ("_A", "_B") for n in changed)
     assert model.forward == forward and not any(p.requires_grad for p in model.parameters())
     half = lossy(make_model(dtype=torch.float32)).to(torch.bfloat16)
+    dtypes = {n: p.dtype for n, p in half.named_parameters()}
     trainer(half, tmp_path, num_train_epochs=1).train()
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert {n: p.dtype for n, p in half.named_parameters()} == dtypes
 
 
 def test_logs_every_layer(tmp_path):
@@ -194,6 +195,45 @@ def test_interrupted_training_resumes_to_the_same(tmp_path):
             run.train(resume_from_checkpoint=True)
 
 
+def test_an_adapter_of_any_name_beside_a_lora(tmp_path):
+    """Inside a transformers model: a checkpoint is the adapter in training alone, and a run goes on from the last that
+    is whole. The one that a process was killed in has no state yet."""
+
+    def ready():
+        model = make_model(dtype=torch.float32)
+        lora = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+        model.add_adapter(lora, adapter_name="style")  # whose layers come after the factors
+        config = CSKVConfig(compression=0.6, sinks=3, **PACKED)
+        return cskv_hf.fit(model, calibration_data(model), config, adapter_name="memory", progress=False)
+
+    settings = dict(save_strategy="steps", save_steps=8, save_total_limit=4, learning_rate=1e-3)
+    straight, resumed = ready(), ready()
+    trainer(straight, tmp_path, **settings).train()
+    assert straight.active_adapters() == ["style", "memory"]
+    last = tmp_path / "checkpoint-24"
+    loaded = cskv_hf.load(make_model(dtype=torch.float32), last)
+    for name, factor in factors_of(loaded).items():
+        name = name.removeprefix("base_model.model.").replace(".default.", ".memory.")
+        assert torch.equal(factor, factors_of(straight)[name])
+    (last / "trainer_state.json").unlink()
+    run = trainer(resumed, tmp_path, **settings)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 24 and (last / "trainer_state.json").is_file()
+    for name, factor in factors_of(straight).items():
+        torch.testing.assert_close(factors_of(resumed)[name], factor, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"no checkpoint in '.*nothing' to resume from"):
+        trainer(resumed, tmp_path / "nothing", **settings).train(resume_from_checkpoint=True)
+
+
+def test_several_gpus_without_a_launcher(tmp_path, caplog):
+    """One is used: `Trainer` would put copies of the model into threads."""
+    arguments = training_arguments(tmp_path, use_cpu=True)
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2
+    run = CSKVTrainer(lossy(make_model(dtype=torch.float32)), arguments, rows())
+    assert run.args.n_gpu == 1 and "Training on one of 2 GPUs" in caplog.text
+
+
 DISTRIBUTED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -234,17 +274,20 @@ def test_two_processes_equal_one(tmp_path):
     assert moved > 1e-5
 
 
-def test_mixed_precision(tmp_path):
+@pytest.mark.parametrize("objective", ["mse", "attention"])
+def test_mixed_precision(objective, tmp_path):
     """The base runs in bfloat16; factors, loss and quantiser stay in float32, so training still helps."""
     model = lossy(make_model(dtype=torch.float32), 0.8, bits=2, allocation=None, block_size=8)
     data = rows(16, 64)
-    run = trainer(model, tmp_path, data, bf16=True, num_train_epochs=6, learning_rate=1e-3)
+    run = trainer(model, tmp_path, data, objective=objective, bf16=True, num_train_epochs=6, learning_rate=1e-3)
     loss, losses, trained = run.loss_function, [], set()
     compute_loss = run.compute_loss
 
     def recording(*args, **kwargs):
         trained.update(p.dtype for p in model.parameters() if p.requires_grad)
-        return compute_loss(*args, **kwargs)
+        found, errors = compute_loss(*args, return_outputs=True, **kwargs)
+        trained.update((found.dtype, errors["errors"].dtype))
+        return (found, errors) if kwargs.get("return_outputs") else found
 
     run.compute_loss = recording
     for step in range(2):

@@ -3,23 +3,25 @@ are used."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from .card import REPO_ID, model_card
 from .config import CSKVConfig
 from .model_shape import ModelShape
-from .sidecar import factor_shapes
-from .tuner import sidecars
+from .sidecar import CSKVFactors, Factor, factor_shapes
+from .tuner import adapter_config, adapter_in_use
 
 ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 WEIGHT = re.compile(r"\.layers\.(\d+)\.self_attn\.cskv\.(\w+)\.weight$")
@@ -29,10 +31,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     """Save one CSKV adapter to a directory, whatever else the model holds: a `PeftModel`, or a transformers model
     with adapters inside.
 
+    Nothing of the model changes, neither what is active nor what is trained.
+
     Raises:
         ValueError: if an adapter of another method has the same name.
     """
-    name = adapter_name or sidecars(model)[0].adapter_in_use
+    name = adapter_name or adapter_in_use(model)
     if not isinstance(model.peft_config.get(name), CSKVConfig):
         raise ValueError(
             f"The CSKV adapter '{name}' cannot be saved: an adapter of another method was given its name, by which "
@@ -45,12 +49,31 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
                 os.replace(file, Path(folder) / file.name)
             os.rmdir(Path(folder) / name)
         return
-    active = model.active_adapters()
-    model.set_adapter(name)  # transformers saves one active adapter
-    try:
-        PreTrainedModel.save_pretrained(model, folder)
-    finally:
-        model.set_adapter(active)
+    Path(folder).mkdir(parents=True, exist_ok=True)  # transformers would have to make it the only active one
+    weights = {key: factor().detach().contiguous() for key, factor in _factors(model, name).items()}
+    save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config = copy.copy(adapter_config(model, name))
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+@torch.no_grad()
+def restore_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str) -> None:
+    """Read what [`save_adapter`] wrote into the factors that the model has, in their own dtype."""
+    weights = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+    for key, factor in _factors(model, adapter_name).items():
+        factor.weight.copy_(weights[key])
+
+
+def _factors(model: nn.Module, adapter_name: str) -> dict[str, Factor]:
+    """Of an adapter, by the names that PEFT gives them in files."""
+    inner = model.base_model.model if isinstance(model, PeftModel) else model
+    return {
+        f"base_model.model.{path}.{name}.weight": getattr(module, name)[adapter_name]
+        for path, module in inner.named_modules()
+        if isinstance(module, CSKVFactors)
+        for name in module.adapter_layer_names
+    }
 
 
 def write_adapter(folder: Path, model: PeftModel, tokenizer: Any, name: str) -> None:

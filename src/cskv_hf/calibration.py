@@ -28,7 +28,7 @@ from .families import (
 )
 from .model_shape import ModelShape
 from .reads import RowStates, read_moments, sampled_queries, states_read
-from .recall import longest_sample, recalled, together
+from .recall import longest_sample, pieces, recalled, together
 from .samples import samples
 from .statistics import READS, KVStatistics
 from .weights import same_weights, weight_hashes
@@ -89,7 +89,7 @@ def collect_statistics(
         for index, (input_ids, mask) in enumerate(batches):
             rows = [ids if mask is None else ids[mask[row].bool()] for row, ids in enumerate(input_ids)]
             if recall and rows:
-                input_ids, mask = together([recalled(piece) for ids in rows for piece in ids.split(longest)])
+                input_ids, mask = together([recalled(piece) for ids in rows for piece in pieces(ids, longest)])
             if index < num_seen:
                 digest, skipped = _digest(digest, input_ids, mask), skipped + 1
                 if skipped == num_seen:

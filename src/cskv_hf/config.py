@@ -18,7 +18,7 @@ from peft.utils import PeftType
 
 from ._peft_type import ensure_peft_type
 from .latents import LatentFormat, PackedFormat, PlainFormat
-from .model_shape import CHANGING_ROPE_TYPES, PLAIN_BYTES, ModelShape, sliding_window
+from .model_shape import CHANGING_ROPE_TYPES, PLAIN_BITS, PLAIN_BYTES, ModelShape, sliding_window
 from .quantize import PackedLayout, channel_bits
 from .tokens import ROLLBACK_TOKENS
 
@@ -183,7 +183,7 @@ class CSKVConfig(PeftConfig):
             raise ValueError(
                 f"`rank_multiple`={self.rank_multiple} needs `allocation`='auto'; without, ranks are what you ask for."
             )
-        if self.storage_bits == 16:
+        if self.storage_bits == PLAIN_BITS:
             for name in ("key_group", "value_group"):
                 if getattr(self, name) is not None:
                     raise ValueError(
@@ -205,9 +205,10 @@ class CSKVConfig(PeftConfig):
     @property
     def storage_bits(self) -> int | None:
         """`bits` with its default decided: 16, an average, or None where every channel has its own."""
-        if self.bits is not None or (self.compression is not None and self.compression >= PACKED_FROM):
+        packed_by_default = self.compression is not None and self.compression >= PACKED_FROM
+        if self.bits is not None or packed_by_default or self.key_bits is not None:
             return self.bits
-        return 16
+        return PLAIN_BITS
 
     @property
     def uniform_bits(self) -> int:
@@ -300,7 +301,7 @@ class CSKVConfig(PeftConfig):
 
     def _layer_bytes(self, bits: int, rank: int) -> float:
         """Bytes that keys and values of a layer take per token, at one rank and number of bits."""
-        packed = () if bits == 16 else (bits,) * rank
+        packed = () if bits == PLAIN_BITS else (bits,) * rank
         return sum(self.format_of(side, packed, rank).bytes_per_token(torch.bfloat16) for side in ("key", "value"))
 
     def check_room(self, shape: ModelShape, bits: int) -> None:
@@ -383,7 +384,7 @@ class CSKVConfig(PeftConfig):
         shape = ModelShape.from_model_config(model_config)
         if not self.is_fitted and self.allocates:
             return (
-                self.byte_budget(shape) * (dtype.itemsize / PLAIN_BYTES if self.storage_bits == 16 else 1)
+                self.byte_budget(shape) * (dtype.itemsize / PLAIN_BYTES if self.storage_bits == PLAIN_BITS else 1)
                 + POSITION_BYTES
             )
         return sum(self._layer_formats_bytes(shape, dtype)) + POSITION_BYTES

@@ -13,7 +13,7 @@ from .fit_report import forget_measurements
 from .model_shape import ModelShape
 from .plan import LayerPlan, LayerSpectra, plan, store_plan
 from .quantize import channel_bits
-from .tuner import adapter_config, sidecars
+from .tuner import adapter_config, adapter_in_use, sidecars
 
 
 @torch.no_grad()
@@ -42,8 +42,8 @@ def shrink(
         ValueError: if the adapter's ranks are smaller than asked for already, if it is not fitted, or unless one kind
             of budget is given; before anything is changed.
     """
-    config = adapter_config(model, adapter_name)
-    name = adapter_name or sidecars(model)[0].adapter_in_use
+    name = adapter_name or adapter_in_use(model)
+    config = adapter_config(model, name)
     given = {"compression": compression, "key_rank": key_rank, "value_rank": value_rank}
     stated = [field for field, value in given.items() if value is not None]
     if stated not in (["compression"], ["key_rank", "value_rank"]):

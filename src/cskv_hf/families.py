@@ -138,9 +138,15 @@ def dense_weight(linear: nn.Module, in_features: int, device: torch.device, dtyp
     """
     if is_dense(linear):
         return linear.weight.detach().double().cpu()  # of a float64 model on the CPU, these are the parameter itself
+    return asked_weight(linear, in_features, device, dtype).double().cpu()
+
+
+@torch.no_grad()
+def asked_weight(linear: nn.Module, in_features: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[`dense_weight`] found by asking, where the layer answers, in float32 or wider."""
     with in_eval_mode(linear):
         rows = [linear(torch.zeros(1, in_features, device=device, dtype=dtype))]
         identity = torch.eye(in_features, device=device, dtype=dtype)
         rows.extend(linear(chunk) for chunk in identity.split(1024))
-    response = torch.cat(rows).double().cpu()
+    response = torch.cat(rows).to(torch.promote_types(dtype, torch.float32))
     return (response[1:] - response[:1]).mT.contiguous()

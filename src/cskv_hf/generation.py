@@ -11,6 +11,7 @@ import functools
 import inspect
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 from transformers import GenerationMixin
@@ -59,7 +60,14 @@ class CSKVGenerationMixin:
         return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if (
             model_kwargs.get(CACHE_ARGUMENT) is None
@@ -75,8 +83,10 @@ class CSKVGenerationMixin:
         ):
             model_kwargs[CACHE_ARGUMENT].stop_past_recording()  # of an earlier call; an assisted one starts it anew
         if isinstance(model_kwargs.get(CACHE_ARGUMENT), CSKVStaticCache):
-            _check_space(model_kwargs[CACHE_ARGUMENT], generation_config)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            _check_space(model_kwargs[CACHE_ARGUMENT], max_cache_length)
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+        )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused while a CSKV adapter is active: paged caches hold full keys and values of their own.
@@ -91,6 +101,14 @@ class CSKVGenerationMixin:
                 "`cskv_hf.detach(model)`) for a full paged cache."
             )
         return super().init_continuous_batching(*args, **kwargs)
+
+    def active_adapters(self) -> list[str]:
+        """As transformers', which asks the first layer of an adapter that it meets: one of CSKV says of its own alone,
+        so that others are asked first."""
+        first = super().active_adapters()
+        others = (m for m in self.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, CSKVFactors))
+        other = next(others, None)
+        return first if other is None else list(other.active_adapters)
 
     @functools.cached_property
     def peft_config(self) -> dict[str, CSKVConfig]:
@@ -117,9 +135,8 @@ def _refuse_prefix_tuning(model: nn.Module) -> None:
         )
 
 
-def _check_space(cache: CSKVStaticCache, generation_config: Any) -> None:
-    """The last token of a text is never put into a cache."""
-    needed = generation_config.max_length - 1
+def _check_space(cache: CSKVStaticCache, needed: int) -> None:
+    """`needed`: tokens of the longest text, without its last, which is never put into a cache."""
     if needed > cache.max_cache_len:
         raise ValueError(
             f"This call may need room for {needed} tokens, the prompt included, and the CSKVStaticCache has "

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .adapter_files import ADAPTER, check_adapter_files, save_adapter
 from .card import REPO_ID, model_card
 from .config import CSKVConfig
-from .tuner import adapter_config, sidecars
+from .tuner import adapter_config, adapter_in_use
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +49,8 @@ def push_to_hub(
 ) -> CommitInfo:
     """Upload a fitted CSKV adapter of a model, with a model card.
 
-    Also there as ``model.push_to_hub`` on models that [`fit`] and [`load`] return.
+    Also there as ``model.push_to_hub`` on a `PeftModel` that [`fit`] or [`load`] returns; that of a transformers model
+    with adapters inside is transformers' own, and writes an empty card.
 
     Args:
         model: with a fitted CSKV adapter.
@@ -73,7 +74,7 @@ def push_to_hub(
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
         ConnectionError: if it cannot be reached.
     """
-    name = adapter_name or sidecars(model)[0].adapter_in_use
+    name = adapter_name or adapter_in_use(model)
     config = adapter_config(model, name)
     if not config.is_fitted:
         raise ValueError(f"The CSKV adapter '{name}' has no factors yet. Fit it with `cskv_hf.fit` before pushing it.")

@@ -21,6 +21,11 @@ def longest_sample(most: int) -> int:
     return 7 * most // 8
 
 
+def pieces(ids: torch.Tensor, longest: int) -> tuple[torch.Tensor, ...]:
+    """A sample in as few pieces of at most `longest` tokens as there can be, of about one length."""
+    return ids.tensor_split(max(1, -(-len(ids) // longest)))
+
+
 def together(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows of tokens as one batch: input_ids (rows, length), padded on the right, and their attention mask, None where
     all are of one length."""

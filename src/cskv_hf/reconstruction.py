@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .factors import LayerFactors, without_autocast
-from .families import attention_layers, decoder_of, dense_weight, in_eval_mode, is_dense, key_source
+from .families import asked_weight, attention_layers, decoder_of, in_eval_mode, is_dense, key_source
 from .latents import LatentFormat, PlainFormat
 from .reads import RowStates, change_of_reads, exact_tokens, states_read
 from .tuner import adapter_config, sidecars
@@ -114,10 +114,11 @@ class ReconstructionLoss:
                 "padding included); train on longer ones."
             )
         for attention, rows in zip(layers, noted):
-            inputs = torch.cat(rows, dim=1).float()
-            put_out, *changes = inputs @ _output_weight(attention.o_proj, inputs).mT
-            for change in changes:
-                yield change.square().mean(), put_out.square().mean()
+            with without_autocast(rows[0].device):
+                inputs = torch.cat(rows, dim=1).float()
+                put_out, *changes = inputs @ _output_weight(attention.o_proj, inputs).mT
+                energies = [state.square().mean() for state in (*changes, put_out)]
+            yield from ((energy, energies[-1]) for energy in energies[:-1])
 
 
 def _output_weight(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,7 @@ def _output_weight(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     have ways that pass no gradient."""
     if is_dense(linear):
         return linear.weight.detach().to(inputs)
-    return dense_weight(linear, inputs.shape[-1], inputs.device, inputs.dtype).to(inputs)
+    return asked_weight(linear, inputs.shape[-1], inputs.device, inputs.dtype).to(inputs)
 
 
 def rebuilt_behind(states: RowStates, factors: LayerFactors, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ A PEFT layer that sits beside the projections and wraps none of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ class Factor(nn.Module):
         seen_filled: for [`CSKVFactors.check_filled`].
     """
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype))
         self.seen_filled = False
 
     def forward(self) -> torch.Tensor:
@@ -44,6 +44,20 @@ class Factor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+class Energies(Factor):
+    """One row of energies, in float32 whatever the model is cast to: float16 spans too little."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns, torch.float32)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Energies:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 def factor_shapes(key_ranks: Sequence[int], value_rank: int, kv_dim: int) -> dict[str, tuple[int, int]]:
@@ -84,7 +98,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         "cskv_value_rounding",
     )
     other_param_names = ("key_ranks", "formats")
-    ENERGIES = ("cskv_key_spectrum", "cskv_value_spectrum", "cskv_value_rounding")  # float32: float16 spans too little
+    ENERGIES = ("cskv_key_spectrum", "cskv_value_spectrum", "cskv_value_rounding")
     TRAINED = ("cskv_key_A", "cskv_key_B", "cskv_value_A", "cskv_value_B")
 
     def __init__(self, layer_idx: int, num_key_value_heads: int, head_dim: int) -> None:
@@ -108,7 +122,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         if config.is_fitted:
             self.formats[adapter_name] = config.formats(self.layer_idx)
         for name, shape in factor_shapes(key_ranks, value_rank, self.num_key_value_heads * self.head_dim).items():
-            getattr(self, name)[adapter_name] = Factor(*shape)
+            getattr(self, name)[adapter_name] = (Energies if name in self.ENERGIES else Factor)(*shape)
         # defined values until a fit or a file replaces them; never used to generate
         for name in self.adapter_layer_names:
             nn.init.zeros_(getattr(self, name)[adapter_name].weight)
@@ -208,8 +222,7 @@ class CSKVFactors(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             factor = getattr(self, name)[adapter_name]
             if factor.weight.device.type != "meta":
-                dtype = factor.weight.dtype if name in self.ENERGIES else self.placement[1]
-                factor.to(device=device or self.placement[0], dtype=dtype)
+                factor.to(device=device or self.placement[0], dtype=self.placement[1])
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.configs.pop(adapter_name, None)

@@ -14,15 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.utils import logging
 
+from .adapter_files import restore_adapter, save_adapter
 from .config import CSKVConfig
 from .families import refuse_tensor_parallelism
 from .fit_report import forget_measurements
 from .reconstruction import OBJECTIVES, ReconstructionLoss
 from .samples import samples
 from .sidecar import CSKVFactors
-from .tuner import adapter_config, sidecars
+from .tuner import adapter_config, adapter_in_use, sidecars
+
+logger = logging.get_logger(__name__)
 
 SAME_TO_RESUME = (
     "compression",
@@ -97,9 +102,10 @@ def training_rows(
 class CSKVTrainer(Trainer):
     """Trains the factors of the CSKV adapter in use; a `Trainer` in everything else.
 
-    Checkpoints hold the adapter alone, `train(resume_from_checkpoint=True)` continues, and `accelerate launch` runs
-    it on several GPUs (data parallel). After `train` the factors are in the model's dtype again and frozen, and what
-    the fit measured of the old ones is dropped from the adapter's ``fit_report``.
+    Checkpoints hold the adapter alone, whatever else the model holds, `train(resume_from_checkpoint=True)` continues,
+    and `accelerate launch` runs it on several GPUs (data parallel); without, one of them is used. After `train` the
+    factors are in the model's dtype again and frozen, and what the fit measured of the old ones is dropped from the
+    adapter's ``fit_report``.
 
     With an `eval_dataset`, `evaluate` returns the loss on it as ``eval_loss``, and the shares of energy lost as
     ``eval_key_error`` and ``eval_value_error``, of all layers and of each.
@@ -140,24 +146,32 @@ class CSKVTrainer(Trainer):
         config = adapter_config(model)
         if not config.is_fitted:
             raise ValueError("The CSKV adapter has no factors yet. Fit it with `cskv_hf.fit` before training.")
-        self.adapter_name, self.objective = sidecars(model)[0].adapter_in_use, objective
+        self.adapter_name, self.objective = adapter_in_use(model), objective
         self.loss_function = ReconstructionLoss(model, self.adapter_name, objective)
         self.errors: list[torch.Tensor] = []  # of training steps since the last log
         self.evaluated: list[torch.Tensor] | None = None  # errors of the evaluation that is running
         self._forward, self._is_measuring = self.loss_function, False
         args.remove_unused_columns = False
         args.label_names = []
+        if args.n_gpu > 1:  # for which a Trainer puts copies of the model into threads, and the loss knows one model
+            logger.warning(f"Training on one of {args.n_gpu} GPUs; start it with `accelerate launch` to use them all.")
+            args._n_gpu = 1
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. An interrupted run leaves its last checkpoint and the factors as they are."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `True` goes on from the last whole checkpoint. An interrupted run leaves that and
+        the factors as they are."""
         self.errors = []
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no checkpoint in '{self.args.output_dir}' to resume from.")
         trained = [p for p in self.model.parameters() if p.requires_grad]
         dtype = _unfreeze(self.model, self.adapter_name)
         try:
             with self._loss_as_forward():
-                return super().train(*args, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for parameter in trained:  # of a LoRA beside it, say
                 parameter.requires_grad_(True)
@@ -235,8 +249,19 @@ class CSKVTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         config = adapter_config(self.model, self.adapter_name)
         _check_same_adapter(Path(resume_from_checkpoint), config, self.objective)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        restore_adapter(self.model, resume_from_checkpoint, self.adapter_name)
         self._note_training()
+
+    def _load_best_model(self) -> None:
+        restore_adapter(self.model, self.state.best_model_checkpoint, self.adapter_name)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter in training alone, at the root of the folder whatever its name."""
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapter(self.model, folder, self.adapter_name)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
 
 def _named(errors: torch.Tensor) -> dict[str, float]:
@@ -294,5 +319,8 @@ def _check_same_adapter(checkpoint: Path, config: CSKVConfig, objective: str) ->
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in a folder, None if there is none."""
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    """The newest checkpoint in a folder that is whole, None if there is none. What a Trainer writes last is its
+    state."""
+    whole = [file.parent for file in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    steps = {int(step): path for path in whole if (step := path.name.rpartition("-")[2]).isdigit()}
+    return str(steps[max(steps)]) if steps else None

@@ -168,8 +168,11 @@ def add_adapter(model: nn.Module, config: CSKVConfig, adapter_name: str) -> nn.M
         return model
     if getattr(model, "_hf_peft_config_loaded", False):
         active = [name for name in model.active_adapters() if not isinstance(model.peft_config[name], CSKVConfig)]
+        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
         model.add_adapter(config, adapter_name=adapter_name)
-        model.set_adapter([*active, adapter_name])
+        model.set_adapter([*active, adapter_name])  # and sets what they train
+        for parameter, is_trained in trained.items():
+            parameter.requires_grad_(is_trained)
         return model
     return get_peft_model(model, config, adapter_name=adapter_name)
 
@@ -219,12 +222,29 @@ def sidecars(model: nn.Module) -> list[CSKVFactors]:
 
 
 def adapter_config(model: nn.Module, adapter_name: str | None = None) -> CSKVConfig:
-    """The config of a CSKV adapter of the model, by default of the one in use."""
-    sidecar = sidecars(model)[0]
-    name = adapter_name or sidecar.adapter_in_use
+    """The config of a CSKV adapter of the model, by default of the one in use.
+
+    Raises:
+        ValueError: if there is none, or none of that name.
+    """
+    sidecar, name = sidecars(model)[0], adapter_name or adapter_in_use(model)
     if name not in sidecar.configs:
         raise ValueError(f"This model has no CSKV adapter '{name}'; it has {', '.join(sidecar.configs) or 'none'}.")
     return sidecar.configs[name]
+
+
+def adapter_in_use(model: nn.Module) -> str:
+    """The name of the model's active CSKV adapter.
+
+    Raises:
+        ValueError: if there is none, or adapters are disabled.
+    """
+    sidecar = sidecars(model)[0]
+    if sidecar.adapter_in_use is None:
+        held = ", ".join(sidecar.configs) or "none"
+        why = "adapters are disabled" if sidecar.disable_adapters else "none is active"
+        raise ValueError(f"No CSKV adapter of this model ({held}) is in use: {why}. Enable one, or name it.")
+    return sidecar.adapter_in_use
 
 
 def use_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -24,7 +24,7 @@ from ..config import POSITION_BYTES, CSKVConfig
 from ..demo import BUNDLED, MODEL_PATH
 from ..fit_report import ERRORS, layer_errors, mean_bits
 from ..latents import LatentFormat
-from ..model_shape import ModelShape
+from ..model_shape import PLAIN_BITS, ModelShape
 from ..runs import file_fingerprint
 from .rows import ANOTHER, THIS, has_size_of
 
@@ -102,8 +102,8 @@ def adapter_data(config: CSKVConfig, folder: Path) -> dict[str, Any]:
         "window": config.window,
         "sinks": config.sinks,
         "block_size": config.block_size,
-        "key_group": None if config.storage_bits == 16 else config.group_of("key"),
-        "value_group": None if config.storage_bits == 16 else config.group_of("value"),
+        "key_group": None if config.storage_bits == PLAIN_BITS else config.group_of("key"),
+        "value_group": None if config.storage_bits == PLAIN_BITS else config.group_of("value"),
         "calibration_tokens": report.get("num_tokens"),
         "calibration_source": report.get("source") or None,
         "bytes_per_token": config.bytes_per_token(shape),
