@@ -1,10 +1,11 @@
 """Eviction of tokens as a baseline: the presses of NVIDIA's kvpress on the questions that `cskv eval bundled` asks.
 
-kvpress needs an older transformers than cskv-hf, so there are two commands. The first, in the environment of cskv-hf,
-writes questions and texts; the second, in an environment of its own (``pip install torch==2.13.0 kvpress==0.5.5``),
-answers them:
+kvpress needs an older transformers than cskv-hf, so there are several commands. The first, in the environment of
+cskv-hf, writes questions and texts; the second, there too, answers them with CSKV; the third, in an environment of its
+own (``pip install torch==2.13.0 kvpress==0.5.5``), with presses:
 
     python benchmarks/presses.py cases cases.json
+    python benchmarks/presses.py ours cases.json --out kvpress-ours.json
     python benchmarks/presses.py run cases.json --out kvpress-bundled.json
 
 As in kvpress' own pipeline a record is prefilled under the press, which then drops tokens from the cache; every
@@ -44,6 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 BUNDLED = Path(__file__).parent.parent / "src" / "cskv_hf" / "demo" / "model"
 COMPRESSIONS = (0.5, 0.8, 0.95)
 RECORDS = 30  # of each length, with 8 questions each
+ROWS = 10  # of text
 CONTEXT = 1024  # tokens at which the bytes of a whole cache are counted
 MAX_NEW_TOKENS = 24  # one line of a record
 PRESSES = {
@@ -60,7 +62,8 @@ THINK = "ThinK"  # zeroes channels of the keys and keeps the tensors as they are
 THINK_SHARE = 0.5  # of the channels of the keys
 SEES_QUESTION = ("SnapKV",)  # scores tokens by what the end of the context attends to: better with the question there
 
-MakePress = Callable[[int, int], Any]  # (tokens of the context, tokens of these that are the question's)
+# (tokens of the context, tokens of these that are the question's) -> what a model is called in; it may bring a cache
+MakePress = Callable[[int, int], Any]
 
 
 def write_cases(path: Path, count: int) -> None:
@@ -72,7 +75,7 @@ def write_cases(path: Path, count: int) -> None:
     from cskv_hf.evaluate.methods import equal_bytes_window
 
     model, tokenizer = load_bundled()
-    text = evaluation_text(tokenizer, CONTEXT)[: bundled.ROWS]
+    text = evaluation_text(tokenizer, CONTEXT)[:ROWS]
     records, full = [], {}
     for num_lines in tqdm(bundled.NUM_LINES, desc="Answering with the full cache", unit="length"):
         drawn, group = evaluation_records(count, 8, num_lines), f"{num_lines} lines"
@@ -96,14 +99,11 @@ def write_cases(path: Path, count: int) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure every press, and write what is known after each; an interrupted run goes on from the file."""
     cases = read_cases(args.cases)
-    settings = {
-        "model": "bundled" if args.model == BUNDLED else args.model.name, "records": args.records,
-        "cases": hashlib.sha256(args.cases.read_bytes()).hexdigest()[:12], "bytes": "CSKV's of the same context",
-    }  # fmt: skip
+    settings = settings_of(args, "bundled" if args.model == BUNDLED else args.model.name)
     rows = earlier_rows(args.out, settings)
     model, tokenizer = load(args.model)
     records, text = first_of_each(cases["records"], args.records), torch.tensor(cases["text"])
-    about = {"version": 1, "environment": environment(), "model": describe(model, settings["model"])}
+    about = {"version": 1, "environment": environment("kvpress"), "model": describe(model, settings["model"])}
     methods = list(contestants(cases["kept"]))
     bar = tqdm(methods, desc="Measuring", unit="method")
     full = second_halves(model, text, None)
@@ -117,14 +117,53 @@ def run(args: argparse.Namespace) -> None:
             check_against({group: sum(answers) for group, answers in right.items()}, cases["full_correct"])
         else:
             right = answer_records(model, tokenizer, records, make_press, question_known)
-        measured = [share_of_right(group, r) for group, r in right.items()]
-        measured.append(share_of_right("all", [x for r in right.values() for x in r]))
+        measured = of_records(right)
         if not question_known:
             measured += text_measurements(second_halves(model, text, make_press), full, text)
         sizes, seconds = cache_sizes(model, text, make_press, labels), round(time.perf_counter() - started, 2)
         rows += [{"table": "methods", **labels, **m, **sizes, "seconds": seconds} for m in measured]
         replace_file(args.out, json.dumps({**about, "settings": settings, "rows": rows}, indent=1))
     print(table(rows))
+
+
+def run_ours(args: argparse.Namespace) -> None:
+    """The same of CSKV with its defaults; needs cskv_hf. What leaves the window while a question or a second half is
+    read is compressed as well."""
+    from cskv_hf import CSKVConfig, collect_statistics, fit
+    from cskv_hf.demo.run import calibration_data, load_bundled
+    from cskv_hf.evaluate.memory import held_nbytes
+
+    cases = read_cases(args.cases)
+    records, text = first_of_each(cases["records"], args.records), torch.tensor(cases["text"])
+    model, tokenizer = load_bundled()
+    full, rows = second_halves(model, text, None), []
+    about = {"version": 1, "environment": environment("cskv-hf"), "model": describe(model, "bundled")}
+    about["settings"] = settings_of(args, "bundled")
+    statistics = collect_statistics(model, calibration_data(tokenizer))
+    for compression in tqdm(COMPRESSIONS, desc="Measuring", unit="compression"):
+        fitted = fit(model, statistics, CSKVConfig(compression=compression), progress=False)
+        own, started = fitted.get_base_model(), time.perf_counter()
+        measured = of_records(answer_records(own, tokenizer, records, own_cache, False))
+        measured += text_measurements(second_halves(own, text, own_cache), full, text)
+        cache = prefill(own, text[:1, :CONTEXT], own_cache)
+        whole = 2 * 2 * sum(layer.keys.shape[1] * layer.keys.shape[3] for layer in cache.layers)
+        held, seconds = held_nbytes(cache, torch.bfloat16), round(time.perf_counter() - started, 2)
+        sizes = {
+            "bytes_per_token": (1 - compression) * whole, "share": 1 - compression, "context_tokens": CONTEXT,
+            "cache_bytes": held, "cache_share": held / (whole * CONTEXT),
+        }  # fmt: skip
+        labels = labels_of("cskv-hf", compression) | {"kind": "cskv"}
+        rows += [{"table": "methods", **labels, **m, **sizes, "seconds": seconds} for m in measured]
+        replace_file(args.out, json.dumps({**about, "rows": rows}, indent=1))
+        model = fitted.unload()
+    print(table(rows))
+
+
+def own_cache(length: int, asked: int = 0):
+    """In the place of a press."""
+    from cskv_hf import CSKVCache
+
+    return lambda model: contextlib.nullcontext(CSKVCache())
 
 
 def contestants(kept: dict[str, dict[str, int]]) -> Iterator[tuple[dict[str, Any], MakePress | None, bool]]:
@@ -160,7 +199,7 @@ def speed(args: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     model, _ = load(args.model)
-    about = {"environment": environment(), "length": args.length, "model": describe(model, args.model.name)}
+    about = {"environment": environment("kvpress"), "length": args.length, "model": describe(model, args.model.name)}
     earlier = earlier_runs(args.out, about)
     prompt, positions = torch.randint(3, model.config.vocab_size, (1, args.length)), {}
     names = [("full cache", None)] + [(name, c) for c in SPEED_COMPRESSIONS for name in SPEED_PRESSES]
@@ -246,9 +285,9 @@ def prefill(model, input_ids: torch.Tensor, make_press: MakePress | None, asked:
     Args:
         asked: tokens at the end that belong to the question.
     """
-    cache = DynamicCache()
     press = contextlib.nullcontext() if make_press is None else make_press(input_ids.shape[1], asked)(model)
-    with press:
+    with press as own:
+        cache = DynamicCache() if own is None else own
         model.model(input_ids=input_ids, past_key_values=cache)
     return cache
 
@@ -320,13 +359,19 @@ def load(path: Path):
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
-def environment() -> dict[str, str]:
+def settings_of(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    """What numbers of one file were measured with."""
+    cases = hashlib.sha256(args.cases.read_bytes()).hexdigest()[:12]
+    return {"model": model, "records": args.records, "cases": cases, "bytes": "CSKV's of the same context"}
+
+
+def environment(package: str) -> dict[str, str]:
     cpu = (
         re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         if os.path.exists("/proc/cpuinfo")
         else None
     )
-    versions = {name: version(name) for name in ("torch", "transformers", "kvpress")}
+    versions = {name: version(name) for name in ("torch", "transformers", package)}
     return {
         **versions, "python": platform.python_version(), "machine": platform.machine(), "device": "CPU",
         "cpu": cpu[1] if cpu else platform.processor(), "threads": str(torch.get_num_threads()),
@@ -430,6 +475,12 @@ def share_of_right(group: str, right: Sequence[bool]) -> dict[str, Any]:
     return measurement("lines", group, "accuracy", sum(right) / len(right), low, high, len(right))
 
 
+def of_records(right: dict[str, list[bool]]) -> list[dict[str, Any]]:
+    """Of every group of records, and of all."""
+    all_of_them = [answer for answers in right.values() for answer in answers]
+    return [share_of_right(group, answers) for group, answers in {**right, "all": all_of_them}.items()]
+
+
 def text_measurements(predicted: torch.Tensor, full: torch.Tensor, rows: torch.Tensor) -> list[dict[str, Any]]:
     """Perplexity, its ratio to the full cache's, KL divergence from it in nats per token, and how often both predict
     the same token; intervals are paired bootstraps over rows.
@@ -502,23 +553,24 @@ def main() -> None:
     answer.add_argument("cases", type=Path, metavar="FILE.json")
     answer.add_argument("--model", type=Path, default=BUNDLED, help="directory; the bundled model by default")
     answer.add_argument("--out", type=Path, required=True, help="write the numbers as JSON")
+    ours = commands.add_parser("ours", help="answer them with CSKV; in the environment of cskv-hf")
+    ours.add_argument("cases", type=Path, metavar="FILE.json")
+    ours.add_argument("--out", type=Path, required=True, help="write the numbers as JSON")
     clock = commands.add_parser("speed", help="time tokens over what presses leave; in an environment with kvpress")
     clock.add_argument("--model", type=Path, default=BUNDLED, help="directory; the bundled model by default")
     clock.add_argument("--length", type=int, default=3968, help="tokens of the prompt")
     clock.add_argument("--rounds", type=int, default=7)
     clock.add_argument("--out", type=Path, help="write the numbers as JSON; adds a run to a file that is there")
-    for command in (cases, answer):
+    for command in (cases, answer, ours):
         command.add_argument("--records", type=int, default=RECORDS, help="of each length, with 8 questions each")
-    for command in (cases, answer, clock):
+    for command in (cases, answer, ours, clock):
         command.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.command == "cases":
         write_cases(args.cases, args.records)
-    elif args.command == "run":
-        run(args)
     else:
-        speed(args)
+        {"run": run, "ours": run_ours, "speed": speed}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from conftest import make_model, prompt
 from transformers import DynamicCache
 
+import cskv_hf
 from cskv_hf.demo.run import evaluation_records, load_bundled
 from cskv_hf.evaluate import intervals, lines
 from cskv_hf.evaluate.format import text_tables
@@ -126,6 +127,22 @@ def test_full_cache_has_as_many_right_as_the_package(tmp_path, monkeypatch):
     presses.check_against({"25 lines": sum(right["25 lines"])}, cases["full_correct"])
     with pytest.raises(ValueError, match="not the same"):
         presses.check_against({"25 lines": 0}, cases["full_correct"])
+
+
+def test_cskv_in_the_place_of_a_press(tmp_path, monkeypatch):
+    """Factors of full rank lose nothing: answers and second halves are the full cache's, number by number."""
+    monkeypatch.setattr("cskv_hf.evaluate.bundled.NUM_LINES", (25,))
+    presses.write_cases(tmp_path / "cases.json", 1)
+    cases = presses.read_cases(tmp_path / "cases.json")
+    model, tokenizer = presses.load(presses.BUNDLED)
+    text = torch.tensor(cases["text"])[:1, :192]
+    right = presses.answer_records(model, tokenizer, cases["records"], None, False)
+    full = presses.second_halves(model, text, None)
+    config = cskv_hf.CSKVConfig(key_rank=128, value_rank=128)
+    own = cskv_hf.fit(model, [text], config, progress=False).get_base_model()
+    assert isinstance(presses.prefill(own, text, presses.own_cache), cskv_hf.CSKVCache)
+    assert presses.answer_records(own, tokenizer, cases["records"], presses.own_cache, False) == right
+    torch.testing.assert_close(presses.second_halves(own, text, presses.own_cache), full, atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_not_a_file_of_cases_or_of_these_results_is_refused(tmp_path):

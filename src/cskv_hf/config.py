@@ -31,6 +31,11 @@ DEFAULT_COMPRESSION = 0.8
 PACKED_FROM = 0.5  # the compression from which on latents are packed unless `bits` says otherwise
 
 
+def bits_alike(bits: int, rank: int) -> tuple[int, ...]:
+    """The bits of channels that have as many each, as `format_of` takes them: of plain ones, nothing."""
+    return () if bits == PLAIN_BITS else (bits,) * rank
+
+
 def num_key_groups(key_layout: str, num_key_value_heads: int) -> int:
     """Into how many groups of KV heads a key layout splits a layer: ``head`` all of them, ``joint`` one, ``group:N``
     heads / N."""
@@ -301,7 +306,7 @@ class CSKVConfig(PeftConfig):
 
     def _layer_bytes(self, bits: int, rank: int) -> float:
         """Bytes that keys and values of a layer take per token, at one rank and number of bits."""
-        packed = () if bits == PLAIN_BITS else (bits,) * rank
+        packed = bits_alike(bits, rank)
         return sum(self.format_of(side, packed, rank).bytes_per_token(torch.bfloat16) for side in ("key", "value"))
 
     def check_room(self, shape: ModelShape, bits: int) -> None:
@@ -396,10 +401,7 @@ class CSKVConfig(PeftConfig):
         else:
             bits = self.uniform_bits
             formats = [
-                [
-                    self.format_of(side, () if bits == 16 else (bits,) * rank, rank)
-                    for side, rank in zip(("key", "value"), ranks)
-                ]
+                [self.format_of(side, bits_alike(bits, rank), rank) for side, rank in zip(("key", "value"), ranks)]
                 for ranks in self.layer_ranks(shape)
             ]
         return [sum(f.bytes_per_token(dtype) for f in layer) for layer in formats]

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from . import kernels
 from .attention import CPU_TILE
-from .config import CSKVConfig, num_key_groups
+from .config import CSKVConfig, bits_alike, num_key_groups
 from .decompose import even_ranks
 from .latents import LatentFormat, PackedFormat
 from .model_shape import ModelShape
@@ -206,7 +206,7 @@ def kept_layers(config: CSKVConfig, shape: ModelShape, key_layout: str | None = 
         else:
             key_rank, value_rank = config.layer_ranks(shape)[layer_idx]
             ranks, stored = (key_rank,), config.uniform_bits
-            bits, value_bits = ((stored,) * r if stored < 16 else () for r in (key_rank, value_rank))
+            bits, value_bits = (bits_alike(stored, r) for r in (key_rank, value_rank))
             value_format = config.format_of("value", value_bits, value_rank)
         if not own:
             ranks = even_ranks(sum(ranks), groups)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .allocate import PACKED_LEVELS, Side, allocate, allocate_average
-from .config import CSKVConfig
+from .config import CSKVConfig, bits_alike
 from .decompose import even_ranks, pooled_ranks
 from .model_shape import PLAIN_BITS, ModelShape
 from .quantize import bit_runs
@@ -84,7 +84,7 @@ def _uniform(config: CSKVConfig, shape: ModelShape, spectra: Sequence[LayerSpect
             for g, energies in enumerate(keys):
                 padded[g, : len(energies)] = energies.double()
             key_ranks = pooled_ranks(padded, key_rank)
-        packed = [() if bits == PLAIN_BITS else (bits,) * rank for rank in (key_rank, value_rank)]
+        packed = [bits_alike(bits, rank) for rank in (key_rank, value_rank)]
         plans.append(LayerPlan(key_ranks, value_rank, *packed))
     return plans
 
