@@ -136,11 +136,14 @@ def run_ours(args: argparse.Namespace) -> None:
     cases = read_cases(args.cases)
     records, text = first_of_each(cases["records"], args.records), torch.tensor(cases["text"])
     model, tokenizer = load_bundled()
-    full, rows = second_halves(model, text, None), []
+    settings = settings_of(args, "bundled")
+    rows, full = earlier_rows(args.out, settings), second_halves(model, text, None)
     about = {"version": 1, "environment": environment("cskv-hf"), "model": describe(model, "bundled")}
-    about["settings"] = settings_of(args, "bundled")
     statistics = collect_statistics(model, calibration_data(tokenizer))
     for compression in tqdm(COMPRESSIONS, desc="Measuring", unit="compression"):
+        labels = labels_of("ours", compression) | {"kind": "cskv"}
+        if any(row["label"] == labels["label"] for row in rows):
+            continue
         fitted = fit(model, statistics, CSKVConfig(compression=compression), progress=False)
         own, started = fitted.get_base_model(), time.perf_counter()
         measured = of_records(answer_records(own, tokenizer, records, own_cache, False))
@@ -148,13 +151,13 @@ def run_ours(args: argparse.Namespace) -> None:
         cache = prefill(own, text[:1, :CONTEXT], own_cache)
         whole = 2 * 2 * sum(layer.keys.shape[1] * layer.keys.shape[3] for layer in cache.layers)
         held, seconds = held_nbytes(cache, torch.bfloat16), round(time.perf_counter() - started, 2)
+        of_token = fitted.peft_config["default"].bytes_per_token(model.config)
         sizes = {
-            "bytes_per_token": (1 - compression) * whole, "share": 1 - compression, "context_tokens": CONTEXT,
+            "bytes_per_token": of_token, "share": of_token / whole, "context_tokens": CONTEXT,
             "cache_bytes": held, "cache_share": held / (whole * CONTEXT),
         }  # fmt: skip
-        labels = labels_of("cskv-hf", compression) | {"kind": "cskv"}
         rows += [{"table": "methods", **labels, **m, **sizes, "seconds": seconds} for m in measured]
-        replace_file(args.out, json.dumps({**about, "rows": rows}, indent=1))
+        replace_file(args.out, json.dumps({**about, "settings": settings, "rows": rows}, indent=1))
         model = fitted.unload()
     print(table(rows))
 

@@ -1,4 +1,4 @@
-"""The model that travels with the package, and the claims of the README in small."""
+"""The model that travels with the package, and the claims of the results in small."""
 
 import json
 

@@ -113,13 +113,22 @@ def test_table_of_storage_is_the_results(documented):
 def test_table_of_recall_is_the_results(documented):
     results = json.loads((RESULTS / "recall-smollm2-135m.json").read_text(encoding="utf-8"))
     assert results["needles"] == 30 and results["lengths"] == [1024] and results["text_tokens"] == 4096
+    numbers = {}
     for row in results["rows"]:
         name = "full cache"
         if row.get("cache") != "full":
             name = f"{100 * row['compression']:.0f} % removed, {'with' if row['recall'] else 'without'} recall"
+            name += ", trained" if "epochs" in row else ""
+        numbers[name] = row["kl"], row["needle_kl"], row["right"]
         documented("choosing-recall", name, "KL, text", f"{row['kl']:.4f}")
         documented("choosing-recall", name, "KL, needles", f"{row['needle_kl']:.4f}")
         documented("choosing-recall", name, "numbers whole", f"{row['right']}")
+    ways = ("without recall", "with recall", "with recall, trained")
+    without, fitted, trained = (numbers[f"95 % removed, {way}"] for way in ways)
+    limits = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    assert f"takes the KL of text from {fitted[0]:.4f} to {trained[0]:.4f} and that of needles" in limits
+    assert f"from {fitted[1]:.3f} to {trained[1]:.3f} ({without[1]:.3f} without recall)" in limits
+    assert fitted[2] == trained[2] and f"with {trained[2]} of 30 numbers whole before and after" in limits
 
 
 def test_table_of_probes_is_the_results(documented):
@@ -183,7 +192,7 @@ def test_table_of_kvpress_is_the_results(documented):
     """A row per method; and what its text says of the perplexity."""
     ours, held = of_results("kvpress-ours"), of_results("kvpress-bundled")
     assert ours["settings"] == held["settings"]
-    rows = sorted([*held["rows"], *ours["rows"]], key=lambda row: ("full cache", "cskv-hf").count(row["method"]) == 0)
+    rows = sorted([*held["rows"], *ours["rows"]], key=lambda row: row["method"] not in ("full cache", "ours"))
     for row in rows:
         documented("kvpress", row["label"], "whole cache", f"{100 * row['cache_share']:.1f} %")
         if row["metric"] == "accuracy":
@@ -396,7 +405,9 @@ def test_numbers_in_sentences_of_speed_are_the_results():
     ms = {name: 1000 * t for name, t in step["seconds"].items()}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"in a CUDA graph: {ms['95% 4 bit, recorded']:.1f} ms on an H200 at an 8B's sizes" in readme
-    assert f"of one row, {ms['StaticCache, recorded']:.1f} ms with `StaticCache`" in readme
+    assert f"(95 %, 4 bits), {ms['StaticCache, recorded']:.1f} ms with `StaticCache`" in readme
+    flash = f"{ms['DynamicCache, flash']:.1f} ms with `DynamicCache` and flash attention, whose kernels alone"
+    assert f"{flash} take {alone:.1f} ms" in readme
     of_flash = [
         run["seconds"]["95% 4 bit, recorded"] / run["seconds"]["DynamicCache, flash"] for run in (rows_step, step)
     ]
@@ -539,7 +550,7 @@ def test_numbers_of_smollm2_are_the_results(documented):
     readme, page = readme.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
     of_readme = {"full cache": full, "transformers' `QuantizedCache`, 4 bits": other}
     of_readme |= {f"cskv-hf, {removed} % removed": f"{removed} % ours" for removed in (80, 90, 95)}
-    of_readme |= {"recent tokens only, the bytes of 95 %": window.format(95)}
+    of_readme |= {"first and last tokens only, the bytes of 95 %": window.format(95)}
     for name, label in of_readme.items():
         assert f"| {name} | {share[label]:.1f} % | {found[label]} | {ratio[label]:.3f} |" in readme
     assert f"at {ratio[ours]:.3f} times its perp" in page

@@ -123,7 +123,7 @@ def test_max_tokens_and_counting():
 
 def test_recall_reads_a_part_again(tmp_path):
     """The same as if the samples had been written so, padded or not; one that would not fit into the context is read
-    in pieces, and whole where RoPE stretches with it."""
+    in pieces of one length, and whole where RoPE stretches with it."""
     model, rows = make_model(), [prompt(1, length, length)[0] for length in (20, 15, 2, 30)]
     written = [torch.cat([row, row[3 * (len(row) // 7) : 4 * (len(row) // 7)]]) for row in rows]
     assert [len(ids) for ids in written] == [22, 17, 2, 34]
@@ -140,7 +140,7 @@ def test_recall_reads_a_part_again(tmp_path):
     with pytest.raises(ValueError, match="with `recall`=True; this is with False"):
         collect_statistics(model, rows, recall=False, state_file=tmp_path / "state.safetensors", progress=False)
     short = make_model(max_position_embeddings=24)
-    pieces = [*written[:3], torch.cat([rows[3][:21], rows[3][9:12]]), torch.cat([rows[3][21:], rows[3][24:25]])]
+    pieces = [*written[:3], torch.cat([rows[3][:15], rows[3][6:8]]), torch.cat([rows[3][15:], rows[3][21:23]])]
     expected = collect_statistics(short, pieces, recall=False, progress=False)
     found = collect_statistics(short, rows, progress=False)
     torch.testing.assert_close(found.key_moment, expected.key_moment)

@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig
+from cskv_hf.adapter_files import check_adapter_files
 from cskv_hf.card import card_text
 from cskv_hf.fit_report import format_report
 from cskv_hf.latents import PackedFormat
@@ -207,6 +208,14 @@ def test_an_adapter_of_any_name_beside_a_lora(tmp_path):
         return cskv_hf.fit(model, calibration_data(model), config, adapter_name="memory", progress=False)
 
     settings = dict(save_strategy="steps", save_steps=8, save_total_limit=4, learning_rate=1e-3)
+    best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=8, per_device_eval_batch_size=1)
+    model, arguments = ready(), dict(disable_tqdm=True, use_cpu=True, greater_is_better=True)  # the worst is the first
+    run = training_arguments(tmp_path / "best", **settings | best | arguments | {"learning_rate": 3e-2})
+    run = CSKVTrainer(model, run, rows(), objective="mse", eval_dataset=rows(4, seed=9))
+    run.train()
+    losses = {e["step"]: e["eval_loss"] for e in run.state.log_history if "eval_loss" in e}
+    assert max(losses, key=losses.get) != 24 and run.evaluate()["eval_loss"] == pytest.approx(max(losses.values()))
+
     straight, resumed = ready(), ready()
     trainer(straight, tmp_path, **settings).train()
     assert straight.active_adapters() == ["style", "memory"]
@@ -240,7 +249,8 @@ sys.path.insert(0, sys.argv[1])
 from conftest import lossy, make_model
 from test_train import PACKED, factors_of, trainer
 model = lossy(make_model(dtype=torch.float32), **PACKED)
-run = trainer(model, sys.argv[2], per_device_train_batch_size=2, optim="sgd", learning_rate=1e-3)
+saving = dict(save_strategy="steps", save_steps=3)
+run = trainer(model, sys.argv[2], per_device_train_batch_size=2, optim="sgd", learning_rate=1e-3, **saving)
 run.train()
 if run.args.process_index == 0:
     torch.save(factors_of(model), sys.argv[2] + "/factors.pt")
@@ -260,6 +270,7 @@ def test_two_processes_equal_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     together = torch.load(tmp_path / "factors.pt")
+    check_adapter_files(tmp_path / "checkpoint-6")
     model = lossy(make_model(dtype=torch.float32), **PACKED)
     start, moved = factors_of(model), 0.0
     trainer(model, tmp_path / "alone", per_device_train_batch_size=4, optim="sgd", learning_rate=1e-3).train()

@@ -21,7 +21,7 @@ from .card import REPO_ID, model_card
 from .config import CSKVConfig
 from .model_shape import ModelShape
 from .sidecar import CSKVFactors, Factor, factor_shapes
-from .tuner import adapter_config, adapter_in_use
+from .tuner import adapter_in_use
 
 ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 WEIGHT = re.compile(r"\.layers\.(\d+)\.self_attn\.cskv\.(\w+)\.weight$")
@@ -42,17 +42,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
             f"The CSKV adapter '{name}' cannot be saved: an adapter of another method was given its name, by which "
             "PEFT saves. Add that one under another `adapter_name`."
         )
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder, selected_adapters=[name])
-        if name != "default":  # PEFT saves any other name to a subdirectory
-            for file in list((Path(folder) / name).iterdir()):
-                os.replace(file, Path(folder) / file.name)
-            os.rmdir(Path(folder) / name)
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)  # transformers would have to make it the only active one
+    # not by PEFT, which has a folder for every name, nor by transformers, which saves the only active adapter
+    Path(folder).mkdir(parents=True, exist_ok=True)
     weights = {key: factor().detach().contiguous() for key, factor in _factors(model, name).items()}
     save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config = copy.copy(adapter_config(model, name))
+    config = copy.copy(model.peft_config[name])
     config.inference_mode = True
     config.save_pretrained(str(folder))
 

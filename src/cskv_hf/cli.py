@@ -103,7 +103,9 @@ def fit(
         int | None, typer.Option(help="Bits per latent, on average: 16, 8, 4, 3 or 2. Default: what each is worth.")
     ] = None,
     allocation: Annotated[str | None, typer.Option(help="'auto' or 'uniform' over the layers.")] = None,
-    rank_multiple: Annotated[int, typer.Option(min=1, help="Channels get bits by so many; 4 for Hopper GPUs.")] = 1,
+    rank_multiple: Annotated[
+        int, typer.Option(min=1, help="Give channels their bits in multiples; 4 for Hopper GPUs.")
+    ] = 1,
     window: Annotated[int, typer.Option(help="Most recent tokens kept exactly.")] = 32,
     sinks: Annotated[int, typer.Option(help="First tokens kept exactly.")] = 4,
     max_tokens: Annotated[

@@ -130,6 +130,13 @@ def is_dense(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not linear._forward_hooks and not hasattr(linear, "_hf_hook")
 
 
+def input_dtype(linear: nn.Module) -> torch.dtype:
+    """Of inputs that a linear layer accepts, whatever hooks or adapters it has: its weight's, unless that is
+    quantised."""
+    weight = getattr(linear, "weight", None)
+    return weight.dtype if weight is not None and weight.dtype.is_floating_point else torch.float32
+
+
 @torch.no_grad()
 def dense_weight(linear: nn.Module, in_features: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The (out_features, in_features) matrix a linear layer multiplies by.

@@ -33,7 +33,14 @@ from .decompose import (
     value_weight,
     weight_moment,
 )
-from .families import attention_layers, decoder_of, dense_weight, refuse_tensor_parallelism, shape_of
+from .families import (
+    attention_layers,
+    decoder_of,
+    dense_weight,
+    input_dtype,
+    refuse_tensor_parallelism,
+    shape_of,
+)
 from .fit_report import LayerReport, mean_bits
 from .model_shape import ModelShape
 from .plan import LayerSpectra, check_budget, plan, store_plan
@@ -259,9 +266,7 @@ def error_weights(attention: nn.Module, statistics: KVStatistics, layer_idx: int
 
 def _probing_place(attention: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of inputs that the projections of a layer accept."""
-    device, _ = placement(attention, attention)
-    weight = getattr(attention.q_proj, "weight", None)
-    return device, weight.dtype if weight is not None and weight.dtype.is_floating_point else torch.float32
+    return placement(attention, attention)[0], input_dtype(attention.q_proj)
 
 
 def layer_report(

@@ -21,7 +21,15 @@ import torch
 from torch import nn
 
 from .factors import LayerFactors, without_autocast
-from .families import asked_weight, attention_layers, decoder_of, in_eval_mode, is_dense, key_source
+from .families import (
+    asked_weight,
+    attention_layers,
+    decoder_of,
+    in_eval_mode,
+    input_dtype,
+    is_dense,
+    key_source,
+)
 from .latents import LatentFormat, PlainFormat
 from .reads import RowStates, change_of_reads, exact_tokens, states_read
 from .tuner import adapter_config, sidecars
@@ -126,7 +134,7 @@ def _output_weight(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     have ways that pass no gradient."""
     if is_dense(linear):
         return linear.weight.detach().to(inputs)
-    return asked_weight(linear, inputs.shape[-1], inputs.device, inputs.dtype).to(inputs)
+    return asked_weight(linear, inputs.shape[-1], inputs.device, input_dtype(linear)).to(inputs)
 
 
 def rebuilt_behind(states: RowStates, factors: LayerFactors, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,9 +103,9 @@ class CSKVTrainer(Trainer):
     """Trains the factors of the CSKV adapter in use; a `Trainer` in everything else.
 
     Checkpoints hold the adapter alone, whatever else the model holds, `train(resume_from_checkpoint=True)` continues,
-    and `accelerate launch` runs it on several GPUs (data parallel); without, one of them is used. After `train` the
-    factors are in the model's dtype again and frozen, and what the fit measured of the old ones is dropped from the
-    adapter's ``fit_report``.
+    and `accelerate launch` runs it on several GPUs (data parallel); without, a model that lies on one stays there.
+    After `train` the factors are in the model's dtype again and frozen, and what the fit measured of the old ones is
+    dropped from the adapter's ``fit_report``.
 
     With an `eval_dataset`, `evaluate` returns the loss on it as ``eval_loss``, and the shares of energy lost as
     ``eval_key_error`` and ``eval_value_error``, of all layers and of each.
@@ -154,7 +154,10 @@ class CSKVTrainer(Trainer):
         args.remove_unused_columns = False
         args.label_names = []
         if args.n_gpu > 1:  # for which a Trainer puts copies of the model into threads, and the loss knows one model
-            logger.warning(f"Training on one of {args.n_gpu} GPUs; start it with `accelerate launch` to use them all.")
+            if len({*getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}) < 2:
+                logger.warning(
+                    f"Training on one of {args.n_gpu} GPUs; start it with `accelerate launch` to use them all."
+                )
             args._n_gpu = 1
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
@@ -257,10 +260,13 @@ class CSKVTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter in training alone, at the root of the folder whatever its name."""
+        if not self.args.should_save:  # another process does
+            return
         folder = Path(output_dir or self.args.output_dir)
         save_adapter(self.model, folder, self.adapter_name)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
 
@@ -319,8 +325,8 @@ def _check_same_adapter(checkpoint: Path, config: CSKVConfig, objective: str) ->
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in a folder that is whole, None if there is none. What a Trainer writes last is its
-    state."""
+    """The newest checkpoint in a folder that is whole, None if there is none. The first process of a
+    Trainer writes its state last."""
     whole = [file.parent for file in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     steps = {int(step): path for path in whole if (step := path.name.rpartition("-")[2]).isdigit()}
     return str(steps[max(steps)]) if steps else None

@@ -167,12 +167,11 @@ def add_adapter(model: nn.Module, config: CSKVConfig, adapter_name: str) -> nn.M
         model.set_adapter(adapter_name)
         return model
     if getattr(model, "_hf_peft_config_loaded", False):
-        active = [name for name in model.active_adapters() if not isinstance(model.peft_config[name], CSKVConfig)]
+        active = _active_others(model)
         trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
         model.add_adapter(config, adapter_name=adapter_name)
-        model.set_adapter([*active, adapter_name])  # and sets what they train
-        for parameter, is_trained in trained.items():
-            parameter.requires_grad_(is_trained)
+        model.set_adapter([*active, adapter_name])  # which sets what they train, too
+        _set_trained(trained)
         return model
     return get_peft_model(model, config, adapter_name=adapter_name)
 
@@ -251,5 +250,19 @@ def use_adapter(model: nn.Module, adapter_name: str) -> None:
     """Make a CSKV adapter the one in use, for PEFT too, and freeze it; adapters of other methods stay as they are."""
     if isinstance(model, PeftModel):
         model.set_adapter(adapter_name, inference_mode=True)
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        model.set_adapter([*_active_others(model), adapter_name])
+        _set_trained(trained)
     for sidecar in sidecars(model):
         sidecar.set_adapter(adapter_name, inference_mode=True)
+
+
+def _active_others(model: nn.Module) -> list[str]:
+    """Active adapters of other methods inside a transformers model."""
+    return [name for name in model.active_adapters() if not isinstance(model.peft_config[name], CSKVConfig)]
+
+
+def _set_trained(trained: dict[nn.Parameter, bool]) -> None:
+    for parameter, is_trained in trained.items():
+        parameter.requires_grad_(is_trained)
