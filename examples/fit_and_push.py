@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from common import arguments, fit, load_model
 
-from cskv_hf.adapter_files import save_adapter
 from cskv_hf.demo.corpus import reference_topics
 from cskv_hf.evaluate.divergence import evaluation_record
 from cskv_hf.fit_report import format_evaluation, format_report
@@ -30,7 +29,7 @@ def main() -> None:
 
     print(format_report(config))
     print(format_evaluation(config.fit_report["evaluation"]))
-    save_adapter(model, args.out)
+    model.save_pretrained(args.out)
     print(f"saved in {args.out}")
     if args.push:
         print(f"pushed: {model.push_to_hub(args.push, base_model=args.base_model).commit_url}")

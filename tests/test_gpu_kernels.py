@@ -750,5 +750,5 @@ def test_what_the_kernels_do_not_serve(monkeypatch):
     monkeypatch.setattr(kernels, "_triton_version", lambda: (3, 2))
     assert "Triton 3.6 or newer, this is 3.2" in kernels.why_not(query)
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
-    assert "pip install cskv-hf[kernels]" in kernels.why_not(query)
+    assert "pip install 'cskv-hf[kernels]'" in kernels.why_not(query)
     assert kernels.choose(query, query) is None  # on a CPU, where nothing was compiled

@@ -279,7 +279,8 @@ def kernels(
             raise typer.BadParameter(str(error)) from error
     on_cpu = f"compiled, {cpu.library_path()}" if cpu.load() else "not compiled; `cskv kernels --build` does it"
     typer.echo(f"CPU: {on_cpu}")
-    typer.echo(f"GPU: {'Triton is installed' if HAS_TRITON else 'no Triton; `pip install cskv-hf[kernels]`'}")
+    no_triton = "no Triton; `pip install 'cskv-hf[kernels]'`"
+    typer.echo(f"GPU: {'Triton is installed' if HAS_TRITON else no_triton}")
 
 
 @app.command("eval")

@@ -126,7 +126,7 @@ def _triton_version() -> tuple[int, ...]:
 def why_not(query: torch.Tensor) -> str | None:
     """Why the kernels cannot serve `query`, or None if they can."""
     if not HAS_TRITON:
-        return "Triton is not installed (`pip install cskv-hf[kernels]`)"
+        return "Triton is not installed (`pip install 'cskv-hf[kernels]'`)"
     if _triton_is_old():
         found, oldest = (".".join(map(str, version)) for version in (_triton_version(), OLDEST_TRITON))
         return f"they need Triton {oldest} or newer, this is {found}"
