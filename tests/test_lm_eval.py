@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -448,17 +447,15 @@ def test_results_of_groups_and_missing_errors():
     assert max(map(len, format_results(long).splitlines())) <= 80
 
 
-def test_the_harness_command_knows_the_model(folder):
+def test_the_harness_command_knows_the_model(folder, monkeypatch, own_tasks_only):
     """`lm_eval` has no plugins; imported first, ours is there for its command."""
-    code = "import cskv_hf.evaluate.lm_eval; from lm_eval.__main__ import cli_evaluate as run; run()"
+    from lm_eval.__main__ import cli_evaluate
+
     arguments = ["run", "--model", "cskv", "--tasks", "tiny_choice", "--include_path", str(folder)]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--model_args", "pretrained=nowhere,stride=0"],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
-    assert "`stride` must be a whole number of at least 1, got 0" in result.stderr, result.stderr
+    arguments += ["--model_args", "pretrained=nowhere,stride=0"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+    with pytest.raises(ValueError, match="`stride` must be a whole number of at least 1, got 0"):
+        cli_evaluate()
 
 
 def test_without_the_harness():
