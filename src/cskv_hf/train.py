@@ -325,8 +325,8 @@ def _check_same_adapter(checkpoint: Path, config: CSKVConfig, objective: str) ->
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in a folder that is whole, None if there is none. The first process of a
-    Trainer writes its state last."""
+    """The newest checkpoint in a folder that is whole, None if there is none. A Trainer's first process writes its
+    state last."""
     whole = [file.parent for file in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     steps = {int(step): path for path in whole if (step := path.name.rpartition("-")[2]).isdigit()}
     return str(steps[max(steps)]) if steps else None

@@ -6,6 +6,8 @@ below, those of `BaseTunerLayer` in sidecar.py, and, in _peft_type.py, the membe
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -168,10 +170,9 @@ def add_adapter(model: nn.Module, config: CSKVConfig, adapter_name: str) -> nn.M
         return model
     if getattr(model, "_hf_peft_config_loaded", False):
         active = _active_others(model)
-        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        model.add_adapter(config, adapter_name=adapter_name)
-        model.set_adapter([*active, adapter_name])  # which sets what they train, too
-        _set_trained(trained)
+        with _trained_kept(model):
+            model.add_adapter(config, adapter_name=adapter_name)
+            model.set_adapter([*active, adapter_name])
         return model
     return get_peft_model(model, config, adapter_name=adapter_name)
 
@@ -251,9 +252,8 @@ def use_adapter(model: nn.Module, adapter_name: str) -> None:
     if isinstance(model, PeftModel):
         model.set_adapter(adapter_name, inference_mode=True)
     elif getattr(model, "_hf_peft_config_loaded", False):
-        trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        model.set_adapter([*_active_others(model), adapter_name])
-        _set_trained(trained)
+        with _trained_kept(model):
+            model.set_adapter([*_active_others(model), adapter_name])
     for sidecar in sidecars(model):
         sidecar.set_adapter(adapter_name, inference_mode=True)
 
@@ -263,6 +263,10 @@ def _active_others(model: nn.Module) -> list[str]:
     return [name for name in model.active_adapters() if not isinstance(model.peft_config[name], CSKVConfig)]
 
 
-def _set_trained(trained: dict[nn.Parameter, bool]) -> None:
-    for parameter, is_trained in trained.items():
+@contextlib.contextmanager
+def _trained_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards what the model had is trained, or not, as before; activating an adapter changes that."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    yield
+    for parameter, is_trained in trained:
         parameter.requires_grad_(is_trained)
