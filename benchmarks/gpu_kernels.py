@@ -133,7 +133,8 @@ def first_row(kv: CompressedKV) -> CompressedKV:
         for held in (kv.key_latents, kv.value_latents)
     ]
     factors = LayerFactors(**{name: wide(value) for name, value in vars(kv.factors).items()})
-    return CompressedKV(kv.exact_keys[:1].double(), kv.exact_values[:1].double(), *latents, factors, kv.step)
+    exact = kv.exact_keys[:1].double(), kv.exact_values[:1].double()
+    return CompressedKV(*exact, *latents, factors, kv.step, kv.turns)
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when triton is imported
 
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -118,10 +120,44 @@ FAMILIES = {
 }
 
 
+ONE_SLIDES = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 40}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+EXPERTS = dict(num_experts_per_tok=2, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+OTHERS = {  # by what transformers calls them; their layers are not the oracle's, their attention is Llama's
+    "gemma": {},
+    "gemma3_text": {  # layers differ in their RoPE; 1 KV head, as in the smallest
+        **ONE_SLIDES,
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": {**ROPE, "rope_theta": 1e6}},
+        "query_pre_attn_scalar": 8,
+        "num_key_value_heads": 1,
+    },
+    "granite": {"attention_multiplier": 0.5, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "ministral": ONE_SLIDES,
+    "mixtral": {"sliding_window": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+    "olmo3": {
+        **ONE_SLIDES,
+        "rope_parameters": {
+            "sliding_attention": ROPE,
+            "full_attention": {**ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        },
+    },
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "seed_oss": {},
+    "smollm3": {"no_rope_layers": [1, 0]},  # the second layer turns nothing
+    "starcoder2": {"sliding_window": 40},
+}
+
+
 def make_model(family="llama", dtype=torch.float64, seed=0, attn_implementation=None, **overrides):
-    model_class, config_class, settings = FAMILIES[family]
     torch.manual_seed(seed)
-    config = config_class(**{**SIZES, **settings, **overrides})
+    if family in OTHERS:
+        config = AutoConfig.for_model(family, **{**SIZES, **OTHERS[family], **overrides})
+        config._experts_implementation, model_class = "eager", AutoModelForCausalLM.from_config  # which take float64
+    else:
+        model_class, config_class, settings = FAMILIES[family]
+        config = config_class(**{**SIZES, **settings, **overrides})
     if attn_implementation:
         config._attn_implementation = attn_implementation
     model = model_class(config).to(dtype).eval()

@@ -70,7 +70,7 @@ def past(factors, batch, num_old, dtype, positions=None, num_new=1):
         Latents.of(f, states(batch, num_old, f.rank).float() * 2 + 1, dtype)
         for f in (factors.key_format, factors.value_format)
     ]
-    return CompressedKV(states(*exact), states(*exact), *latents, factors, step)
+    return CompressedKV(states(*exact), states(*exact), *latents, factors, step, step.turns(frequencies))
 
 
 CASES = {
@@ -93,7 +93,8 @@ def widened(kv):
         Latents(x.format, tuple(t.float() if len(x.tensors) == 1 else t for t in x.tensors))
         for x in (kv.key_latents, kv.value_latents)
     ]
-    return CompressedKV(kv.exact_keys.float(), kv.exact_values.float(), *latents, LayerFactors(**tensors), kv.step)
+    exact = kv.exact_keys.float(), kv.exact_values.float()
+    return CompressedKV(*exact, *latents, LayerFactors(**tensors), kv.step, kv.turns)
 
 
 def error_against_torch(attend, query, kv, *masks):

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, attach, detach
 from cskv_hf.rope import RotaryFrequencies, paired, rotate, rotate_paired
-from cskv_hf.step import Step
+from cskv_hf.turns import OldTurns
 
 
 class LargestTensor(TorchDispatchMode):
@@ -109,17 +109,17 @@ def test_turning_pairs_is_rotating_halves(dtype):
     """A key times cos + i sin, its pairs side by side, is the key rotated, rearranged; the past's turn is the
     product of its tiles' and of the steps within one."""
     states = torch.randn(2, 3, 40, 16).to(dtype)
-    step = Step(50, 1, 0, 40, 11, None, 7 + torch.arange(40).expand(2, -1), RotaryFrequencies(torch.rand(8), 1.3))
-    cos, sin = (t[:, None].to(torch.promote_types(dtype, torch.float32)) for t in step.old_cos_sin("cpu", dtype))
+    turns = OldTurns(7 + torch.arange(40).expand(2, -1), RotaryFrequencies(torch.rand(8), 1.3), uniform=True)
+    cos, sin = (t[:, None].to(torch.promote_types(dtype, torch.float32)) for t in turns.cos_sin("cpu", dtype))
     expected = paired(rotate(states.to(cos.dtype), cos, sin))
-    turned = rotate_paired(paired(states), step.old_turn("cpu", dtype)[:, None])
+    turned = rotate_paired(paired(states), turns.turn("cpu", dtype)[:, None])
     assert turned.dtype == dtype
     tolerance = torch.finfo(dtype).eps * 8
     torch.testing.assert_close(turned.to(expected.dtype), expected, atol=tolerance, rtol=tolerance)
-    in_tiles = step.old_turn_in_tiles("cpu", 16, torch.float32)
+    in_tiles = turns.in_tiles("cpu", 16, torch.float32)
     (starts,), within = torch.complex(*in_tiles.starts), torch.complex(*in_tiles.within)
     product = (starts[:, None] * within).flatten(0, 1)[:40]
-    torch.testing.assert_close(product, step.old_turn("cpu", torch.float32)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(product, turns.turn("cpu", torch.float32)[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

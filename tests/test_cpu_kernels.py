@@ -16,6 +16,7 @@ import cskv_hf.attention as attention
 from cskv_hf import CSKVCache, CSKVStaticCache, kernels
 from cskv_hf.cli import app
 from cskv_hf.kernels import cpu
+from cskv_hf.turns import OldTurns
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -76,11 +77,12 @@ def test_turns_keys_as_the_model_did(case, dtype):
     rounding of float32, not of the dtype."""
     factors = layer(*CASES["plain, joint"], dtype, device="cpu")
     kv, query = past(factors, 2, 96, dtype), torch.randn(2, 4, 1, 64)
-    kv.step.old_positions = torch.stack([torch.arange(96) * 997, 131_000 + torch.arange(96)]).int()
-    frequencies = kv.step.old_frequencies
+    positions = torch.stack([torch.arange(96) * 997, 131_000 + torch.arange(96)]).int()
+    frequencies = kv.turns.frequencies
     shape = {"shared": (1,), "of each token": (96, 1), "of each row and token": (2, 96, 1)}[case]
     inv_freq = frequencies.inv_freq * torch.linspace(0.5, 1.0, 2 * 96)[: torch.Size(shape).numel()].view(shape)
-    kv.step.old_frequencies = frequencies._replace(inv_freq=inv_freq, attention_scaling=0.9)
+    frequencies = frequencies._replace(inv_freq=inv_freq, attention_scaling=0.9)
+    kv.turns = OldTurns(positions, frequencies, uniform=True)
     both = attention.attend_on_cpu, attention.attend_in_torch
     ours, oracle = (attend(query, kv, 0.1, None, None) for attend in both)
     assert float((ours - oracle).norm() / oracle.norm()) < 2e-6
@@ -190,7 +192,7 @@ def test_sizes_that_do_not_go_together():
         return lambda kv: setattr(kv.key_latents, "segments", tuple(change(*pair) for pair in kv.key_latents.segments))
 
     for spoil in (
-        lambda kv: setattr(kv.step, "old_positions", kv.step.old_positions[:, :32]),
+        lambda kv: setattr(kv.turns, "positions", kv.turns.positions[:, :32]),
         lambda kv: setattr(kv, "value_latents", kv.value_latents.take(slice(0, 1))),
         lambda kv: setattr(kv, "exact_values", kv.exact_values[:, :, :-1]),
         lambda kv: setattr(kv, "exact_keys", kv.exact_keys[:, :1]),

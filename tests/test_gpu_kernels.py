@@ -151,7 +151,7 @@ def test_encodes_bit_for_bit(case, rows, dtype, monkeypatch):
     for served in (None, center):
         monkeypatch.setattr(kernels, "centering", lambda *_, served=served: served)
         step.memo.clear()
-        staged = Staged(step, factors, materialize=False)
+        staged = Staged(step, factors, step.old_frequencies, materialize=False)
         latents.append(encode(*states, positions, step.old_frequencies, staged))
     for torch_s, ours in zip(*latents):
         for one, other in zip(torch_s.held, ours.held):
@@ -171,13 +171,16 @@ def test_encodes_what_is_due(case, block_size, dtype, uninitialised_is_nan):
     states = torch.randn(2, 3, factors.num_key_value_heads, num_places, factors.head_dim).to(DEVICE, dtype)
     places = torch.stack([torch.randperm(num_places)[:block_size] for _ in range(3)]).to(DEVICE)
     positions = 30 + torch.randint(0, 900, (3, block_size), device=DEVICE)
-    turn = turned_back(held.step, positions, held.step.old_frequencies, dtype, states.device)
+    turn = turned_back(held.step, positions, held.turns.frequencies, dtype, states.device)
     before = [[t.clone() for t in latents.held] for latents in both]
     target, written = torch.tensor([2, -1, 2 * 4 + 1], device=DEVICE), [2, 9]
     encode_due(*states, places, turn, target, factors, *both)
 
-    exact, staged = (take(s, places, 2) for s in states), Staged(held.step, factors, materialize=False)
-    expected = encode(*exact, positions, held.step.old_frequencies, staged)
+    exact, staged = (
+        (take(s, places, 2) for s in states),
+        Staged(held.step, factors, held.turns.frequencies, materialize=False),
+    )
+    expected = encode(*exact, positions, held.turns.frequencies, staged)
     for latents, new, tensors in zip(both, expected, before):
         found = Latents(latents.format, tuple(t.flatten(0, 1)[written, None] for t in latents.held))
         ours, theirs = (x.read(0, 1, torch.float32) for x in (found, new.select_rows(torch.tensor([0, 2]))))
@@ -557,7 +560,7 @@ def test_a_past_that_fills_no_tile(num_old):
     """As after the first block, in 16 bits, where all tiles share one table: it is that of a whole tile."""
     factors = layer(*CASES["packed, head"], torch.float16)
     kv = past(factors, 2, num_old, torch.float16)
-    starts, within, *_ = kv.step.old_turn_in_tiles(torch.device(DEVICE), 64, torch.float16)
+    starts, within, *_ = kv.turns.in_tiles(torch.device(DEVICE), 64, torch.float16)
     assert [t.shape[-2] for t in (*starts, *within)] == [(num_old + 63) // 64] * 2 + [64] * 2
     assert relative_error(torch.randn(2, 4, 1, 32).to(DEVICE, torch.float16), kv, None, None) < 4e-3
 

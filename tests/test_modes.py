@@ -28,6 +28,7 @@ FAMILIES = {
     "qwen2": "Qwen2",
     "qwen2-mixed": "Qwen2, sliding and full layers",
     "qwen3": "Qwen3",
+    "gemma3_text": "Gemma 3",
 }
 
 

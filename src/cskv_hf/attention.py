@@ -89,7 +89,7 @@ def attend_in_torch(query, kv: CompressedKV, scaling: float, exact_mask, old_mas
     latent = exact.new_zeros(batch, q.shape[1] * q.shape[2], kv.value_latents.format.rank)
 
     q, groups = paired(q), factors.paired_key_groups(dtype)
-    turn = kv.step.old_turn(query.device, kv.exact_keys.dtype)
+    turn = kv.turns.turn(query.device, kv.exact_keys.dtype)
     for blocks, columns in _tiles(kv, batch, query.device):
         latents = kv.key_latents.read(*blocks, dtype)
         scores = _old_scores(q, groups, latents, turn[:, columns, None]).to(wide)

@@ -134,7 +134,8 @@ class CSKVCache(Cache):
         drops = sliding_window is not None and self._step.eviction is not None
         drops = drops and not self.has_own_mask and not waits_for_crop
         unseen_blocks = self.tokens.unseen_blocks(sliding_window) if drops else 0
-        layer.staged = Staged(self._step, factors, self.materialize or inputs.materialize, unseen_blocks)
+        materialize = self.materialize or inputs.materialize
+        layer.staged = Staged(self._step, factors, inputs.frequencies, materialize, unseen_blocks)
 
     def _check_same(self, layer: CSKVLayer, layer_idx: int, factors: LayerFactors, inputs: ForwardInputs) -> None:
         if layer.heads != factors.heads:

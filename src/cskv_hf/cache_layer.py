@@ -111,7 +111,7 @@ class CSKVLayer(CacheLayerMixin):
             exact_keys = torch.cat([self.sink_keys, keys], dim=2)
             exact_values = torch.cat([self.sink_values, values], dim=2)
         held = step.without(self.dropped_blocks * self.key_latents.format.block_size)
-        seen = CompressedKV(exact_keys, exact_values, *old, staged.factors, held)
+        seen = CompressedKV(exact_keys, exact_values, *old, staged.factors, held, held.turns(staged.frequencies))
         if step.eviction is None:
             self.keys, self.values = keys, values
         else:
@@ -123,7 +123,8 @@ class CSKVLayer(CacheLayerMixin):
 
     def _evict(self, keys: torch.Tensor, values: torch.Tensor, eviction: Eviction, staged: Staged) -> None:
         evicted = take(keys, eviction.evicted, 2), take(values, eviction.evicted, 2)
-        new = encode(*evicted, eviction.positions, eviction.frequencies, staged)
+        frequencies = eviction.frequencies.in_layer(staged.frequencies)
+        new = encode(*evicted, eviction.positions, frequencies, staged)
         old = [held.append(latents.to(held.device)) for held, latents in zip(self._latents(), new)]
         if eviction.old_blocks is not None:
             old = [latents.take(self._where(eviction.old_blocks)) for latents in old]
@@ -257,7 +258,7 @@ def encode(
 ) -> tuple[Latents, Latents]:
     """Store exact keys (after RoPE, at the given positions and frequencies) and values as latents; whole blocks.
 
-    Keys are rotated back in float32 or wider, by what is computed once for all layers of the step.
+    Keys are rotated back in float32 or wider, by what is computed once for all layers of the step that turn alike.
     """
     dtype, factors, matmul_dtype = key_states.dtype, staged.factors, compute_dtype(key_states)
     back = turned_back(staged.step, positions, frequencies, dtype, key_states.device)
@@ -276,9 +277,9 @@ def encode(
 def turned_back(
     step: Step, positions: torch.Tensor, frequencies: RotaryFrequencies, dtype: torch.dtype, device: torch.device
 ) -> Sequence[torch.Tensor]:
-    """[`turn_back`], computed once for all layers of the step."""
+    """[`turn_back`], computed once for all layers of the step that turn alike."""
 
     def make() -> tuple[torch.Tensor, ...]:
         return turn_back(positions.to(device), frequencies, dtype)
 
-    return once(step.memo, f"turn back of {dtype} on {device}", make, positions)
+    return once(step.memo, f"turn back of {frequencies.kind} in {dtype} on {device}", make, positions)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -21,10 +22,9 @@ from .families import (
     decoder_of,
     in_eval_mode,
     input_device,
-    key_source,
-    query_source,
     refuse_tensor_parallelism,
     shape_of,
+    watch,
 )
 from .model_shape import ModelShape
 from .reads import RowStates, read_moments, sampled_queries, states_read
@@ -220,17 +220,18 @@ class _Collector:
         for layer_idx, attention in enumerate(self.attentions):
             keys = statistics.key_moment[layer_idx], statistics.key_sum[layer_idx]
             values = statistics.value_moment[layer_idx], statistics.value_sum[layer_idx]
-            self._hook(key_source(attention), self._add_moments(*keys))
-            self._hook(attention.v_proj, self._add_moments(*values))
-            self._hook(query_source(attention), self._add_queries(statistics.query_moment[layer_idx], heads))
-            self._hook(attention.k_proj, self._add_inputs(statistics.input_scale[layer_idx]))
+            self._until_exit(watch(attention, "keys", self._add_moments(*keys)))
+            self._until_exit(watch(attention, "values", self._add_moments(*values)))
+            self._until_exit(watch(attention, "queries", self._add_queries(statistics.query_moment[layer_idx], heads)))
+            inputs = self._add_inputs(statistics.input_scale[layer_idx])
+            self._until_exit(attention.k_proj.register_forward_hook(inputs))
             self.hooks.enter_context(states_read(attention, self._add_reads(layer_idx), lambda: self.keep))
 
     def __exit__(self, *error: Any) -> None:
         self.hooks.__exit__(*error)
 
-    def _hook(self, module: nn.Module, function: Any) -> None:
-        self.hooks.callback(module.register_forward_hook(function).remove)
+    def _until_exit(self, handle: RemovableHandle) -> None:
+        self.hooks.callback(handle.remove)
 
     def _rows(self, states: torch.Tensor, width: int) -> torch.Tensor:
         rows = states.detach().reshape(-1, width)
@@ -240,24 +241,23 @@ class _Collector:
         return rows.double()
 
     def _add_moments(self, second: torch.Tensor, first: torch.Tensor):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            rows = self._rows(output, len(first))
+        def use(states: torch.Tensor) -> None:
+            rows = self._rows(states, len(first))
             second.add_((rows.mT @ rows).to(second.device))
             first.add_(rows.sum(0).to(first.device))
 
-        return hook
+        return use
 
     def _add_queries(self, total: torch.Tensor, num_key_value_heads: int):
         head_dim = total.shape[-1]
 
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            # (batch, length, heads * head_dim), or (batch, length, heads, head_dim) after a norm
-            rows = self._rows(output, output.shape[2:].numel()).unflatten(-1, (num_key_value_heads, -1, head_dim))
+        def use(states: torch.Tensor) -> None:
+            rows = self._rows(states, states.shape[2:].numel()).unflatten(-1, (num_key_value_heads, -1, head_dim))
             # (num_key_value_heads, tokens * query heads of each, head_dim)
             by_head = rows.permute(1, 0, 2, 3).flatten(1, 2)
             total.add_((by_head.mT @ by_head).to(total.device))
 
-        return hook
+        return use
 
     def _add_reads(self, layer_idx: int):
         totals = [getattr(self.statistics, name)[layer_idx] for name in READS]

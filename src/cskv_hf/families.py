@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .model_shape import CHANGING_ROPE_TYPES, ROPE_TYPES, ModelShape
 from .rope import RotaryFrequencies
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = (
+    "gemma",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "starcoder2",
+)
+SOURCES = {"queries": ("q_norm", "q_proj"), "keys": ("k_norm", "k_proj"), "values": ("v_proj",)}  # the first there is
+NORMS_BY_HEAD = ("gemma3_text",)  # norms of queries and keys put out (batch, heads, length, head_dim)
+UNROUNDED = ("olmo2", "olmo3")  # cos and sin are float32, whatever the dtype
+NOT_TURNED = "none"  # the kind of layers without RoPE
 REQUIRED = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx", "head_dim", "scaling")
 
 
@@ -47,11 +69,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
                 f"{type(attention).__name__} has no {', '.join(missing)}; CSKV does not know how to compress its "
                 f"cache."
             )
-    rope_type = getattr(module.rotary_emb, "rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(
-            f"CSKV does not support RoPE scaling of type '{rope_type}'; supported are {', '.join(ROPE_TYPES)}."
-        )
+    differ = len({rope_kind(module, layer.self_attn) for layer in module.layers}) > 1
+    served = [name for name in ROPE_TYPES if not (differ and name in CHANGING_ROPE_TYPES)]
+    for rope_type in rope_types(module.rotary_emb):
+        if rope_type not in served:
+            where = " where layers differ in their RoPE" if rope_type in ROPE_TYPES else ""
+            raise ValueError(
+                f"CSKV does not support RoPE scaling of type '{rope_type}'{where}; supported are {', '.join(served)}."
+            )
     return module
 
 
@@ -79,24 +104,51 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     return [layer.self_attn for layer in decoder_of(model).layers]
 
 
-def key_source(attention: nn.Module) -> nn.Module:
-    """The module whose output is the keys before RoPE: k_proj, or the key norm after it."""
-    return getattr(attention, "k_norm", attention.k_proj)
+def watch(attention: nn.Module, what: str, use: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Call `use` in every forward of an attention layer with its "queries" or "keys" before RoPE, or its "values",
+    (batch, length, heads, head_dim), detached; until the handle is removed."""
+    source = next(getattr(attention, name) for name in SOURCES[what] if hasattr(attention, name))
+    by_head = attention.config.model_type in NORMS_BY_HEAD
 
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        states = output.detach()
+        states = states.transpose(1, 2) if by_head and states.ndim == 4 else states
+        use(states.flatten(2).unflatten(2, (-1, attention.head_dim)))
 
-def query_source(attention: nn.Module) -> nn.Module:
-    """The module whose output is the queries before RoPE."""
-    return getattr(attention, "q_norm", attention.q_proj)
+    return source.register_forward_hook(hook)
 
 
 def shape_of(model: Any) -> ModelShape:
     return ModelShape.from_model_config(model.config)
 
 
-def frequencies_of(rotary: nn.Module) -> RotaryFrequencies:
-    """What the model's rotary embedding turns keys by now."""
-    change = getattr(rotary, "rope_type", "default") in CHANGING_ROPE_TYPES
-    return RotaryFrequencies(rotary.inv_freq, float(rotary.attention_scaling), change)
+def rope_types(rotary: nn.Module) -> tuple[str, ...]:
+    """Of RoPE scaling, those of a model's rotary embedding: one, or one for each kind of layers."""
+    held = getattr(rotary, "rope_type", "default")
+    return tuple(held.values()) if isinstance(held, dict) else (held,)
+
+
+def is_turned(attention: nn.Module) -> bool:
+    """Whether the layer turns its keys at all."""
+    return bool(getattr(attention, "use_rope", True))
+
+
+def rope_kind(decoder: nn.Module, attention: nn.Module) -> str:
+    """Names the layers of a model that turn keys alike; "" where all do."""
+    if not is_turned(attention):
+        return NOT_TURNED
+    by_type = isinstance(getattr(decoder.rotary_emb, "rope_type", None), dict)
+    return attention.config.layer_types[attention.layer_idx] if by_type else ""
+
+
+def frequencies_of(rotary: nn.Module, kind: str = "") -> RotaryFrequencies:
+    """What the model's rotary embedding turns keys of layers of a [`rope_kind`] by now."""
+    if kind == NOT_TURNED:
+        return RotaryFrequencies(torch.zeros_like(rotary.inv_freq), 1.0, kind=kind)
+    prefix, rounded = f"{kind}_" * bool(kind), rotary.config.model_type not in UNROUNDED
+    inv_freq, scaling = (getattr(rotary, prefix + name) for name in ("inv_freq", "attention_scaling"))
+    change = not kind and getattr(rotary, "rope_type", "default") in CHANGING_ROPE_TYPES
+    return RotaryFrequencies(inv_freq, float(scaling), change, kind, rounded)
 
 
 def input_device(model: nn.Module) -> torch.device:

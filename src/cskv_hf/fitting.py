@@ -241,12 +241,13 @@ def layer_bases(
 def weight_moments(
     attention: nn.Module, hidden_size: int, input_scale: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """[`weight_moment`] of a layer's keys and values; of Qwen3's keys, the norm's gain is a part of the weight."""
+    """[`weight_moment`] of a layer's keys and values; the gain of a norm of keys is a part of their weight."""
     place = _probing_place(attention)
     keys, values = (dense_weight(linear, hidden_size, *place) for linear in (attention.k_proj, attention.v_proj))
     if hasattr(attention, "k_norm"):
         with torch.no_grad():  # asked for: an offloaded one has no weight to read
-            gain = attention.k_norm(torch.ones(attention.head_dim, device=place[0], dtype=place[1])).double().cpu()
+            width = attention.k_norm.weight.shape[-1]  # of a head (Qwen3, Gemma 3), or of all (OLMo 2)
+            gain = attention.k_norm(torch.ones(width, device=place[0], dtype=place[1])).double().cpu()
         keys = keys * gain.repeat(len(keys) // len(gain))[:, None]
     return [weight_moment(weight, input_scale) for weight in (keys, values)]
 

@@ -11,6 +11,7 @@ from .factors import LayerFactors, compute_dtype
 from .latents import Latents
 from .rope import RotaryFrequencies, rotate
 from .step import Step
+from .turns import OldTurns
 
 MISSING_FACTORS = (
     "This CSKVCache got keys and values from a model that has no CSKV factors in use. Load an adapter first "
@@ -29,7 +30,8 @@ class CompressedKV:
         exact_keys, exact_values: (batch, num_key_value_heads, num_sinks + num_recent, head_dim); keys after RoPE.
         key_latents, value_latents: of ``num_old`` tokens.
         factors: of this layer.
-        step: which slots the columns are, and the rotation of the latents' keys.
+        step: which slots the columns are.
+        turns: what has turned the latents' keys.
     """
 
     exact_keys: torch.Tensor
@@ -38,6 +40,7 @@ class CompressedKV:
     value_latents: Latents
     factors: LayerFactors
     step: Step
+    turns: OldTurns
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys (after RoPE) and values, (batch, num_key_value_heads, num_slots, head_dim), column = slot.
@@ -45,7 +48,7 @@ class CompressedKV:
         The slow way, for attention implementations that know nothing of latents: it rebuilds the whole layer.
         """
         dtype = compute_dtype(self.exact_keys)
-        cos, sin = (t[:, None].to(dtype) for t in self.step.old_cos_sin(self.exact_keys.device, self.exact_keys.dtype))
+        cos, sin = (t[:, None].to(dtype) for t in self.turns.cos_sin(self.exact_keys.device, self.exact_keys.dtype))
         key_latents, value_latents = (x.read(0, x.num_blocks, dtype) for x in (self.key_latents, self.value_latents))
         old_keys = rotate(self.factors.decode_keys(key_latents), cos, sin)
         old_values = self.factors.decode_values(value_latents)
@@ -69,7 +72,7 @@ class ForwardInputs(NamedTuple):
     Attributes:
         positions: (batch or 1, num_new).
         batch_size: rows of the batch.
-        frequencies: the rotary frequencies that the new keys were turned by.
+        frequencies: the rotary frequencies that the new keys of this layer were turned by.
         materialize: whether keys and values are to be rebuilt, for an attention that is not CSKV's.
         sliding_window: of this layer, in tokens; None if it attends to all.
     """
@@ -88,5 +91,6 @@ class Staged:
 
     step: Step
     factors: LayerFactors
+    frequencies: RotaryFrequencies
     materialize: bool
     unseen_blocks: int = 0

@@ -42,8 +42,7 @@ def sliding_window(model_config: Any, layer_idx: int) -> int | None:
     if isinstance(model_config, ModelShape):
         return None
     config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    if config.model_type == "mistral":
-        return config.sliding_window
-    if config.model_type in ("qwen2", "qwen3") and config.layer_types[layer_idx] == "sliding_attention":
-        return config.sliding_window
-    return None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)

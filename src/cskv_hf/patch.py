@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .attention_function import PREFIX, register
 from .cache import CSKVCache
-from .families import attention_layers, decoder_of, frequencies_of
+from .families import NOT_TURNED, attention_layers, decoder_of, frequencies_of, rope_kind
 from .generation import cache_given, give_generate, take_generate
 from .handover import ForwardInputs
 from .model_shape import sliding_window
@@ -71,8 +71,9 @@ class StageFactors:
     """Pre-hook of an attention layer: hands the cache what its `update` needs. A plain object, so that a model can
     be copied."""
 
-    def __init__(self, rotary: nn.Module, sliding_window: int | None) -> None:
-        self.rotary, self.sliding_window = rotary, sliding_window
+    def __init__(self, rotary: nn.Module, kind: str, sliding_window: int | None, checks_rotary: bool) -> None:
+        self.rotary, self.kind, self.sliding_window = rotary, kind, sliding_window
+        self.checks_rotary = checks_rotary
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = cache_given(kwargs)
@@ -96,11 +97,11 @@ class StageFactors:
             )
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         positions = kwargs["position_ids"]
-        frequencies = frequencies_of(self.rotary)
+        frequencies = frequencies_of(self.rotary, self.kind)
         if len(cache.layers) <= module.layer_idx:  # once per cache
             _untraced(sidecar.check_filled, adapter)
-        if cache.tokens is None:
-            _untraced(self._check_rotary, positions, kwargs["position_embeddings"])
+            if self.checks_rotary:
+                _untraced(self._check_rotary, positions, kwargs["position_embeddings"])
         fused = module.config._attn_implementation.startswith(PREFIX)
         if not fused and isinstance(cache, CSKVCache):
             logger.warning_once(
@@ -114,7 +115,9 @@ class StageFactors:
     def _check_rotary(self, positions: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> None:
         """The cache rebuilds cos and sin from positions; make sure once that they are the model's."""
         given = torch.stack([t[:1, -1:] for t in position_embeddings])
-        expected = torch.stack(cos_sin(positions[:1, -1:].to(given.device), frequencies_of(self.rotary), given.dtype))
+        expected = torch.stack(
+            cos_sin(positions[:1, -1:].to(given.device), frequencies_of(self.rotary, self.kind), given.dtype)
+        )
         half = expected.shape[-1]
         if given.shape[-1] != 2 * half or not torch.allclose(
             given, torch.cat([expected, expected], dim=-1), atol=1e-2
@@ -142,10 +145,14 @@ def attach(model: nn.Module) -> None:
     """
     decoder, model = decoder_of(model), unwrapped(model)
     detach(model)
+    checked = {NOT_TURNED}  # of each kind the first layer is
     for attention in attention_layers(model):
         if hasattr(attention, "cskv"):
             window = sliding_window(attention.config, attention.layer_idx)
-            attention.register_forward_pre_hook(StageFactors(decoder.rotary_emb, window), with_kwargs=True)
+            kind = rope_kind(decoder, attention)
+            stage = StageFactors(decoder.rotary_emb, kind, window, checks_rotary=kind not in checked)
+            attention.register_forward_pre_hook(stage, with_kwargs=True)
+            checked.add(kind)
     names = positional_arguments(decoder)
     decoder.register_forward_pre_hook(BeginForward(names), with_kwargs=True)
     decoder.register_forward_hook(FinishForward(names), with_kwargs=True)

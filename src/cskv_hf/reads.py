@@ -8,6 +8,7 @@ moments of `a` are what matters of values, those of `k` weighted by `p` what mat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .families import key_source, query_source
+from .families import is_turned, watch
 from .model_shape import sliding_window
 from .rope import rotate, widened
 
 SINKS, RECENT = 4, 48  # tokens that statistics count as kept exactly: of the defaults, a window holding 32 to 63
 EVERY = 32  # queries of which one is asked
 CHUNK = 64  # queries at a time, which bounds memory
+STATES = ("queries", "keys", "values")
 DRAWS = 16  # tokens that a query is turned to, per head
 
 
@@ -101,9 +103,6 @@ def states_read(
     runs = reads = 0
     window = sliding_window(attention.config, attention.layer_idx)
 
-    def hold(name: str):
-        return lambda module, args, output: held.__setitem__(name, output.detach())
-
     def check() -> None:
         if runs and not reads:
             raise ValueError(
@@ -116,6 +115,8 @@ def states_read(
         check()
         runs += 1
         held["cos"], held["sin"] = (t.chunk(2, dim=-1)[0] for t in kwargs["position_embeddings"])
+        if not is_turned(attention):
+            held["cos"], held["sin"] = torch.ones_like(held["cos"]), torch.zeros_like(held["sin"])
 
     def read(module: nn.Module, args: tuple) -> tuple | None:
         nonlocal reads
@@ -125,8 +126,7 @@ def states_read(
         held.clear()  # of all layers they would take a multiple of the hidden states
         for row in range(len(output)):
             tokens = slice(None) if real is None else real[row].to(output.device)
-            heads = (inputs[name][row].flatten(1)[tokens] for name in ("queries", "keys", "values"))
-            heads = (t.unflatten(1, (-1, attention.head_dim)).transpose(0, 1) for t in heads)
+            heads = (inputs[name][row][tokens].transpose(0, 1) for name in STATES)
             turn = (inputs[name].expand(len(output), -1, -1)[row][tokens] for name in ("cos", "sin"))
             states = RowStates(row, *widened((*heads, *turn)), attention.scaling, window)
             instead = use(states, output[row][tokens])
@@ -136,9 +136,7 @@ def states_read(
         return (output, *args[1:]) if replaced else None
 
     handles = [
-        query_source(attention).register_forward_hook(hold("queries")),
-        key_source(attention).register_forward_hook(hold("keys")),
-        attention.v_proj.register_forward_hook(hold("values")),
+        *(watch(attention, name, functools.partial(held.__setitem__, name)) for name in STATES),
         attention.register_forward_pre_hook(begin, with_kwargs=True),
         attention.o_proj.register_forward_pre_hook(read),
     ]

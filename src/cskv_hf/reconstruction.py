@@ -14,6 +14,7 @@ and `v` are what a cache gets.
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,7 +29,7 @@ from .families import (
     in_eval_mode,
     input_dtype,
     is_dense,
-    key_source,
+    watch,
 )
 from .latents import LatentFormat, PlainFormat
 from .reads import RowStates, change_of_reads, exact_tokens, states_read
@@ -157,22 +158,15 @@ def keys_and_values(
     for attention in attention_layers(model):
         held: dict[str, torch.Tensor] = {}
         states.append(held)
-        for name, module in (("keys", key_source(attention)), ("values", attention.v_proj)):
-            handles.append(module.register_forward_hook(_keep(held, name, attention.head_dim)))
+        for name in ("keys", "values"):
+            handles.append(watch(attention, name, functools.partial(held.__setitem__, name)))
     try:
         with in_eval_mode(decoder):
             decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return [(held["keys"], held["values"]) for held in states]
-
-
-def _keep(held: dict[str, torch.Tensor], name: str, head_dim: int):
-    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        held[name] = output.detach().flatten(2).unflatten(2, (-1, head_dim)).transpose(1, 2)
-
-    return hook
+    return [tuple(held[name].transpose(1, 2) for name in ("keys", "values")) for held in states]
 
 
 def reconstruct(

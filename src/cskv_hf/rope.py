@@ -21,11 +21,23 @@ class RotaryFrequencies(NamedTuple):
             token has its own.
         attention_scaling: factor on cos and sin (yarn, longrope), 1.0 otherwise.
         change: whether they may be others at the next forward (dynamic, longrope).
+        kind: names those of a kind of layers, where layers differ; "" where all layers turn alike.
+        rounded: whether the model rounds cos and sin to its dtype; else they are float32 (OLMo).
     """
 
     inv_freq: torch.Tensor
     attention_scaling: float
     change: bool = False
+    kind: str = ""
+    rounded: bool = True
+
+    def dtype(self, of_model: torch.dtype) -> torch.dtype:
+        """Of cos and sin, in a model of that dtype."""
+        return of_model if self.rounded else torch.promote_types(of_model, torch.float32)
+
+    def in_layer(self, own: RotaryFrequencies) -> RotaryFrequencies:
+        """What turned stored tokens in a layer that turns by `own` now: these, if every token has its own."""
+        return self._replace(kind=own.kind, rounded=own.rounded) if self.change else own
 
     def at(self, slots: slice | torch.Tensor) -> RotaryFrequencies:
         """Those of the tokens at `slots`, a slice or (batch, n) indices; themselves if all tokens share them."""
@@ -100,7 +112,7 @@ def cos_sin(
     cos, sin = angles.cos(), angles.sin_()
     if frequencies.attention_scaling != 1.0:
         cos, sin = cos * frequencies.attention_scaling, sin * frequencies.attention_scaling
-    return cos.to(dtype), sin.to(dtype)
+    return cos.to(frequencies.dtype(dtype)), sin.to(frequencies.dtype(dtype))
 
 
 def widened(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -113,7 +113,7 @@ class CSKVStaticLayer(CacheLayerMixin):
             Latents(latents.format, tuple(t[:, : step.num_blocks] for t in latents.held))
             for latents in (self.key_latents, self.value_latents)
         ]
-        kv = CompressedKV(keys, values, *seen, staged.factors, step)
+        kv = CompressedKV(keys, values, *seen, staged.factors, step, step.turns(staged.frequencies))
         return kv, kv
 
     def _encode(self, keys: torch.Tensor, values: torch.Tensor, staged: Staged) -> None:
@@ -123,7 +123,7 @@ class CSKVStaticLayer(CacheLayerMixin):
             return
         encode_due = kernels.encoder(keys, values, staged.factors) if step.num_new == 1 else None
         if encode_due is not None:
-            back = turned_back(step, step.positions, step.old_frequencies, keys.dtype, self.device)
+            back = turned_back(step, step.positions, staged.frequencies, keys.dtype, self.device)
             places, target = step.evicted.to(self.device), step.due_blocks(self.device)
             encode_due(keys, values, places, back, target, staged.factors, self.key_latents, self.value_latents)
             return
@@ -131,7 +131,7 @@ class CSKVStaticLayer(CacheLayerMixin):
             take(keys, step.evicted, 2),
             take(values, step.evicted, 2),
             step.positions,
-            step.old_frequencies,
+            staged.frequencies,
             staged,
         )
 
@@ -250,7 +250,7 @@ class CSKVStaticCache(Cache):
             self._check_same(layer, layer_idx, factors, inputs.batch_size)
         if self._step is None:
             self._step = StaticStep(self.tokens, inputs.positions, inputs.frequencies, self.attention_mask)
-        layer.staged = Staged(self._step, factors, materialize=False)
+        layer.staged = Staged(self._step, factors, inputs.frequencies, materialize=False)
 
     @torch.compiler.disable
     @torch.inference_mode(False)

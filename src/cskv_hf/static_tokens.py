@@ -16,7 +16,7 @@ import torch
 
 from .rope import RotaryFrequencies
 from .step import HIDDEN, once, take
-from .turns import OldTurns
+from .turns import HasOldTurns, OldTurns
 
 FULL = "a CSKVStaticCache is full: it got more tokens than its `max_cache_len`"  # from within a compiled graph
 
@@ -132,14 +132,14 @@ class StaticTable:
         return mask[:, -num_new:].bool()
 
 
-class StaticStep(OldTurns):
+class StaticStep(HasOldTurns):
     """What one forward of the model sees and does; made once, used by every layer. As [`Step`], but in tensors.
 
     Args:
         table: advanced by [`finish`], when all layers are done. Until then only tokens that it does not count yet are
             written, so that a forward of one token that stopped half-way can be repeated.
         positions: (batch or 1, num_new) position of every new token.
-        frequencies: the rotary frequencies of the model, which are those of all tokens.
+        frequencies: the rotary frequencies of the first layer, in which all tokens are turned by them.
         attention_mask: see [`StaticTable.new_valid`].
 
     Attributes:
@@ -195,7 +195,7 @@ class StaticStep(OldTurns):
         self.slots = exact_slots.long(), old_slots.masked_fill(~is_old, -1).long()
         self.num_blocks = num_blocks
         self.memo: list = []
-        self._turn: dict = {}
+        self._turns: dict[str, OldTurns] = {}
 
     def _plan_writes(self, order: torch.Tensor, num_old: torch.Tensor) -> None:
         """What is written where afterwards."""
@@ -253,7 +253,8 @@ class StaticStep(OldTurns):
     def old_slots(self) -> torch.Tensor:
         return self.slots[1]
 
-    def _positions_by_row(self) -> torch.Tensor:
+    @property
+    def old_positions(self) -> torch.Tensor:
         return self.table.positions[:, self.old]
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from .rope import RotaryFrequencies
-from .turns import OldTurns
+from .turns import HasOldTurns, OldTurns
 
 HIDDEN = -1e4  # what is added to the score of a token that is not seen, at most; a bias is less far from 0
 Made = TypeVar("Made")
@@ -31,7 +31,7 @@ class Eviction:
         recent: columns of `recent` that stay.
         old_blocks: blocks of ``cat(old, evicted)`` that are the new latents; None takes all.
         positions: (batch, n) positions of the evicted tokens.
-        frequencies: that their keys were turned by.
+        frequencies: that their keys were turned by in the first layer.
     """
 
     evicted: Index
@@ -43,7 +43,7 @@ class Eviction:
 
 
 @dataclass
-class Step(OldTurns):
+class Step(HasOldTurns):
     """What one forward of the model sees and does; made once, used by every layer.
 
     Attributes:
@@ -51,7 +51,7 @@ class Step(OldTurns):
         num_sinks, num_old, num_recent: stored columns that the attention of this forward sees, the new ones included.
         slots: for ragged batches, (batch, num_sinks + num_recent) and (batch, num_old) slots of these columns; else
             None.
-        old_positions, old_frequencies: of the latents.
+        old_positions, old_frequencies: of the latents; frequencies in the first layer.
         eviction: what to move afterwards, if anything.
         num_dropped: latents that a layer with a sliding window has dropped, before the ``num_old`` that it holds.
         memo: what layers make of the step for all that follow, see [`once`].
@@ -68,7 +68,7 @@ class Step(OldTurns):
     eviction: Eviction | None = None
     num_dropped: int = 0
     memo: list = field(default_factory=list)
-    _turn: dict = field(default_factory=dict)
+    _turns: dict[str, OldTurns] = field(default_factory=dict)
     _without: dict = field(default_factory=dict)
 
     @property
@@ -110,21 +110,10 @@ class Step(OldTurns):
                 old_frequencies=self.old_frequencies.columns(held),
                 num_dropped=num_dropped,
                 memo=[],
-                _turn={},
+                _turns={},
                 _without={},
             )
         return self._without[num_dropped]
-
-    def _positions_by_row(self) -> torch.Tensor:
-        first = self.old_positions[:1]
-        alike = self.slots is None and (len(self.old_positions) == 1 or bool((first == self.old_positions).all()))
-        return first if alike else self.old_positions
-
-    def _in_sequence(self, device: torch.device) -> torch.Tensor | None:
-        positions = self.old_positions.to(device, torch.int32)
-        steps = torch.arange(self.num_old, device=device)
-        follow = self.slots is None and bool((positions == positions[:1, :1] + steps).all())
-        return positions[:1] if follow else None
 
 
 def once(memo: list, what: str, make: Callable[[], Made], *of: object) -> Made:

@@ -158,8 +158,8 @@ def attend(
     factors, keys, values = kv.factors, kv.key_latents, kv.value_latents
     key_runs, first_run = runs_of(keys.format, factors.key_ranks)
     value_runs, _ = runs_of(values.format, (values.format.rank,))
-    positions, frequencies = kv.step.old_rope(query.device)
-    rope = positions, frequencies.inv_freq, frequencies.attention_scaling, kv.exact_keys.dtype
+    positions, frequencies = kv.turns.rope(query.device)
+    rope = positions, frequencies.inv_freq, frequencies.attention_scaling, frequencies.dtype(kv.exact_keys.dtype)
     of_keys, of_values = (factors.key_B, factors.key_mean), (factors.value_B, factors.value_mean)
     return torch.ops.cskv_hf.attend(
         query.float().contiguous(), scaling,

@@ -174,9 +174,9 @@ def _turns(query: torch.Tensor, kv: CompressedKV, old_mask: torch.Tensor | None)
         on_hopper = all_alike and _scores_on_hopper(kv.factors, *formats, query.dtype, query.shape[2], query.device)
         work = working_dtype(query.dtype, *formats)
         how = (hopper.TILE, work, hopper.STARTS) if on_hopper else (TILE, work)
-        in_tiles = step.old_turn_in_tiles(query.device, *how)
+        in_tiles = kv.turns.in_tiles(query.device, *how)
     if in_tiles is None:
-        return Turns(TABLES, *step.old_cos_sin(query.device, kv.exact_keys.dtype)), None
+        return Turns(TABLES, *kv.turns.cos_sin(query.device, kv.exact_keys.dtype)), None
     positions, *rope = in_tiles[2:]
     if not all_alike and positions is not None:
         return Turns(FROM_POSITIONS, *[None] * 4, positions, *rope), None
@@ -188,7 +188,7 @@ def _turns(query: torch.Tensor, kv: CompressedKV, old_mask: torch.Tensor | None)
 
         seen = once(step.memo, f"seen of {how}", make, old_mask, positions)
     if positions is None and seen is not None:  # for the second run
-        positions, _ = step.old_rope(query.device)
+        positions, _ = kv.turns.rope(query.device)
     return Turns(ON_HOPPER if on_hopper else IN_TILES, *in_tiles.within, *in_tiles.starts, positions, *rope), seen
 
 
