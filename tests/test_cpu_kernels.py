@@ -303,12 +303,18 @@ def test_what_others_may_have_put_there_is_not_loaded(compiled, monkeypatch, tmp
     path = cpu.library_path()
     path.parent.mkdir()
     shutil.copy(compiled, path)
-    code = "from cskv_hf.kernels import cpu; print('loaded', cpu.load())"
-    for of_file, of_folder, loaded in ((0o755, 0o755, True), (0o777, 0o755, False), (0o755, 0o777, False)):
-        path.chmod(of_file)
-        path.parent.chmod(of_folder)
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert out.stdout == f"loaded {loaded}\n" and ("others may write" in out.stderr) != loaded, out.stderr
+    code = """
+import os, sys
+from cskv_hf.kernels import cpu
+for of_file, of_folder in ((0o777, 0o755), (0o755, 0o777), (0o755, 0o755)):
+    os.chmod(sys.argv[1], of_file)
+    os.chmod(os.path.dirname(sys.argv[1]), of_folder)
+    cpu.load.cache_clear()
+    cpu.logger.warning_once.cache_clear()
+    print(cpu.load())
+"""
+    out = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert out.stdout.split() == ["False", "False", "True"] and out.stderr.count("others may write") == 2, out.stderr
 
 
 def test_systems_without_cpuinfo(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 before any harm."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ import cskv_hf
 from cskv_hf import CSKVCache, CSKVConfig, KVStatistics, collect_statistics
 from cskv_hf.demo import MODEL_PATH
 from cskv_hf.fit_report import format_report
+from cskv_hf.samples import samples
 from cskv_hf.statistics import TENSORS
+from cskv_hf.texts import calibration_samples
 
 
 def assert_same(a, b, tolerance=1e-10):
@@ -86,6 +89,32 @@ def test_strings_with_a_tokenizer():
         collect_statistics(model, [{"messages": turns}], tokenizer=tokenizer, progress=False)
     with pytest.raises(TypeError, match="got an element of type list"):
         collect_statistics(model, [turns], tokenizer=tokenizer, progress=False)
+
+
+class BeginningTokenizer(WordTokenizer):
+    bos_token_id = 1
+
+    def __call__(self, text):
+        return {"input_ids": [1, *super().__call__(text)["input_ids"]]}
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 100])
+def test_every_piece_begins_as_a_text_does(length, tmp_path):
+    """No piece is longer than asked, each begins with BOS, once, and nothing else was added or lost; a tokenizer that
+    begins with nothing only cuts."""
+    path, texts = tmp_path / "texts.jsonl", ["to shrink a cache", "one keeps what attention reads of it"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for tokenizer in (BeginningTokenizer(), WordTokenizer()):
+        ids = [i for text in texts for i in tokenizer(text)["input_ids"]]
+        cut = calibration_samples(path, tokenizer, length)
+        of_strings = [piece[0] for text in texts for piece, _ in samples([text], tokenizer, length)]
+        for pieces in (cut, of_strings):
+            words = [int(i) for piece in pieces for i in piece if i != 1]
+            assert words == [i for i in ids if i != 1] and max(map(len, pieces)) <= length
+            if isinstance(tokenizer, BeginningTokenizer):
+                assert all(piece[0] == 1 != piece[1] for piece in pieces if len(piece) > 1)
+            else:
+                assert [len(piece) for piece in cut[:-1]] == [length] * (len(cut) - 1)
 
 
 def test_statistics_of_other_weights(caplog):

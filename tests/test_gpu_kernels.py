@@ -256,7 +256,7 @@ def test_a_model_generates_the_same(settings, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", A_DTYPE, ids=str)
 def test_a_cache_of_fixed_size(dtype, monkeypatch):
     """Several tokens and one by one, over latents that are not all there yet, in rows of unequal length: a block
     becomes due in each at another step."""

@@ -58,7 +58,8 @@ def collect_statistics(
         data: an iterable of `input_ids` tensors (length) or (batch, length), of dicts with `input_ids` and perhaps
             `attention_mask`, of strings or dicts with `text` (with `tokenizer`), or a `datasets.Dataset` of these.
         tokenizer: for strings.
-        max_length: strings are cut into pieces of at most this many tokens, to which `recall` adds a seventh.
+        max_length: strings are cut into pieces of at most this many tokens, to which `recall` adds a seventh; each
+            begins as the tokenizer begins a text.
         max_tokens: stop once this many tokens were read, after a whole sample; those read again count.
         recall: read a seventh of each sample once more at its end, see recall.py; a sample too long for that in the
             model's context is cut into pieces.

@@ -41,7 +41,7 @@ def _samples(
             if tokenizer is None:
                 raise ValueError("`data` holds strings; pass `tokenizer=` as well, or give `input_ids` tensors.")
             ids = torch.tensor(tokenizer(sample)["input_ids"], dtype=torch.long)
-            for piece in ids.split(max_length):
+            for piece in cut(ids, max_length, tokenizer):
                 yield piece[None], None
             continue
         mask = None
@@ -64,3 +64,18 @@ def _samples(
             )
         input_ids = torch.atleast_2d(torch.as_tensor(sample, dtype=torch.long))
         yield input_ids, mask
+
+
+def cut(ids: torch.Tensor, length: int, tokenizer: Any) -> list[torch.Tensor]:
+    """Tokens (n,) in pieces of `length`, the last one perhaps shorter. Each begins with the token that the tokenizer
+    begins every text with (BOS), if it does: some models (Gemma) are lost without, and all are used with it."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    if begin is None or length < 2 or tokenizer("a")["input_ids"][:1] != [begin]:
+        return list(ids.split(length)) if len(ids) else []
+    pieces, start, first = [], 0, ids.new_tensor([begin])
+    while start < len(ids):
+        added = first[: int(ids[start] != begin)]
+        piece = torch.cat([added, ids[start : start + length - len(added)]])
+        start += len(piece) - len(added)
+        pieces.append(piece)
+    return pieces

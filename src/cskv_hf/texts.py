@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .samples import cut
+
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -55,13 +57,14 @@ def _text_of(path: Path) -> str:
 
 
 def calibration_samples(path: Path, tokenizer: Any, length: int) -> list[torch.Tensor]:
-    """The file as samples of `length` tokens, documents one after the other; the last, shorter one included.
+    """The file as samples of `length` tokens, documents one after the other; the last, shorter one included. See
+    [`cut`].
 
     Raises:
         ValueError: see [`documents`].
     """
     ids = [i for document in documents(path) for i in tokenizer(document)["input_ids"]]
-    return [torch.tensor(ids[start : start + length]) for start in range(0, len(ids), length)]
+    return cut(torch.tensor(ids), length, tokenizer)
 
 
 def full_rows(path: Path, tokenizer: Any, length: int) -> list[torch.Tensor]:
