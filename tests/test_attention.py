@@ -119,6 +119,8 @@ def test_turning_pairs_is_rotating_halves(dtype):
     in_tiles = turns.in_tiles("cpu", 16, torch.float32)
     (starts,), within = torch.complex(*in_tiles.starts), torch.complex(*in_tiles.within)
     product = (starts[:, None] * within).flatten(0, 1)[:40]
+    unrounded = OldTurns(turns.positions, turns.frequencies._replace(rounded=False), uniform=True)  # as OLMo's
+    assert {t.dtype for t in unrounded.in_tiles("cpu", 16, torch.float16)[0]} == {torch.float16}  # as a kernel asks
     torch.testing.assert_close(product, turns.turn("cpu", torch.float32)[0], atol=1e-5, rtol=1e-5)
 
 

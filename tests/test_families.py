@@ -10,7 +10,7 @@ from test_cache import feed
 from transformers import DynamicCache
 
 import cskv_hf
-from cskv_hf import CSKVCache, CSKVStaticCache
+from cskv_hf import CSKVCache, CSKVStaticCache, turns
 from cskv_hf.calibration import collect_statistics
 from cskv_hf.families import NOT_TURNED, SUPPORTED, attention_layers, decoder_of, frequencies_of, rope_kind
 from cskv_hf.fitting import weight_moments
@@ -78,10 +78,10 @@ def test_what_is_calibrated_is_what_is_cached(family):
     """The statistics' keys before RoPE, turned as the layer turns them, are the keys that a cache is given: so the
     factors are fitted to what they will encode."""
     model, ids = make_model(family), prompt(1, 30)
-    statistics, cache, turns = collect_statistics(model, [ids], recall=False, progress=False), Kept(), []
+    statistics, cache, given = collect_statistics(model, [ids], recall=False, progress=False), Kept(), []
     hooks = [
         attention.register_forward_pre_hook(
-            lambda module, args, kwargs: turns.append(kwargs["position_embeddings"]), with_kwargs=True
+            lambda module, args, kwargs: given.append(kwargs["position_embeddings"]), with_kwargs=True
         )
         for attention in attention_layers(model)
     ]
@@ -89,7 +89,7 @@ def test_what_is_calibrated_is_what_is_cached(family):
     for hook in hooks:
         hook.remove()
     for layer_idx, (keys, values) in cache.kept.items():
-        cos, sin = (t[:, None].double() for t in turns[layer_idx])
+        cos, sin = (t[:, None].double() for t in given[layer_idx])
         if family == "smollm3" and layer_idx == 1:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         half = keys.shape[-1] // 2
@@ -130,20 +130,20 @@ def test_the_gain_of_a_norm_of_keys_is_a_part_of_their_weight(family):
 def test_frequencies_that_change_and_differ_by_layer_are_refused():
     rope = {**OTHERS["gemma3_text"]["rope_parameters"]["full_attention"], "rope_type": "dynamic", "factor": 2.0}
     parameters = {**OTHERS["gemma3_text"]["rope_parameters"], "full_attention": rope}
-    with pytest.raises(ValueError, match="of type 'dynamic' where layers differ in their RoPE; supported are default"):
+    with pytest.raises(
+        ValueError, match="'dynamic' where each kind of layers has a RoPE of its own; supported are default"
+    ):
         decoder_of(make_model("gemma3_text", rope_parameters=parameters))
 
 
 @torch.no_grad()
-def test_turns_are_made_once_for_layers_that_turn_alike():
-    """Four layers, two ways to turn: as many tables, not four, and none that outlives the forward."""
+def test_turns_are_made_once_for_layers_that_turn_alike(monkeypatch):
+    """Four layers, two ways to turn: cos and sin are computed twice, not four times."""
     types = ["sliding_attention", "full_attention"] * 2
     model = lossy(make_model("gemma3_text", num_hidden_layers=4, layer_types=types, sliding_window=200))
     cache, ids = CSKVCache(), prompt(1, 60)
     feed(model, ids[:, :59], cache, [59])
-    steps = []
-    hook = decoder_of(model).layers[3].register_forward_hook(lambda *_: steps.append(cache._step))
+    made = []
+    monkeypatch.setattr(turns, "cos_sin", lambda *args: made.append(args[1].kind) or cos_sin(*args))
     model(ids[:, 59:], past_key_values=cache)
-    hook.remove()
-    assert sorted(steps[0]._turns) == ["full_attention", "sliding_attention"]
-    assert cache._step is None
+    assert sorted(made) == ["full_attention", "sliding_attention"]

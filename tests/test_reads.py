@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, prompt
+from conftest import FAMILIES, OTHERS, make_model, prompt
 
 import cskv_hf.reads as reads
 from cskv_hf import CSKVConfig, collect_statistics
@@ -41,7 +41,7 @@ def weights_of(model, layer_idx, ids):
     return weights.unflatten(0, (model.config.num_key_value_heads, -1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_states_make_the_attention_of_the_model(family):
     """From them follows what `o_proj` reads, for every row and wherever its padding is."""
     model, ids = make_model(family), prompt(3, 40)

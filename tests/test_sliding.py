@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from cskv_hf import CSKVCache, tokens
 
-SLIDING = {"mistral-sliding": [0, 1], "qwen2-mixed": [1]}  # layers that slide
+SLIDING = {"mistral-sliding": [0, 1], "qwen2-mixed": [1], "gemma3_text": [0]}  # layers that slide
 WINDOW = 16
 
 

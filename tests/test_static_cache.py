@@ -146,7 +146,7 @@ def keep_in(graphs):
     return backend
 
 
-@pytest.mark.parametrize("family, layers, kind", [("qwen2-mixed", 2, "plain"), ("llama", 1, "packed")])
+@pytest.mark.parametrize("family, layers, kind", [("gemma3_text", 2, "plain"), ("llama", 1, "packed")])
 def test_one_graph_for_every_step(family, layers, kind):
     """Without a graph break (`fullgraph`), over many blocks, with rows that are padded; equal to the steps alone."""
     torch._dynamo.reset()

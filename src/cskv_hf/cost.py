@@ -28,7 +28,7 @@ from .rates import Device, between, full_bytes, measure_device
 # core, in such passes (benchmarks/cost.py shows what comes of it).
 KEY_PASSES = 6  # of a rebuilt key: its mean is written, the product added, RoPE turns it, its score reads it
 SOFTMAX_PASSES = 12  # of a score: maximum, difference, exponential, sum, and the copy that joins the heads
-ANGLE_PASSES = 30  # of a pair of RoPE: cos and sin; once per step for all layers
+ANGLE_PASSES = 30  # of a pair of RoPE: cos and sin; once per step for all layers that turn alike
 PLANE_PASSES = {1: 1, 2: 3.5, 3: 6}  # of a code in so many bit planes; joining two takes longer than reading them
 RANGE_PASSES = 7.5  # of a code once unpacked: to a float, times its step, plus its minimum
 PIECE_ELEMENTS = 300  # that one token's channels of a piece are worth, where latents are brought into their own order

@@ -69,11 +69,16 @@ def decoder_of(model: nn.Module) -> nn.Module:
                 f"{type(attention).__name__} has no {', '.join(missing)}; CSKV does not know how to compress its "
                 f"cache."
             )
-    differ = len({rope_kind(module, layer.self_attn) for layer in module.layers}) > 1
+        if not getattr(attention, "is_causal", True):
+            raise ValueError(
+                f"{type(attention).__name__} is not causal (`use_bidirectional_attention`), and CSKV compresses the "
+                "cache of causal attention only."
+            )
+    differ = any(rope_kind(module, layer.self_attn) for layer in module.layers)
     served = [name for name in ROPE_TYPES if not (differ and name in CHANGING_ROPE_TYPES)]
     for rope_type in rope_types(module.rotary_emb):
         if rope_type not in served:
-            where = " where layers differ in their RoPE" if rope_type in ROPE_TYPES else ""
+            where = " where each kind of layers has a RoPE of its own" if rope_type in ROPE_TYPES else ""
             raise ValueError(
                 f"CSKV does not support RoPE scaling of type '{rope_type}'{where}; supported are {', '.join(served)}."
             )
@@ -134,7 +139,7 @@ def is_turned(attention: nn.Module) -> bool:
 
 
 def rope_kind(decoder: nn.Module, attention: nn.Module) -> str:
-    """Names the layers of a model that turn keys alike; "" where all do."""
+    """Names the layers of a model that turn keys alike; "" where the model does not tell layers apart."""
     if not is_turned(attention):
         return NOT_TURNED
     by_type = isinstance(getattr(decoder.rotary_emb, "rope_type", None), dict)

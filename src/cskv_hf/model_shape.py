@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+SLIDING_BY_TYPE = ("gemma3_text", "ministral", "olmo3", "qwen2", "qwen2_moe", "qwen3", "smollm3")  # `layer_types`
+SLIDING_EVERYWHERE = ("mistral", "mixtral", "qwen3_moe", "starcoder2")  # if the config has a `sliding_window`
 PLAIN_BITS, PLAIN_BYTES = 16, 2  # of an uncompressed value
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 CHANGING_ROPE_TYPES = ("dynamic", "longrope")  # other frequencies beyond a length
@@ -42,7 +44,5 @@ def sliding_window(model_config: Any, layer_idx: int) -> int | None:
     if isinstance(model_config, ModelShape):
         return None
     config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
+    by_type = config.model_type in SLIDING_BY_TYPE and config.layer_types[layer_idx] == "sliding_attention"
+    return config.sliding_window if by_type or config.model_type in SLIDING_EVERYWHERE else None

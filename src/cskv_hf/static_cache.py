@@ -174,7 +174,8 @@ class CSKVStaticCache(Cache):
     decoding step is one graph for all steps. ``model.generate(..., past_key_values=CSKVStaticCache(4096))`` compiles
     decoding as it does for transformers' `StaticCache`; a loop of one's own may compile ``model.forward`` with
     ``fullgraph=True``. Read the prompt without compiling. Every compiled step attends to all that was allocated, so
-    `max_cache_len` should not be larger than needed.
+    `max_cache_len` should not be larger than needed. That holds for layers with a sliding window, too, which have
+    as many places as the others here, and no more than their window in a `StaticCache`.
 
     A compiled step does not look whether the adapter is still the one that filled the cache: `reset` it when that
     changes.

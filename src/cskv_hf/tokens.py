@@ -36,7 +36,7 @@ class TokenTable:
         self.num_slots = 0
         self.num_sinks = self.num_old = self.num_recent = 0  # stored columns
         self.positions: torch.Tensor | None = None  # (batch, num_slots) int32
-        # of all tokens, or (num_slots, head_dim / 2) where they change with the length
+        # in the first layer, of all tokens, or (num_slots, head_dim / 2) where they change with the length
         self.frequencies: RotaryFrequencies | None = None
         # ragged: "sinks", "old", "recent" -> (batch, columns) on the CPU
         self.slots: dict[str, torch.Tensor] | None = None

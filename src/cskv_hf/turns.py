@@ -49,8 +49,8 @@ class OldTurns:
         self._made: dict = {}  # by what was asked for
 
     def cos_sin(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the latents' keys, rounded to the model's dtype, in float32 or wider, (batch or 1, num_old,
-        head_dim / 2)."""
+        """cos and sin of the latents' keys, rounded as the model rounds them, in float32 or wider: (batch or 1,
+        num_old, head_dim / 2)."""
         key = ("cos_sin", device, dtype)
         if key not in self._made:
             self._made[key] = widened(cos_sin(self._positions_by_row().to(device), self.frequencies, dtype))
