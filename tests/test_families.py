@@ -136,6 +136,12 @@ def test_frequencies_that_change_and_differ_by_layer_are_refused():
         decoder_of(make_model("gemma3_text", rope_parameters=parameters))
 
 
+def test_attention_that_is_not_causal_is_refused():
+    model = make_model("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(ValueError, match="Gemma3Attention is not causal"):
+        decoder_of(model)
+
+
 @torch.no_grad()
 def test_turns_are_made_once_for_layers_that_turn_alike(monkeypatch):
     """Four layers, two ways to turn: cos and sin are computed twice, not four times."""

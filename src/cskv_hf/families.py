@@ -42,7 +42,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The module that holds the decoder layers and the rotary embedding of a (PEFT-wrapped) causal language model.
 
     Raises:
-        ValueError: if the model is not of a supported family; the message names it and lists those that are.
+        ValueError: if the model is not of a supported family, or has another attention or RoPE than it; the message
+            names what it has and lists what is supported.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in SUPPORTED:
@@ -62,27 +63,34 @@ def decoder_of(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has no decoder with `layers` and `rotary_emb`; CSKV cannot find its attention."
         )
-    for attention in (layer.self_attn for layer in module.layers):
-        missing = [name for name in REQUIRED if not hasattr(attention, name)]
-        if missing:
-            raise ValueError(
-                f"{type(attention).__name__} has no {', '.join(missing)}; CSKV does not know how to compress its "
-                f"cache."
-            )
-        if not getattr(attention, "is_causal", True):
-            raise ValueError(
-                f"{type(attention).__name__} is not causal (`use_bidirectional_attention`), and CSKV compresses the "
-                "cache of causal attention only."
-            )
-    differ = any(rope_kind(module, layer.self_attn) for layer in module.layers)
+    for layer in module.layers:
+        _check_attention(layer.self_attn)
+    _check_rope(module)
+    return module
+
+
+def _check_attention(attention: nn.Module) -> None:
+    missing = [name for name in REQUIRED if not hasattr(attention, name)]
+    if missing:
+        raise ValueError(
+            f"{type(attention).__name__} has no {', '.join(missing)}; CSKV does not know how to compress its cache."
+        )
+    if not getattr(attention, "is_causal", True):
+        raise ValueError(
+            f"{type(attention).__name__} is not causal (`use_bidirectional_attention`), and CSKV compresses the "
+            "cache of causal attention only."
+        )
+
+
+def _check_rope(decoder: nn.Module) -> None:
+    differ = any(rope_kind(decoder, layer.self_attn) for layer in decoder.layers)
     served = [name for name in ROPE_TYPES if not (differ and name in CHANGING_ROPE_TYPES)]
-    for rope_type in rope_types(module.rotary_emb):
+    for rope_type in rope_types(decoder.rotary_emb):
         if rope_type not in served:
             where = " where each kind of layers has a RoPE of its own" if rope_type in ROPE_TYPES else ""
             raise ValueError(
                 f"CSKV does not support RoPE scaling of type '{rope_type}'{where}; supported are {', '.join(served)}."
             )
-    return module
 
 
 def refuse_tensor_parallelism(model: nn.Module, what: str) -> None:
