@@ -1,7 +1,8 @@
 """The tables of docs/results.md out of what `cskv eval` wrote: python benchmarks/results_page.py
 
 To measure anew: ``cskv eval bundled --out FOLDER``, then copy ``FOLDER/results.json`` to
-``benchmarks/results/paper-bundled.json`` and run this. The page names the command behind ``smollm2-135m.json``.
+``benchmarks/results/paper-bundled.json`` and run this. The page names the commands behind ``smollm2-135m.json`` and
+``gemma3-270m.json``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from cskv_hf.evaluate.format import find, markdown_table
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
-BUNDLED, SMOLLM2 = "paper-bundled.json", "smollm2-135m.json"
+BUNDLED, SMOLLM2, GEMMA3 = "paper-bundled.json", "smollm2-135m.json", "gemma3-270m.json"
 TEXT, ROWS = ("text", "20 rows of 512 tokens", "perplexity_ratio", "perplexity"), "22 rows of 512 tokens"
 LINES = [("lines", f"{n} lines", "accuracy", f"{n} lines") for n in (25, 50, 75, 100)]
 OWN = [("generations", ROWS, "kl", "KL, own text"), ("generations", ROWS, "agreement", "same token")]
@@ -26,6 +27,7 @@ OF_NOVELS = [
 ]
 TABLES = {  # by their names on the page: the file, the table in it, and its columns
     "smollm2": (SMOLLM2, "methods", [*FOUND, *OF_NOVELS]),
+    "gemma3": (GEMMA3, "methods", [*FOUND, *OF_NOVELS]),
     "methods": (BUNDLED, "methods", [*LINES, TEXT, *OWN]),
     "initialisation": (BUNDLED, "initialisation", [ALL_LINES, TEXT]),
     "window": (BUNDLED, "window", [ALL_LINES, TEXT]),

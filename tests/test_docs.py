@@ -567,6 +567,33 @@ def test_numbers_of_smollm2_are_the_results(documented):
     assert f"trained, finds {found[trained]} at 80 %, at {ratio[trained]:.3f} times the perplexity" in page
 
 
+def test_numbers_of_gemma3_are_the_results():
+    """What README and pages say in sentences."""
+    found, ratio, share, kl = {}, {}, {}, {}
+    for row in of_results("gemma3-270m")["rows"]:
+        if row["metric"] == "accuracy" and row["group"] == "all":
+            found[row["label"]], total = round(row["value"] * row["total"]), row["total"]
+        elif row["metric"] == "perplexity_ratio":
+            ratio[row["label"]], share[row["label"]] = f"{row['value']:.3f}", row["cache_share"]
+        elif row["metric"] == "kl":
+            kl[row["label"]] = row["value"]
+    ours = [f"{removed} % ours" for removed in (80, 90, 95)]
+    at, most = [ratio[name] for name in ours], found["95 % ours"]
+    assert total == 40 == found["full cache"] == found[ours[0]] == found[ours[1]]
+    readme, results, limits = (
+        (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/results.md", "docs/limits.md")
+    )
+    assert f"all of 40 needles are found at 80 and 90 % removed and {most} at 95 %, at {at[0]}, {at[1]} and" in readme
+    assert f"and {at[2]} times the perplexity" in readme
+    parts = [share[name] / share["full cache"] for name in ours]
+    assert f"Ours takes {parts[0]:.2f} of the full cache at 80 %, {parts[2]:.2f} at 95 %." in results
+    of_smollm2 = {r["label"]: r["value"] for r in of_results("smollm2-135m")["rows"] if r["metric"] == "kl"}
+    more = [f"{kl[name] / of_smollm2[name]:.1f}" for name in ours]
+    assert f"The KL is {more[0]}, {more[1]} and {more[2]} times SmolLM2's." in results
+    assert f"at {at[0]} and {at[1]} times its perplexity; {most} of 40 at 95 %, at {at[2]}." in results
+    assert f"finds {most} of 40 needles at 95 %, at {at[2]} times the perplexity; at 90 % all, at {at[1]} (" in limits
+
+
 def test_the_layout_in_design_is_the_order_of_imports():
     """Every file of the package is in the list, and imports those above it; the exceptions are those named there."""
     source, page = ROOT / "src" / "cskv_hf", (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
