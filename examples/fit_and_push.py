@@ -11,6 +11,7 @@ from common import arguments, fit, load_model
 from cskv_hf.demo.corpus import reference_topics
 from cskv_hf.evaluate.divergence import evaluation_record
 from cskv_hf.fit_report import format_evaluation, format_report
+from cskv_hf.samples import cut
 
 
 def main() -> None:
@@ -23,8 +24,8 @@ def main() -> None:
     model = fit(model, tokenizer, args.compression)
     config = model.peft_config["default"]
 
-    ids = [i for text in reference_topics(held_out=True) for i in tokenizer(text)["input_ids"]]
-    rows = torch.tensor(ids[: len(ids) // 512 * 512]).view(-1, 512)[:16]
+    ids = torch.tensor([i for text in reference_topics(held_out=True) for i in tokenizer(text)["input_ids"]])
+    rows = torch.stack([row for row in cut(ids, 512, tokenizer) if len(row) == 512][:16])
     config.fit_report["evaluation"] = evaluation_record(model, rows, "Python's language reference, held out")
 
     print(format_report(config))

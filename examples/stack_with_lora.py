@@ -10,6 +10,8 @@ from common import arguments, calibration_texts, fit, load_model, passage
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
+from cskv_hf.samples import cut
+
 
 def main() -> None:
     parser = arguments(__doc__)
@@ -19,7 +21,7 @@ def main() -> None:
 
     model.add_adapter(LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), adapter_name="style")
     ids = torch.tensor([i for text in calibration_texts()[:40] for i in tokenizer(text)["input_ids"]])
-    rows = [{"input_ids": row, "labels": row} for row in ids[: len(ids) // 256 * 256].view(-1, 256)]
+    rows = [{"input_ids": row, "labels": row} for row in cut(ids, 256, tokenizer) if len(row) == 256]
     training = TrainingArguments(
         "lora-run", max_steps=args.steps, per_device_train_batch_size=4, learning_rate=1e-3, save_strategy="no",
         report_to="none", logging_steps=10,

@@ -130,9 +130,7 @@ def test_the_gain_of_a_norm_of_keys_is_a_part_of_their_weight(family):
 def test_frequencies_that_change_and_differ_by_layer_are_refused():
     rope = {**OTHERS["gemma3_text"]["rope_parameters"]["full_attention"], "rope_type": "dynamic", "factor": 2.0}
     parameters = {**OTHERS["gemma3_text"]["rope_parameters"], "full_attention": rope}
-    with pytest.raises(
-        ValueError, match="'dynamic' where each kind of layers has a RoPE of its own; supported are default"
-    ):
+    with pytest.raises(ValueError, match="'dynamic' where layers differ in their RoPE; supported are default"):
         decoder_of(make_model("gemma3_text", rope_parameters=parameters))
 
 

@@ -56,7 +56,8 @@ def test_every_mode_as_without_dropping(models, mode, little_rollback, keep_all)
     found = [MODES[mode](packed, compressed, prompt(2, 50))]
     drops = [dropped(cache) for cache in made if cache.layers]
     found.append(MODES[mode](packed, lambda: compressed(materialize=True), prompt(2, 50)))
-    assert any(min(counts[i] for i in sliding) >= 8 for counts in drops)
+    if mode != "assisted, early exit" or any(map(sum, drops)):  # an older transformers crops if one was rejected only
+        assert any(min(counts[i] for i in sliding) >= 8 for counts in drops)
     assert not any(count for counts in drops for i, count in enumerate(counts) if i not in sliding)
     keep_all()
     made.clear()
@@ -135,6 +136,10 @@ def test_memory_is_bounded(models):
         growth = sizes[-1][i] / sizes[0][i]
         assert growth < 1.2 if i in sliding else growth > 2
     assert f"{held:>8} of these in {len(sliding)} layers" in cache.report()
+    full = DynamicCache(config=model.config)
+    feed(model, ids, full, [cache.get_seq_length()])
+    share = cache.nbytes / sum(t.nbytes for layer in full.layers for t in (layer.keys, layer.values))
+    assert f"{100 * share:.1f} % of a full cache" in cache.report()
     assert max(map(len, cache.report().split("\n"))) <= 80
 
 

@@ -17,7 +17,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import compressed_attention
 from .handover import CompressedKV
-from .model_shape import sliding_window as sliding_window_of
 from .static_tokens import StaticStep
 from .step import Step, once
 
@@ -47,8 +46,8 @@ def attention_forward(
     if isinstance(key, CompressedKV) and base == "eager" and kwargs.get("output_attentions"):
         key, value = key.materialize()
     if isinstance(key, CompressedKV):
-        if sliding_window is None:  # Qwen2-MoE does not pass it
-            sliding_window = sliding_window_of(module.config, module.layer_idx)
+        if sliding_window is None:  # Qwen2-MoE has it, and does not pass it
+            sliding_window = getattr(module, "sliding_window", None)
         masks = column_masks(attention_mask, key.step, sliding_window, query.device)
         attend = compressed_attention if isinstance(key.step, StaticStep) else _untraced_attention
         return attend(query, key, scaling, *masks).transpose(1, 2), None

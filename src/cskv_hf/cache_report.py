@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .cache_layer import CSKVLayer
+from .model_shape import tokens_in_full_cache
 from .tokens import TokenTable
 
 
@@ -27,9 +28,8 @@ def report(tokens: TokenTable | None, layers: Sequence[CSKVLayer], offloading: b
         dropped = sliding[0].dropped_blocks * tokens.block_size
         lines.append(f"  {'sliding layers':<14}{tokens.num_old - dropped:>8} of these in {len(sliding)} layers")
     lines.append(f"  {'positions':<14}{tokens.num_slots:>8} tokens {tokens.nbytes:>14,} bytes")
-    seen = (layer.sliding_window - 1 if layer.sliding_window else tokens.num_slots for layer in layers)
-    in_full = sum(min(n, tokens.num_slots) for n in seen)  # tokens of all layers that a DynamicCache would hold
-    full = 2 * num_heads * head_dim * layers[0].keys.itemsize * rows * in_full
+    num_tokens = sum(tokens_in_full_cache(tokens.num_slots, layer.sliding_window) for layer in layers)
+    full = 2 * num_heads * head_dim * layers[0].keys.itemsize * rows * num_tokens
     held, offloaded = tokens.nbytes + sum(x.nbytes for x in layers), sum(x.offloaded_nbytes for x in layers)
     lines.append(f"  {'total':<22}        {held:>14,} bytes, {100 * held / full:.1f} % of a full cache")
     if offloading:

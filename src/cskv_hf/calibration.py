@@ -62,7 +62,7 @@ def collect_statistics(
             begins as the tokenizer begins a text.
         max_tokens: stop once this many tokens were read, after a whole sample; those read again count.
         recall: read a seventh of each sample once more at its end, see recall.py; a sample too long for that in the
-            model's context is cut into pieces.
+            model's context is cut into pieces (of tokens, rather than strings, without BOS but in the first).
         state_file: where to save the statistics on the way and at the end; if it exists, the pass continues from
             it, skipping the samples it has seen, which must be the same ones.
         source: names the data, for the message where `state_file` is of other data.
@@ -77,7 +77,7 @@ def collect_statistics(
     stretches = getattr(decoder.rotary_emb, "rope_type", None) == "dynamic"  # as far as a sample goes
     longest = longest_sample(2**62 if stretches else context_length(decoder))
     refuse_tensor_parallelism(model, "`collect_statistics`")
-    shape, batches = shape_of(model), samples(data, tokenizer, max_length)
+    shape, batches = shape_of(model), samples(data, tokenizer, min(max_length, longest) if recall else max_length)
     statistics = KVStatistics.empty(shape, model.config.hidden_size, source)
     statistics.weights, statistics.recall = weight_hashes(decoder), recall
     if state_file is not None and Path(state_file).exists():

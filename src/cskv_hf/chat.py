@@ -15,7 +15,7 @@ from .cache import CSKVCache
 from .evaluate.memory import held_nbytes
 from .families import context_length
 from .generation import CACHE_ARGUMENT
-from .model_shape import ModelShape
+from .model_shape import ModelShape, sliding_window, tokens_in_full_cache
 
 
 def converse(new: Callable[[], Conversation]) -> None:
@@ -132,7 +132,8 @@ def cache_status(cache: Cache, model: nn.Module) -> str:
     shape, tokens = ModelShape.from_model_config(model.config), cache.get_seq_length()
     if not tokens:
         return "empty"
-    full = tokens * 2 * shape.num_hidden_layers * shape.kv_dim * model.dtype.itemsize
+    windows = (sliding_window(model.config, layer_idx) for layer_idx in range(shape.num_hidden_layers))
+    full = sum(tokens_in_full_cache(tokens, w) for w in windows) * 2 * shape.kv_dim * model.dtype.itemsize
     held = held_nbytes(cache)
     return f"{tokens:,} tokens in {held:,} bytes, {100 * held / full:.0f} % of a full cache"
 

@@ -43,7 +43,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: if the model is not of a supported family, or has another attention or RoPE than it; the message
-            names what it has and lists what is supported.
+            says what it has.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in SUPPORTED:
@@ -87,7 +87,7 @@ def _check_rope(decoder: nn.Module) -> None:
     served = [name for name in ROPE_TYPES if not (differ and name in CHANGING_ROPE_TYPES)]
     for rope_type in rope_types(decoder.rotary_emb):
         if rope_type not in served:
-            where = " where each kind of layers has a RoPE of its own" if rope_type in ROPE_TYPES else ""
+            where = " where layers differ in their RoPE" if rope_type in ROPE_TYPES else ""
             raise ValueError(
                 f"CSKV does not support RoPE scaling of type '{rope_type}'{where}; supported are {', '.join(served)}."
             )

@@ -38,6 +38,11 @@ class ModelShape:
         return self.num_hidden_layers * 2 * self.kv_dim * PLAIN_BYTES
 
 
+def tokens_in_full_cache(num_tokens: int, sliding_window: int | None) -> int:
+    """How many of so many tokens a layer of a `DynamicCache` holds."""
+    return num_tokens if sliding_window is None else min(num_tokens, sliding_window - 1)
+
+
 def sliding_window(model_config: Any, layer_idx: int) -> int | None:
     """The sliding window of a layer of a model, in tokens, the query's own included; None if it attends to all, or for
     a [`ModelShape`], which does not say."""

@@ -145,7 +145,7 @@ def attach(model: nn.Module) -> None:
     """
     decoder, model = decoder_of(model), unwrapped(model)
     detach(model)
-    checked = {NOT_TURNED}  # of each kind the first layer is
+    checked = {NOT_TURNED}  # nothing to check; of each other kind the first layer is checked
     for attention in attention_layers(model):
         if hasattr(attention, "cskv"):
             window = sliding_window(attention.config, attention.layer_idx)

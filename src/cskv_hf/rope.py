@@ -85,7 +85,7 @@ class TurnInTiles(NamedTuple):
     def of(
         cls, positions: torch.Tensor, frequencies: RotaryFrequencies, tile: int, dtype: torch.dtype, starts: int
     ) -> TurnInTiles:
-        frequencies = frequencies._replace(rounded=True)
+        frequencies = frequencies._replace(rounded=True)  # kernels want the dtype that they ask for, also of OLMo's
         device, once = positions.device, frequencies._replace(attention_scaling=1.0)
         firsts = (positions[:, ::tile, None] + torch.arange(starts, device=device)).flatten(1)
         cos, sin = cos_sin(torch.arange(tile, device=device)[None], frequencies, dtype)

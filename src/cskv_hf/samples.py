@@ -68,9 +68,10 @@ def _samples(
 
 def cut(ids: torch.Tensor, length: int, tokenizer: Any) -> list[torch.Tensor]:
     """Tokens (n,) in pieces of `length`, the last one perhaps shorter. Each begins with the token that the tokenizer
-    begins every text with (BOS), if it does: some models (Gemma) are lost without, and all are used with it."""
+    began the text with (BOS), if it did, unless it has but one: some models (Gemma) are lost without, and all are used
+    with it."""
     begin = getattr(tokenizer, "bos_token_id", None)
-    if begin is None or length < 2 or tokenizer("a")["input_ids"][:1] != [begin]:
+    if begin is None or length < 2 or len(ids) == 0 or int(ids[0]) != begin:
         return list(ids.split(length)) if len(ids) else []
     pieces, start, first = [], 0, ids.new_tensor([begin])
     while start < len(ids):
