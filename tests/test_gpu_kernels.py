@@ -176,10 +176,8 @@ def test_encodes_what_is_due(case, block_size, dtype, uninitialised_is_nan):
     target, written = torch.tensor([2, -1, 2 * 4 + 1], device=DEVICE), [2, 9]
     encode_due(*states, places, turn, target, factors, *both)
 
-    exact, staged = (
-        (take(s, places, 2) for s in states),
-        Staged(held.step, factors, held.turns.frequencies, materialize=False),
-    )
+    exact = (take(s, places, 2) for s in states)
+    staged = Staged(held.step, factors, held.turns.frequencies, materialize=False)
     expected = encode(*exact, positions, held.turns.frequencies, staged)
     for latents, new, tensors in zip(both, expected, before):
         found = Latents(latents.format, tuple(t.flatten(0, 1)[written, None] for t in latents.held))
